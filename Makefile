@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine with Python 3.11 or 3.12, pip and make:  make demo   and   make test
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+# One thread a process: the pipelines run many processes, and two threads in one slow the others down.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint test-slow pair bench mlflow clean
+
+demo: $(INSTALLED)
+	@$(BIN)/s2t demo
+
+test: lint
+	@$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# What takes longer: the pair trained again from nothing, the whole demo.
+test-slow: $(INSTALLED)
+	@$(BIN)/python -m pytest -m slow
+
+pair: $(INSTALLED)
+	@$(BIN)/python -m s2t_models.embedded.build --output runs/pair
+
+bench: $(INSTALLED)
+	@for b in labelling tree_training local_latency collaboration; do $(BIN)/python -m benchmarks.$$b || exit 1; done
+
+mlflow: $(INSTALLED)
+	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Installing into .venv with $(PYTHON) (a few minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,140 @@
+"""Labelling against token-by-token decoding of both models, on the embedded pair.
+
+    python -m benchmarks.labelling [--problems 1024] [--decoded 8] [--slots 128] [--batch 256]
+
+Labelling is what the collect pipeline does on two cores: one process rolls batches of prompts out, the other
+labels them with one teacher forward a trajectory and draws the candidates of every step. The other side is
+the published way: one prompt at a time, both models a token at a time with their KV caches, the KL at each
+step. Both sides run here one after the other, on one thread a process and on the same prompts (the slow side
+on the first few), and are compared by time a token: by the clock, which wants an idle machine, and by the CPU
+of all processes together, where what two processes share out counts in full.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from s2t_models.recipe import Recipe
+
+_labels: Any = None
+
+
+def _start_labelling(recipe: Recipe) -> None:
+    global _labels
+    import torch
+
+    from pipelines.labelling import Labels
+
+    torch.set_num_threads(1)
+    _labels = Labels(recipe)
+
+
+def _label(rollouts: pa.Table) -> tuple[pa.Table, float]:
+    begin = time.process_time()
+    return _labels(rollouts), time.process_time() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--problems", type=int, default=1024, help="prompts that are labelled")
+    parser.add_argument("--decoded", type=int, default=8, help="of these, prompts that are decoded token by token")
+    parser.add_argument("--slots", type=int, default=128, help="rollouts that the SLM decodes at once")
+    parser.add_argument("--batch", type=int, default=256, help="prompts that are handed on at once")
+    arguments = parser.parse_args()
+
+    import numpy as np
+    import pyarrow as pa
+    import torch
+    from transformers import DynamicCache, PreTrainedModel
+
+    from pipelines.labelling import PROMPT, Rollouts, masked_ids
+    from s2t_models import loading
+    from s2t_models.divergence import divergence
+    from s2t_models.embedded.generator import problems
+    from s2t_models.recipe import Collect, Model, Recipe
+
+    torch.set_num_threads(1)
+    recipe = Recipe(
+        name="labelling",
+        slm=Model(path="embedded:slm", dtype="float32", device="cpu", slots=arguments.slots),
+        teacher=Model(path="embedded:teacher", dtype="float32", device="cpu"),
+        collect=Collect(max_new_tokens=256),
+    )
+    rows = [
+        {
+            "uid": problem.uid,
+            "messages": json.dumps([{"role": "user", "content": problem.question}]),
+            "seed": 0,
+            "temperature": 0.0,
+        }
+        for problem in problems("train", arguments.problems)
+    ]
+    prompts = pa.Table.from_pylist(rows, PROMPT)
+    rollouts = Rollouts(recipe)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_labelling, initargs=(recipe,)) as labelling:
+        labelling.submit(_label, rollouts(prompts.slice(0, 4))).result()  # the first forwards set things up
+        clock, cpu = time.perf_counter(), time.process_time()
+        batches = range(0, len(prompts), arguments.batch)
+        handed_on = [labelling.submit(_label, rollouts(prompts.slice(at, arguments.batch))) for at in batches]
+        done = [future.result() for future in handed_on]
+        label_seconds = time.perf_counter() - clock
+        label_cpu = time.process_time() - cpu + sum(seconds for _, seconds in done)
+    labelled = [row for table, _ in done for row in table.to_pylist()]
+    tokens = sum(len(row["output_ids"]) for row in labelled)
+
+    models = [loading.load_model(settings) for settings in (recipe.slm, recipe.teacher)]
+    masked = torch.tensor(masked_ids(recipe))
+
+    def log_probabilities(model: PreTrainedModel, ids: list[int], cache: DynamicCache) -> torch.Tensor:
+        logits_V = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]
+        return logits_V.index_fill(0, masked, -torch.inf).log_softmax(-1)
+
+    @torch.no_grad()
+    def token_by_token(row: dict[str, Any]) -> tuple[list[int], list[float]]:
+        ids: list[int] = []
+        kl_T: list[float] = []
+        fed = row["prompt_ids"]
+        caches = [DynamicCache(config=model.config) for model in models]
+        while len(ids) < len(row["output_ids"]):
+            slm_V, teacher_V = (
+                log_probabilities(model, fed, cache) for model, cache in zip(models, caches, strict=True)
+            )
+            slm_N, top_N = slm_V.topk(recipe.divergence.support)
+            kl_T.append(divergence(slm_N[None], teacher_V[top_N][None]).item())
+            fed = [int(top_N[0])]
+            ids += fed
+        return ids, kl_T
+
+    few = labelled[: arguments.decoded]
+    token_by_token(few[0])
+    clock, cpu = time.perf_counter(), time.process_time()
+    decoded = [token_by_token(row) for row in few]
+    decode_seconds, decode_cpu = time.perf_counter() - clock, time.process_time() - cpu
+    decoded_tokens = sum(len(ids) for ids, _ in decoded)
+
+    print(f"{'':<28} {'prompts':>8} {'tokens':>8} {'seconds':>8} {'us/token':>9} {'CPU us/token':>13}")
+    for name, count, size, seconds, cpu in (
+        ("labelling", len(labelled), tokens, label_seconds, label_cpu),
+        ("both models, token by token", len(few), decoded_tokens, decode_seconds, decode_cpu),
+    ):
+        by_clock, by_cpu = 1e6 * seconds / size, 1e6 * cpu / size
+        print(f"{name:<28} {count:8d} {size:8d} {seconds:8.2f} {by_clock:9.0f} {by_cpu:13.0f}")
+    by_clock = (decode_seconds / decoded_tokens) / (label_seconds / tokens)
+    by_cpu = (decode_cpu / decoded_tokens) / (label_cpu / tokens)
+    print(f"{'ratio':<28} {'':>8} {'':>8} {'':>8} {by_clock:8.1f}x {by_cpu:12.1f}x")
+    equal = [(row, kl_T) for row, (ids, kl_T) in zip(few, decoded, strict=True) if ids == row["output_ids"]]
+    apart = max((float(np.abs(np.array(row["kl_T"]) - kl_T).max()) for row, kl_T in equal), default=float("nan"))
+    print(f"texts equal: {len(equal)} of {len(few)}; largest difference in KL: {apart:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Benchmark: policies x tasks x seeds over a served endpoint, graded, with intervals and paired differences.
+
+    python -m pipelines.benchmark --recipe cluster/recipes/embedded.yaml --output runs/benchmark
+    python -m pipelines.benchmark --recipe FILE --output DIR --task gsm8k,math500 --data ../shared/data \\
+        --policies greedy,maj@8,s2t,s2t@0.05 --seeds 0,1,2 --items 200 --endpoint http://127.0.0.1:8000
+
+Without --endpoint the recipe is served for the length of the job. The job can be killed at any moment: the
+same command asks only what was not answered yet, and ends with the same results. The output folder, which all
+nodes of a cluster must share, holds
+
+    answers/*.jsonl     every answer as it came, by key (`answers.py`)
+    results.parquet     one graded row an answer (schema RESULT), with the job's recipe and item hashes
+    tables.md, figures  what the rows say (`report.py`); MLflow gets the same
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.names import triggered
+from s2t_models.recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from pipelines.grading.judge import Ask
+    from pipelines.questions import Row
+    from pipelines.tasks import Item, Task
+
+RESULTS = "results.parquet"
+ANSWERS = "answers"
+
+
+class BenchmarkError(RuntimeError):
+    """A job that cannot begin or go on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a job takes beside its recipe. `endpoint` None: serve the recipe; `judge` None: the endpoint's own
+    `judge_model`. `tracking` is the MLflow store. `unsandboxed` lets model-written code run where the system
+    isolates none."""
+
+    data: Path | None = None
+    endpoint: str | None = None
+    tracking: str | None = None
+    repeats: int = 1
+    judge: str | None = None
+    judge_model: str = "llm"
+    unsandboxed: bool = False
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(argv)
+    from pipelines.answers import AnswersError, EndpointError
+    from pipelines.cluster import ClusterError
+    from pipelines.questions import QuestionError
+    from s2t_models.artifact import ArtifactError
+
+    options = Options(
+        arguments.data,
+        arguments.endpoint,
+        arguments.tracking,
+        arguments.repeats,
+        arguments.judge,
+        arguments.judge_model,
+        arguments.allow_unsandboxed,
+    )
+    try:
+        recipe = load_recipe(arguments.recipe, [*arguments.set, *_overrides(arguments)])
+        tables = benchmark(recipe, arguments.output, options)
+    except (
+        RecipeError,
+        ArtifactError,
+        BenchmarkError,
+        QuestionError,
+        EndpointError,
+        AnswersError,
+        ClusterError,
+    ) as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{tables}\nresults: {arguments.output / RESULTS}")
+    return 0
+
+
+def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
+    """Run or finish the job in `output`; returns its tables as Markdown.
+
+    Raises RecipeError, ArtifactError, BenchmarkError, QuestionError, EndpointError, AnswersError or ClusterError, each with
+    one line."""
+    from pipelines import cluster, report
+    from pipelines.answers import read_answers
+    from pipelines.questions import check_splits, load_items, plan
+    from pipelines.results import write_results
+    from pipelines.verdicts import grade
+
+    output.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
+        splits = check_splits(recipe, chosen, options.data)
+        cluster.start()
+        with _endpoint(recipe, options.endpoint) as url:
+            settings = policy_settings(recipe, url)
+            rows = plan(recipe, chosen, settings, options.repeats)
+            unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency)
+            answers = read_answers(output / ANSWERS)
+            graded = grade(rows, answers, unanswered, _judge(options, url, output))
+        metadata = {
+            "s2t.recipe": recipe.model_dump_json(),
+            "s2t.settings": json.dumps(settings, sort_keys=True, default=str),
+            "s2t.splits": json.dumps(splits),
+        }
+        write_results(output / RESULTS, graded, metadata)
+        tables = report.report(output / RESULTS, output, options.tracking)
+    if unanswered:
+        reason = next(iter(unanswered.values()))
+        print(
+            f"benchmark: {len(unanswered)} questions got no answer (the first: {reason}); run the same command again to ask them",
+            file=sys.stderr,
+        )
+    return tables
+
+
+def _sandboxed(chosen: list[tuple[Task, list[Item]]], allowed: bool) -> list[tuple[Task, list[Item]]]:
+    """The tasks, with HumanEval's as this system can grade it. Raises BenchmarkError, before anything is
+    asked, where model-written code cannot be isolated and that was not allowed."""
+    from pipelines.grading import sandbox
+    from pipelines.tasks import humaneval
+
+    if all(task.name != humaneval.TASK.name for task, _ in chosen) or (reason := sandbox.unavailable()) is None:
+        return chosen
+    if not allowed:
+        raise BenchmarkError(
+            f"humaneval: model-written code cannot be isolated on this system ({reason}); allow user namespaces, or pass "
+            "--allow-unsandboxed to run it with your own rights"
+        )
+    return [(humaneval.unsandboxed() if task.name == humaneval.TASK.name else task, items) for task, items in chosen]
+
+
+def _judge(options: Options, url: str, output: Path) -> Ask:
+    """The judge of MT-Bench: another endpoint, or a model of this one; what it said is kept in the output
+    folder."""
+    from pipelines.answers import base_url
+    from pipelines.grading.judge import endpoint
+    from pipelines.verdicts import kept
+
+    judge = base_url(options.judge or url)
+    return kept(endpoint(judge, options.judge_model), options.judge_model, output / "judgements")
+
+
+def policy_settings(recipe: Recipe, url: str) -> dict[str, dict[str, Any]]:
+    """What is known of each policy: the endpoint's entry (with weight hashes) and the recipe's settings of
+    it. It goes into the cache keys, so that no answer outlives a change of weights, thresholds or
+    settings."""
+    from pipelines.answers import served_models
+
+    served = served_models(url, recipe.benchmark.policies)
+    return {
+        name: {"served": served[name], "recipe": local_settings(recipe, name)} for name in recipe.benchmark.policies
+    }
+
+
+def local_settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The parts of the recipe that decide what a policy writes, and a hash of the file its thresholds come
+    from."""
+    parts = ("budget", "published", "reserved", "divergence", "candidates", "trigger", "policies")
+    whole = recipe.model_dump(mode="json")
+    models = {key: {k: whole[key][k] for k in ("path", "revision", "dtype")} for key in ("slm", "teacher")}
+    files = [Path(recipe.artifact) / "artifact.json"] if recipe.artifact else []
+    files += [Path(recipe.trigger.calibration)] if recipe.trigger.calibration else []
+    files = [path / "thresholds.json" if path.is_dir() else path for path in files]
+    thresholds = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    checkpoint = {"checkpoint": recipe.checkpoints.get(name), "thresholds": thresholds if triggered(name) else []}
+    return {key: whole[key] for key in parts} | models | checkpoint
+
+
+def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) -> dict[str, str]:
+    """Ask what has no answer in `folder` yet; returns key -> reason for what still has none."""
+    from pipelines.answers import ask, read_answers
+    from pipelines.progress import Progress
+
+    folder.mkdir(exist_ok=True)
+    known = read_answers(folder)
+    missing = [question for row in rows if (question := row.question())["key"] not in known]
+    if not missing:
+        return {}
+    done = len(rows) - len(missing)
+    asked = 0
+
+    def count(number: int) -> None:
+        nonlocal asked
+        asked = number
+
+    with Progress("benchmark", "answers", total=len(rows), count=lambda: done + asked):
+        return ask(missing, url, folder, concurrency, count)
+
+
+@contextmanager
+def _endpoint(recipe: Recipe, endpoint: str | None) -> Iterator[str]:
+    """The endpoint given, or the recipe served here for as long as it is needed."""
+    if endpoint is not None:
+        yield endpoint
+        return
+    from ray import serve
+
+    from serving.app import NAME, run
+
+    try:
+        yield run(recipe, blocking=False)
+    finally:
+        serve.delete(NAME)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """One job at a time in an output folder: two would ask every question twice."""
+    with (output / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchmarkError(
+                f"{output}: another job is at work there; wait for it or take another folder"
+            ) from None
+        yield
+
+
+def _overrides(arguments: argparse.Namespace) -> list[str]:
+    """The flags that stand for settings of the recipe, as `--set` would write them."""
+    lists = {"task": arguments.task, "policies": arguments.policies, "seeds": arguments.seeds}
+    overrides = [f"benchmark.{key}=[{value}]" for key, value in lists.items() if value is not None]
+    return overrides + ([f"benchmark.items={arguments.items}"] if arguments.items is not None else [])
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="benchmark", description="Benchmark policies over a served endpoint.")
+    parser.add_argument("--recipe", required=True, type=Path, help="the model pair with all settings (YAML)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting of the recipe"
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder for answers, results, tables and figures")
+    parser.add_argument("--task", help="benchmarks, separated by commas")
+    parser.add_argument("--policies", help="policies, separated by commas, such as greedy,maj@8,s2t@0.05")
+    parser.add_argument("--seeds", help="seeds, separated by commas")
+    parser.add_argument("--repeats", type=int, default=1, help="how often each question is asked with each seed")
+    parser.add_argument("--items", type=int, help="rows drawn from each benchmark")
+    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files; nothing is downloaded then")
+    parser.add_argument(
+        "--endpoint", metavar="URL", help="an endpoint that is running; by default the recipe is served"
+    )
+    parser.add_argument("--judge", metavar="URL", help="MT-Bench's judge (default: the endpoint that is benchmarked)")
+    parser.add_argument("--judge-model", default="llm", help="the judge's model name (default: llm, the teacher)")
+    parser.add_argument(
+        "--allow-unsandboxed", action="store_true", help="run model-written code where nothing isolates it"
+    )
+    parser.add_argument(
+        "--tracking", metavar="URI", help="MLflow store (default: $MLFLOW_TRACKING_URI, then runs/mlflow.db)"
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,34 @@
+"""`s2t NAME ...`: each pipeline by name. The same as `python -m pipelines.NAME`; imports only what it runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "collect": ("pipelines.collect", "SLM rollouts and teacher labels into Arrow shards"),
+    "distil": ("pipelines.distil", "shards into an S2T-Local artifact (selector and trigger head), or the kd control"),
+    "benchmark": ("pipelines.benchmark", "policies x tasks x seeds over an endpoint, graded, into MLflow"),
+    "analyse": ("pipelines.analyse", "the paper's curves and tables from shards or results"),
+    "grade": ("pipelines.grade", "grade recorded responses"),
+    "serve": ("serving.app", "the OpenAI endpoint: every policy is a model"),
+    "demo": ("pipelines.demo", "all of it in order on the embedded pair"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status (2: it was called wrongly)."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: s2t COMMAND ...    (s2t COMMAND --help says more)\n")
+        for name, (_, what) in COMMANDS.items():
+            print(f"  {name:10} {what}")
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"s2t: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,325 @@
+"""Distil: shards -> selector and trigger head (an artifact), or the kd control (a plain checkpoint), on Ray Train; or R2R's router.
+
+    python -m pipelines.distil --recipe cluster/recipes/embedded.yaml --shards runs/train \\
+        --calibration runs/calibration --output runs/artifact
+    python -m pipelines.distil --recipe cluster/recipes/embedded.yaml --shards runs/train \\
+        --objective kd --output runs/kd
+
+The training survives killed workers, and a job that was killed: the same command goes on from the last checkpoint, which
+lies in `<output>.training` until the job is done. That folder must be on a file system that all nodes share.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s2t_models.recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipelines.trainer import Objective
+    from pipelines.training_data import Trajectory
+
+#: Worker groups that may die before the job gives up.
+MAX_FAILURES = 3
+#: Ends of the names of tasks whose rows may be trained or calibrated on; the other benchmark tasks are test splits.
+NOT_TEST = ("-train", "-calibration", "-validation")
+
+
+class DistilError(RuntimeError):
+    """A training that cannot begin or go on; the message is one line."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parse(argv)
+    from pipelines.cluster import ClusterError
+    from pipelines.shards import ShardError
+    from s2t_models.artifact import ArtifactError
+
+    try:
+        recipe = load_recipe(arguments.recipe, arguments.set)
+        if arguments.objective == "router":
+            from pipelines.router_training import distil_router
+
+            print(distil_router(recipe, arguments.shards, arguments.output))
+            return 0
+        summary = distil(
+            recipe, arguments.shards, arguments.output, arguments.objective, arguments.calibration, arguments.data
+        )
+    except (RecipeError, ShardError, ClusterError, ArtifactError, DistilError) as error:
+        print(f"distil: {error}", file=sys.stderr)
+        return 2
+    print(report(summary, arguments.output))
+    return 0
+
+
+def distil(
+    recipe: Recipe,
+    shards: Path,
+    output: Path,
+    objective: Objective = "selector",
+    calibration: Path | None = None,
+    data: Path | None = None,
+) -> dict[str, Any]:
+    """Train, or finish training, and write `output`; returns the summary that the artifact's provenance holds too.
+
+    Raises RecipeError, ShardError, ClusterError, ArtifactError or DistilError.
+    """
+    from pipelines import cluster, tracking
+    from s2t_models.artifact import CARD, CHECKPOINT, refuse_foreign
+
+    settings = recipe.distil
+    if settings.batch % settings.workers:
+        raise RecipeError(f"distil.batch = {settings.batch} does not divide among distil.workers = {settings.workers}")
+    refuse_foreign(output, CARD if objective == "selector" else CHECKPOINT)
+    provenance = _check(recipe, objective, shards, calibration, data)
+    training = output.resolve().with_name(output.resolve().name + ".training")
+    cluster.start()
+    cluster.require(
+        settings.workers * settings.num_cpus,
+        settings.workers * settings.num_gpus,
+        f"{recipe.name}: distil with {settings.workers} workers",
+    )
+    tracking.use_store()
+    with tracking.start_run(
+        f"distil-{objective}", params={"recipe": recipe.model_dump(), "objective": objective}
+    ) as run:
+        best, metrics, begun = _train(recipe, objective, shards.resolve(), training, provenance, run)
+        provenance |= {"validation": metrics, "begun_at_steps": begun}
+        figures = _build(recipe, objective, best, shards, calibration, provenance, output.resolve())
+        tracking.log_metrics({**{f"best/{name}": value for name, value in metrics.items()}, **figures})
+        tracking.log_text(json.dumps(provenance, indent=2), "provenance.json")
+    shutil.rmtree(training)
+    return provenance | {"trigger": figures}
+
+
+def report(summary: dict[str, Any], output: Path) -> str:
+    """What came out, in a few lines."""
+    metrics = summary["validation"]
+    lines = [
+        f"trained      {summary['objective']}, {summary['steps']} steps; the best checkpoint is that of step {metrics['step']:.0f}",
+        f"Agree@1      {100 * metrics['agree_at_1']:.1f}% on held-out top steps (the SLM's own ranking: "
+        f"{100 * metrics['agree_at_1_slm']:.1f}%), {100 * metrics['agree_at_1_random']:.1f}% on random steps",
+        f"Spearman     {metrics['spearman']:.3f}; KL to base {metrics['kl_to_base']:.4f} nats",
+    ]
+    if summary["trigger"]:
+        lines.append(f"trigger head AUC {summary['trigger']['trigger/auc']:.3f}")
+    return "\n".join([*lines, f"written to   {output}"])
+
+
+def _check(
+    recipe: Recipe, objective: Objective, shards: Path, calibration: Path | None, data: Path | None
+) -> dict[str, Any]:
+    """Refuse shards of another pair, test prompts, and calibration on training prompts; returns the provenance."""
+    from pipelines.shards import ShardError, check_pair
+    from pipelines.tasks import TASKS
+    from pipelines.tasks.splits import refuse_overlap
+    from s2t_models import loading
+
+    pair = (loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher), loading.tokenizer_hash(recipe.slm))
+    hashes: dict[str, str] = {}
+    rows: dict[str, list[str]] = {}
+    for role, folder in (("training", shards), ("calibration", calibration)):
+        if folder is None:
+            continue
+        table, metadata, hashes[role] = _read(folder)
+        check_pair(metadata, *pair)
+        task = metadata["s2t.task"]
+        if task in TASKS and not task.endswith(NOT_TEST):
+            raise ShardError(f"{folder}: collected on {task}, a test split; train and calibrate on other rows")
+        rows[f"{role} ({task})"] = _row_hashes(table, task, data)
+    try:
+        refuse_overlap(rows)
+    except ValueError as error:
+        raise ShardError(str(error)) from None
+    return {
+        "objective": objective,
+        "recipe": recipe.digest(),
+        "base_weights": pair[0],
+        "teacher_weights": pair[1],
+        "tokenizer": pair[2],
+        "shards": hashes,
+        "rows": rows,
+        "seeds": {"training": recipe.seed, "trigger_head": recipe.trigger_head.seed},
+        "steps": recipe.distil.steps,
+    }
+
+
+def _row_hashes(table: pa.Table, task: str, data: Path | None) -> list[str]:
+    """Hashes of the rows' questions, by which benchmarks see that none of them is tested on; of the prompts, where they came
+    from a file."""
+    from pipelines import tasks
+    from pipelines.tasks.splits import fingerprint, text_hash
+
+    if task not in tasks.TASKS:
+        return sorted({text_hash(prompt) for prompt in table["prompt"].to_pylist() if prompt})
+    try:
+        items = {item.uid: item for item in tasks.task(task).load(data)}
+        return sorted(fingerprint(items[uid] for uid in table["uid"].to_pylist()))
+    except (KeyError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DistilError(f"task {task}: its rows are needed to keep test rows apart (--data): {reason}") from None
+
+
+def _read(folder: Path) -> tuple[pa.Table, dict[str, str], str]:
+    """A collection's rows, its metadata and the sha256 of its shard files."""
+    import pyarrow.compute as pc
+
+    from pipelines.shards import FOLDER, ShardError, read_shards
+
+    table, metadata = read_shards(folder)
+    if not pc.sum(pc.list_value_length(table["kept"])).as_py():
+        raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
+    digest = hashlib.sha256()
+    for path in sorted((folder / FOLDER).iterdir()):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return table, metadata, digest.hexdigest()
+
+
+def _train(
+    recipe: Recipe, objective: Objective, shards: Path, training: Path, provenance: dict[str, Any], run: str
+) -> tuple[Any, dict[str, float], list[int]]:
+    """Run or finish the training; returns the best trained tensors, their metrics, and the steps at which worker groups began."""
+    import ray.train
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.progress import Progress
+    from pipelines.training_worker import read_state, train
+
+    settings = recipe.distil
+    key = json.dumps(
+        [recipe.distil.model_dump(), recipe.reserved.model_dump(), recipe.slm.dtype, recipe.seed, provenance["shards"]]
+    )
+    name = f"{objective}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    folder = training / name
+    folder.mkdir(parents=True, exist_ok=True)
+    follower = _Follower(folder / "progress.jsonl", run)
+    trainer = TorchTrainer(
+        train,
+        train_loop_config={
+            "recipe": recipe.model_dump_json(),
+            "objective": objective,
+            "shards": str(shards),
+            "progress": str(follower.path),
+        },
+        torch_config=TorchConfig(backend="nccl" if settings.num_gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=settings.workers,
+            use_gpu=settings.num_gpus > 0,
+            resources_per_worker={"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str(training),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="agree_at_1"),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        with Progress(f"distil {objective}", "steps", settings.steps, follower.step):
+            result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from None
+    best, metrics = max(result.best_checkpoints, key=lambda pair: (pair[1]["agree_at_1"], pair[1]["step"]))
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return read_state(best)["trained"], numbers, follower.begun
+
+
+def _build(
+    recipe: Recipe,
+    objective: Objective,
+    trained: Any,
+    shards: Path,
+    calibration: Path | None,
+    provenance: dict[str, Any],
+    output: Path,
+) -> dict[str, float]:
+    """Build the artifact on a node with a worker's resources."""
+    import ray
+
+    from pipelines.artifact_building import build
+
+    @ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus, max_retries=MAX_FAILURES)
+    def on_a_worker(tensors: Any) -> dict[str, float]:
+        calibrating = _trajectories(calibration) if calibration else None
+        return build(recipe, objective, tensors, _trajectories(shards), calibrating, provenance, output)
+
+    try:
+        return ray.get(on_a_worker.remote(trained))
+    except ray.exceptions.RayTaskError as error:
+        raise DistilError(f"building {output.name} failed: {' '.join(str(error.cause).split())}") from None
+
+
+def _trajectories(folder: Path) -> Sequence[Trajectory]:
+    from pipelines.shards import read_shards
+    from pipelines.training_data import trajectories
+
+    return trajectories(read_shards(folder)[0])
+
+
+def _root_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None)
+    cause = next(iter(failures.values())) if failures else error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return lines[-1] if lines else type(cause).__name__
+
+
+class _Follower:
+    """Reads the progress file as it grows, into MLflow. A job that goes on reads the earlier part too, so that its curves are
+    whole."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self.run = path, run
+        self.begun: list[int] = []
+        self._offset = self._step = 0
+
+    def step(self) -> int:
+        """Log what is new; the last step known."""
+        import mlflow
+
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                record = json.loads(line)
+                if "begun" in record:
+                    self.begun.append(record["begun"])
+                else:
+                    self._step = record["step"]
+                    mlflow.log_metrics(record["metrics"], step=record["step"], run_id=self.run)
+        return self._step
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m pipelines.distil", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--recipe", type=Path, required=True, help="the model pair and its settings (YAML)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
+    parser.add_argument("--shards", type=Path, required=True, help="the collection to train on")
+    parser.add_argument(
+        "--calibration", type=Path, help="a collection to set thresholds on; without one, held-out training prompts"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="the artifact directory, or with kd the checkpoint's"
+    )
+    parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
+    parser.add_argument("--objective", choices=("selector", "kd", "router"), default="selector")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

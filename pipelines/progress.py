@@ -1,0 +1,58 @@
+"""Progress as one calm line: rewritten in place on a terminal, a new line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+_LOG_EVERY_S = 30.0
+
+
+class Progress:
+    """Shows `count()` of `total` while the `with` block runs. The count is polled in a thread, so that any
+    blocking call can be watched from outside.
+
+        with Progress("collect", "rows", total=2400, count=rows_written):
+            dataset.write_datasink(sink)
+    """
+
+    def __init__(self, name: str, unit: str, total: int, count: Callable[[], int], every_s: float = 1.0) -> None:
+        self.name, self.unit, self.total, self.count, self.every_s = name, unit, total, count, every_s
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Progress:
+        self._begin, self._first = time.monotonic(), self.count()
+        self._shown = self._begin
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._show(last=True)
+
+    def _watch(self) -> None:
+        while not self._done.wait(self.every_s):
+            self._show()
+
+    def _show(self, last: bool = False) -> None:
+        now = time.monotonic()
+        terminal = sys.stderr.isatty()
+        if not (terminal or last or now - self._shown >= _LOG_EVERY_S):
+            return
+        self._shown = now
+        done, seconds = self.count(), now - self._begin
+        rate = (done - self._first) / seconds if seconds else 0.0
+        text = f"{self.name}: {done}/{self.total} {self.unit}, {seconds:.0f} s, {rate:.1f} {self.unit}/s"
+        print(
+            f"\r{text:<78}" if terminal else text,
+            end="" if terminal and not last else "\n",
+            file=sys.stderr,
+            flush=True,
+        )

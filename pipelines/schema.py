@@ -1,0 +1,90 @@
+"""The rows that stages hand on: what a shard and a results file hold, one row a trajectory or an answer.
+
+Shards are Arrow IPC files, one row a trajectory, steps nested, so one row in is one row out. Axes as
+everywhere: _T step, _K candidate.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+VERSION = "1"
+
+#: A step kept for training: its candidates, best first in the SLM's order, with both models'
+#: log-probabilities over their whole vocabularies. `by_kl` says why it was kept: True for the collection's
+#: top steps by KL, False for a random one.
+KEPT_STEP = pa.struct(
+    [
+        ("step", pa.int32()),
+        ("by_kl", pa.bool_()),
+        ("candidates_K", pa.list_(pa.int32())),
+        ("slm_logprobs_K", pa.list_(pa.float32())),
+        ("teacher_logprobs_K", pa.list_(pa.float32())),
+    ]
+)
+
+#: One trajectory. `teacher_rank_T` is the 0-based rank of the teacher's argmax in the SLM's order (support or
+#: more: the value `support`). `error` is null where the row is whole; then the step columns are filled, and
+#: null where it is not. An error is "kind: detail"; the kinds are "empty prompt", "too long" and "failed".
+SHARD = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("output_ids", pa.list_(pa.int32())),
+        ("seed", pa.int64()),
+        ("temperature", pa.float64()),
+        ("finish", pa.string()),
+        ("kl_T", pa.list_(pa.float32())),
+        ("entropy_T", pa.list_(pa.float32())),
+        ("teacher_argmax_T", pa.list_(pa.int32())),
+        ("teacher_rank_T", pa.list_(pa.int32())),
+        ("kept", pa.list_(KEPT_STEP)),
+        ("error", pa.string()),
+    ]
+)
+
+#: Keys of a shard's schema metadata (all values are UTF-8 strings).
+METADATA = (
+    "s2t.version",
+    "s2t.recipe",  # JSON of the whole recipe
+    "s2t.slm",  # sha256 of the SLM's weights
+    "s2t.teacher",
+    "s2t.tokenizer",
+    "s2t.divergence",
+    "s2t.k",
+    "s2t.tau",  # share of the collection's steps kept by KL
+    "s2t.task",
+)
+
+#: One answer. `verdict` is correct, wrong, truncated or errored; the four sum to the total. `turns` holds
+#: every turn's text where a task has several, `output` the last. `usage` (engine -> Usage), `decisions` and
+#: `models` (engine -> sha256 of its weights) are JSON. `seconds` is the server's time for the answer,
+#: `client_seconds` what passed here.
+RESULT = pa.schema(
+    [
+        ("key", pa.string()),
+        ("task", pa.string()),
+        ("item", pa.string()),
+        ("category", pa.string()),
+        ("policy", pa.string()),
+        ("seed", pa.int64()),
+        ("repeat", pa.int32()),
+        ("request_seed", pa.int64()),
+        ("output", pa.string()),
+        ("turns", pa.list_(pa.string())),
+        ("samples", pa.list_(pa.string())),
+        ("extracted", pa.string()),
+        ("answer", pa.string()),
+        ("verdict", pa.string()),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+        ("finish", pa.string()),
+        ("tokens", pa.int64()),
+        ("usage", pa.string()),
+        ("decisions", pa.string()),
+        ("models", pa.string()),
+        ("seconds", pa.float64()),
+        ("client_seconds", pa.float64()),
+    ]
+)

@@ -1,0 +1,71 @@
+"""What the maths tasks share: extraction, equality and vote keys on top of `grading`; and likewise for the choice tasks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pipelines.grading import choices, maths
+from pipelines.grading.final_answer import final_answer
+from pipelines.grading.latex_text import canonical
+from pipelines.tasks.base import MATHS_SYSTEM, Item, Message
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_PERCENT = re.compile(r"per\s?cent|%", re.IGNORECASE)
+
+
+def asks_percentage(question: str) -> bool:
+    return _PERCENT.search(question) is not None
+
+
+def maths_prompt(question: str) -> list[Message]:
+    """The zero-shot chat prompt of the Qwen2.5-Math evaluation."""
+    return [{"role": "system", "content": MATHS_SYSTEM}, {"role": "user", "content": question}]
+
+
+def extract_maths(response: str, item: Item) -> str | None:
+    return final_answer(response)
+
+
+def correct_maths(extracted: str, item: Item) -> bool:
+    """Equal to the gold answer, or to one of several. Heeds `metadata["tolerance"]`, and a question that asks for a percentage
+    (`metadata["percent_asked"]` where the question's text is not known)."""
+    golds = [item.answer] if isinstance(item.answer, str) else item.answer
+    percent_asked = item.metadata.get("percent_asked", asks_percentage(item.question))
+    tolerance = item.metadata.get("tolerance")
+    return any(maths.equal(gold, extracted, percent_asked=percent_asked, tolerance=tolerance) for gold in golds)
+
+
+def same_maths(first: str, second: str) -> bool:
+    return maths.equal(first, second)
+
+
+maths_vote_key = canonical
+
+
+def choice_prompt(question: str, options: Sequence[str]) -> list[Message]:
+    """Question, lettered options, and the phrase that the answer is to be given in."""
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+    text = (
+        f"{question}\n{listed}\n\nThink step by step and then finish your answer with "
+        '"the answer is (X)" where X is the correct letter choice.'
+    )
+    return [{"role": "user", "content": text}]
+
+
+def extract_choice(response: str, item: Item) -> str | None:
+    options = item.metadata["options"]
+    return choices.choice(response, LETTERS[: len(options)], options)
+
+
+def correct_choice(extracted: str, item: Item) -> bool:
+    return extracted == item.answer
+
+
+def choice_item(uid: str, question: str, options: Sequence[str], answer: str, **metadata: object) -> Item:
+    """Raises ValueError where the answer is none of the letters."""
+    if answer not in LETTERS[: len(options)]:
+        raise ValueError(f"{uid}: the answer {answer!r} is none of {LETTERS[: len(options)]}")
+    return Item(
+        uid, choice_prompt(question, options), answer, {"question": question, "options": list(options), **metadata}
+    )

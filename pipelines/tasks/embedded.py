@@ -1,0 +1,49 @@
+"""The embedded arithmetic problems that the shipped model pair was trained on: generated, so there are no files.
+
+`embedded` is the test split and `embedded-hard` the harder one; `embedded-train` and `embedded-calibration` feed the collect pipeline, and
+settings are chosen on `embedded-validation`: rows of the calibration split that set no threshold.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_vote_key, same_maths
+from pipelines.tasks.base import Item, Task
+from pipelines.tasks.source import Row
+
+SEED = 0
+SPLITS = {
+    "embedded": ("test", 0, 1000),
+    "embedded-hard": ("hard", 0, 500),
+    "embedded-train": ("train", 0, 4000),
+    "embedded-calibration": ("calibration", 0, 1000),
+    "embedded-validation": ("calibration", 1000, 1500),
+}
+
+
+def read(name: str, tables: list[list[Row]]) -> list[Item]:
+    """The task's rows of its split, for a fixed seed."""
+    from s2t_models.embedded import generator
+
+    split, first, end = SPLITS[name]
+    return [
+        Item(
+            f"{name}/{problem.uid}",
+            [{"role": "user", "content": problem.question}],
+            problem.answer,
+            {
+                "question": problem.question,
+                "solution": problem.solution,
+                "family": problem.family,
+                "steps": problem.steps,
+            },
+        )
+        for problem in generator.problems(split, end, SEED)[first:]  # type: ignore[arg-type]
+    ]
+
+
+EMBEDDED = tuple(
+    Task(name, (), partial(read, name), extract_maths, correct_maths, maths_vote_key, same_maths, max_new_tokens=256)
+    for name in SPLITS
+)

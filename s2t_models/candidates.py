@@ -1,0 +1,47 @@
+"""Candidate sets C_t: which of the SLM's tokens a scorer may choose from at a triggered step (section 4.2, Table A15).
+
+Axes: _N the SLM's top-N support in order of probability, _K candidate.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+Method = Literal["top_k", "multinomial"]
+
+
+def propose(
+    logprobs_N: np.ndarray, k: int, method: Method, ratio: float = 0.0, uniforms_K: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices into the support of at most `k` candidates, best first, [<=K] int.
+
+    "top_k" takes the first k. "multinomial" draws k without replacement at T = 1, top-p 1, one uniform of `uniforms_K`
+    a draw, from the support renormalised (what lies outside a support of 64 is not worth a candidate). `ratio` > 0 keeps
+    only candidates at least `ratio` times as probable as the support's top one (dynamic sizing, Table A4).
+    """
+    logprobs_N = np.asarray(logprobs_N, dtype=np.float64)
+    k = min(k, int(np.isfinite(logprobs_N).sum()))
+    if method == "top_k":
+        chosen_K = np.arange(k)
+    else:
+        if uniforms_K is None or len(uniforms_K) < k:
+            raise ValueError(f"multinomial candidates need {k} uniforms")
+        chosen_K = np.sort(_draw_without_replacement(np.exp(logprobs_N - logprobs_N.max()), uniforms_K[:k]))
+    if ratio > 0.0:
+        chosen_K = chosen_K[logprobs_N[chosen_K] >= logprobs_N[0] + np.log(ratio)]
+        chosen_K = chosen_K if len(chosen_K) else np.zeros(1, dtype=int)
+    return chosen_K
+
+
+def _draw_without_replacement(weights_N: np.ndarray, uniforms_K: np.ndarray) -> np.ndarray:
+    weights_N = weights_N.copy()
+    drawn = np.empty(len(uniforms_K), dtype=int)
+    for draw, u in enumerate(uniforms_K):
+        cumulative_N = weights_N.cumsum()
+        drawn[draw] = min(np.searchsorted(cumulative_N, u * cumulative_N[-1], side="right"), len(weights_N) - 1)
+        if weights_N[drawn[draw]] == 0.0:  # u rounded up to the very end of the support
+            drawn[draw] = weights_N.argmax()
+        weights_N[drawn[draw]] = 0.0
+    return drawn

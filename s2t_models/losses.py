@@ -1,0 +1,85 @@
+"""The training losses of the selector, and of the `kd` control that spends the same labels on plain distillation.
+
+All take plain tensors and know nothing of models. Groups may have different numbers of candidates: `valid_GK` marks the
+real ones. Axes: _G group (a labelled step), _K candidate, _S decoding state, _V text vocabulary (reserved rows left out).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+EXCLUDED = torch.finfo(torch.float32).min
+
+
+def preference(
+    scores_GK: torch.Tensor, slm_logprobs_GK: torch.Tensor, temperature: float, prior_weight: float
+) -> torch.Tensor:
+    """What the selector maximises over candidates: score / T + w log p_SLM(c), [G, K]. w = 0 is the paper's rule."""
+    return scores_GK / temperature + prior_weight * slm_logprobs_GK
+
+
+def teacher_choice(teacher_logprobs_GK: torch.Tensor, valid_GK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The teacher's best candidate c* of each group, [G], and its margin, [G]: p(best) - p(second best), as the teacher gives
+    them (a group of one candidate has margin p(best))."""
+    probabilities_GK = teacher_logprobs_GK.exp().masked_fill(~valid_GK, 0.0)
+    if probabilities_GK.shape[1] == 1:
+        return probabilities_GK.argmax(-1), probabilities_GK[:, 0]
+    best_G2 = probabilities_GK.topk(2, dim=-1)
+    return best_G2.indices[:, 0], best_G2.values[:, 0] - best_G2.values[:, 1]
+
+
+def selection(preference_GK: torch.Tensor, target_G: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the teacher's best candidate over the set, mean over groups (Eq. 7); 0 where there is no group."""
+    logits_GK = preference_GK.masked_fill(~valid_GK, EXCLUDED)
+    return F.cross_entropy(logits_GK, target_G, reduction="sum") / max(len(target_G), 1)
+
+
+def margin(
+    preference_GK: torch.Tensor,
+    scores_GK: torch.Tensor,
+    target_G: torch.Tensor,
+    valid_GK: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Adaptive pairwise hinge against the hard negative, mean over groups (Eqs. 13, 14); 0 where there is no group.
+
+    max(0, m - (preference(c*) - preference(c-))), where c- is the best wrong candidate and the effective margin
+    m = std(scores) / T follows the spread of the group's scores (population deviation, a constant to the gradient), so that
+    flat groups are not over-penalised. A group of one candidate costs nothing.
+    """
+    count_G = valid_GK.sum(-1)
+    masked_GK = scores_GK.detach().masked_fill(~valid_GK, 0.0)
+    mean_G1 = (masked_GK.sum(-1) / count_G)[:, None]
+    variance_G = ((masked_GK - mean_G1).square() * valid_GK).sum(-1) / count_G
+    right_G = preference_GK.gather(1, target_G[:, None])[:, 0]
+    is_wrong_GK = valid_GK.scatter(1, target_G[:, None], False)
+    hardest_G = preference_GK.masked_fill(~is_wrong_GK, EXCLUDED).amax(-1)
+    hinge_G = (variance_G.sqrt() / temperature - (right_G - hardest_G)).relu()
+    return hinge_G.masked_fill(count_G < 2, 0.0).sum() / max(len(target_G), 1)
+
+
+def stability(base_logits_SV: torch.Tensor, tuned_logits_SV: torch.Tensor) -> torch.Tensor:
+    """KL(base || tuned) over the text vocabulary at each state, [S], in nats (Eq. 8)."""
+    base_SV = base_logits_SV.log_softmax(-1)
+    return (base_SV.exp() * (base_SV - tuned_logits_SV.log_softmax(-1))).sum(-1)
+
+
+def distillation(
+    base_logits_SV: torch.Tensor,
+    tuned_logits_SV: torch.Tensor,
+    state_G: torch.Tensor,
+    token_G: torch.Tensor,
+    beta: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The `kd` control: (loss, cross-entropy part, KL part).
+
+    Cross-entropy of the teacher's best candidate `token_G` on the text logits at the labelled states `state_G`, mean over
+    groups, plus `beta` times KL(base || tuned), mean over all other states.
+    """
+    is_labelled_S = torch.zeros(len(base_logits_SV), dtype=torch.bool, device=state_G.device)
+    is_labelled_S[state_G] = True
+    answer = F.cross_entropy(tuned_logits_SV[state_G], token_G, reduction="sum") / max(len(token_G), 1)
+    others = ~is_labelled_S
+    drift = stability(base_logits_SV[others], tuned_logits_SV[others]).sum() / others.sum().clamp(min=1)
+    return answer + beta * drift, answer, drift

@@ -1,0 +1,143 @@
+"""What a policy is: a way of decoding, one system of the paper's table.
+
+A policy is an async generator over engines. It yields spans of tokens with their source and the decisions taken, and
+ends with a `Done`. Equation 9 of the paper is the shape: trigger x proposer x scorer. A policy knows nothing of Ray,
+HTTP, tasks or grading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
+
+Source = Literal["slm", "teacher", "selected"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to decode. `temperature` and `top_p` override what a policy would use itself (None: its own setting)."""
+
+    prompt: list[int]
+    max_tokens: int
+    seed: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive output tokens of one source."""
+
+    ids: list[int]
+    source: Source
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end of a decode. `usage` is keyed by engine name ("slm", "teacher", "s2t-local", ...).
+
+    `samples` holds every sample's ids where the policy votes (maj@n)."""
+
+    finish: Finish
+    usage: dict[str, Usage]
+    samples: list[list[int]] = field(default_factory=list)
+
+
+Event = Span | Decision | Done
+
+
+@dataclass(frozen=True)
+class Engines:
+    """The engines a policy may call by name. A missing one raises a KeyError that names it.
+
+    `encode` and `decode` are the pair's tokenizer; `encode` reads special tokens written in the text as such."""
+
+    by_name: dict[str, Engine]
+    decode: Callable[[list[int]], str]
+    encode: Callable[[str], list[int]]
+
+    def __getitem__(self, name: str) -> Engine:
+        if name not in self.by_name:
+            raise KeyError(f"no engine named {name!r} is running; there are: {', '.join(sorted(self.by_name))}")
+        return self.by_name[name]
+
+
+class Policy(Protocol):
+    """`name` is the model name it is served under; `needs` the engines it calls."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+    def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]: ...
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How a policy draws tokens unless the request says otherwise; temperature 0 is greedy."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def sampling(
+        self, request: Request, max_tokens: int, seed: int | None = None, first_step: int = 0, support: int = 0
+    ) -> Sampling:
+        """The engine's settings for up to `max_tokens` tokens of `request` from step `first_step` on."""
+        return Sampling(
+            max_tokens=max_tokens,
+            temperature=self.temperature if request.temperature is None else request.temperature,
+            top_p=self.top_p if request.top_p is None else request.top_p,
+            top_k=self.top_k,
+            seed=request.seed if seed is None else seed,
+            first_step=first_step,
+            support=support,
+        )
+
+
+GREEDY = Tokens()
+
+
+async def check_fits(engines: Engines, names: Iterable[str], request: Request, extra: int = 0) -> None:
+    """Refuse at the start what a policy of many calls would only find out halfway.
+
+    Raises ContextOverflow where the prompt, `max_tokens` and `extra` tokens exceed an engine's context."""
+    needed = len(request.prompt) + request.max_tokens + extra
+    for name in names:
+        context = (await engines[name].card()).context
+        if needed > context:
+            raise ContextOverflow(
+                f"the prompt's {len(request.prompt)} tokens and {request.max_tokens + extra} more do not fit the "
+                f"{context} tokens of {name}; shorten the prompt or lower max_tokens"
+            )
+
+
+@dataclass
+class Decoded:
+    """A whole decode, gathered."""
+
+    ids: list[int]
+    finish: Finish
+    usage: dict[str, Usage]
+    spans: list[Span]
+    decisions: list[Decision]
+    samples: list[list[int]]
+
+
+async def gather(events: AsyncIterator[Event]) -> Decoded:
+    """Run a policy to its end and collect what it yielded."""
+    out = Decoded([], "length", {}, [], [], [])
+    async for event in events:
+        if isinstance(event, Span):
+            out.spans.append(event)
+            out.ids.extend(event.ids)
+        elif isinstance(event, Decision):
+            out.decisions.append(event)
+        else:
+            out.finish, out.usage, out.samples = event.finish, event.usage, event.samples
+    return out

@@ -1,0 +1,30 @@
+"""Reserved rows: vocabulary rows that no text uses, whose logits carry the selector's scores (section 3.2, D.1).
+
+They are masked from generation. Axes: _R bin.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from s2t_models.recipe import RecipeError, Reserved
+
+
+def reserved_ids(rows: int, tokenizer_length: int, settings: Reserved) -> tuple[int, ...]:
+    """The R contiguous ids of the block; by default the highest rows of the vocabulary.
+
+    `rows` counts the model's vocabulary rows, `tokenizer_length` the ids that text uses. Raises RecipeError where the
+    block would reach into the tokenizer's ids or past the last row.
+    """
+    first = rows - settings.count if settings.first is None else settings.first
+    if first < tokenizer_length or first + settings.count > rows:
+        raise RecipeError(
+            f"reserved: rows {first}..{first + settings.count - 1} are not free: the tokenizer uses the ids below "
+            f"{tokenizer_length} and the model has {rows} rows; set reserved.first or a smaller reserved.count"
+        )
+    return tuple(range(first, first + settings.count))
+
+
+def bins(count: int) -> torch.Tensor:
+    """The fixed bin values v, uniform over [0, 1], [R] (Eq. 5)."""
+    return torch.linspace(0.0, 1.0, count)

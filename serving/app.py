@@ -1,0 +1,234 @@
+"""Serve a recipe: its engines and the gateway, on a running Ray cluster or one started here.
+
+    python -m serving.app --recipe cluster/recipes/embedded.yaml --set serving.port=8080
+
+`app` is the builder for Serve configuration files and KubeRay's RayService. A recipe that cannot be served is refused
+before anything is deployed. Training and benchmarks are not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import urllib.request
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from s2t_models.recipe import Recipe, RecipeError, load_recipe
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+    from serving.hosting import Hosted
+
+NAME = "s2t"
+# Batching is the engine's business: Serve passes every call on at once and holds none back.
+MAX_ONGOING_REQUESTS = 4096
+QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
+
+
+def build(recipe: Recipe) -> Application:
+    """The recipe as a Serve application. Raises RecipeError with one line where its parts do not fit together."""
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from serving.engine_deployment import EngineDeployment
+    from serving.gateway import Gateway
+    from serving.hosting import hosted, thresholds, with_router
+
+    quiet = LoggingConfig(**QUIET)
+
+    def deployment(kind: type, name: str, replicas: int, cpus: float, gpus: float) -> serve.Deployment:
+        return serve.deployment(
+            name=name,
+            num_replicas=replicas,
+            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+            max_ongoing_requests=MAX_ONGOING_REQUESTS,
+            max_constructor_retry_count=1,
+            logging_config=quiet,
+        )(kind)
+
+    engines = hosted(recipe)
+    handles = {}
+    for name, engine in engines.items():
+        model = engine.settings
+        engine_deployment = deployment(EngineDeployment, name, model.num_replicas, model.num_cpus, model.num_gpus)
+        handles[name] = engine_deployment.bind(engine)
+    gateway = deployment(Gateway, "gateway", recipe.serving.gateway_replicas, 0, 0)
+    return gateway.bind(with_router(recipe), recipe.digest(), engines["slm"].settings, thresholds(recipe), handles)
+
+
+def app(args: dict[str, Any]) -> Application:
+    """`serve run serving.app:app recipe=FILE`, or `import_path: serving.app:app` with `args: {recipe, set}`."""
+    return build(load_recipe(args["recipe"], args.get("set", ())))
+
+
+def run(recipe: Recipe, blocking: bool = True) -> str:
+    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM.
+
+    Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
+    cluster too small, an engine does not start, or the recipe's parts do not fit together.
+    """
+    import ray
+    from ray import serve
+
+    from serving.hosting import hosted
+
+    application = build(recipe)
+    demand = _demand(hosted(recipe))
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    own_cluster = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    if own_cluster:
+        _check_port_is_free(recipe)
+    with ExitStack() as undo:
+        _join_ray(demand["CPU"], own_cluster)
+        if own_cluster:
+            undo.callback(ray.shutdown)
+        _check_resources(demand, ray.cluster_resources())
+        serving_already = bool(serve.status().proxies)
+        if serving_already:
+            _check_port_is_serves(recipe)
+        else:
+            _check_port_is_free(recipe)
+            if not own_cluster:
+                undo.callback(serve.shutdown)
+            options = {"host": recipe.serving.host, "port": recipe.serving.port}
+            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
+        _deploy(application)
+        url = f"http://{recipe.serving.host}:{recipe.serving.port}/v1"
+        if blocking:
+            if serving_already:
+                undo.callback(serve.delete, NAME)
+            print(_screen(recipe, url), flush=True)
+            _wait()
+        else:
+            undo.pop_all()
+    return url
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="s2t serve", description="Serve a recipe's policies behind the OpenAI API.")
+    parser.add_argument("--recipe", required=True, help="recipe file (YAML)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
+    options = parser.parse_args(arguments)
+    try:
+        run(load_recipe(options.recipe, options.set))
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _deploy(application: Application) -> None:
+    from ray import serve
+
+    try:
+        serve.run(application, name=NAME, route_prefix="/")
+    except RuntimeError as error:
+        failed = [
+            f"{name} does not start: {_last_line(deployment.message)}"
+            for name, deployment in serve.status().applications[NAME].deployments.items()
+            if deployment.status not in ("HEALTHY", "UPDATING")
+        ]
+        raise RecipeError("; ".join(failed) or _last_line(str(error))) from None
+
+
+def _last_line(message: str) -> str:
+    """What a traceback ends with."""
+    return message.strip().rsplit("\n", 1)[-1]
+
+
+def _screen(recipe: Recipe, url: str) -> str:
+    """What a user needs to know once it runs."""
+    from serving.gateway import servable
+    from serving.hosting import hosted, thresholds
+
+    names = list(servable(recipe, thresholds(recipe), set(hosted(recipe))))
+    body = {"model": names[0], "messages": [{"role": "user", "content": "What is 3 + 4 * 5?"}]}
+    return "\n".join(
+        [
+            f"endpoint  {url}  (recipe {recipe.name}; Ctrl-C stops it)",
+            f"models    {', '.join(names)}",
+            f"try       curl {url}/chat/completions -H 'Content-Type: application/json' \\",
+            f"            -d '{json.dumps(body)}'",
+        ]
+    )
+
+
+def _join_ray(cpus: float, own_cluster: bool) -> None:
+    """Join the cluster this process is on or RAY_ADDRESS names, or start one here with `cpus` CPUs at the least."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if own_cluster:
+        # CPUs are Ray's bookkeeping: small engines share cores, and one's own machine need not refuse that.
+        logical = max(os.cpu_count() or 1, math.ceil(cpus))
+        quiet |= {"address": "local", "num_cpus": logical, "include_dashboard": False}
+    ray.init(**quiet)
+
+
+def _demand(engines: Mapping[str, Hosted]) -> dict[str, float]:
+    """What the engines take of the cluster, all replicas together."""
+    models = [engine.settings for engine in engines.values()]
+    return {
+        "CPU": sum(model.num_replicas * model.num_cpus for model in models),
+        "GPU": sum(model.num_replicas * model.num_gpus for model in models),
+    }
+
+
+def _check_resources(demand: Mapping[str, float], cluster: Mapping[str, float]) -> None:
+    for resource, wanted in demand.items():
+        if wanted > cluster.get(resource, 0):
+            raise RecipeError(
+                f"the engines take {wanted:g} {resource}s and the cluster has {cluster.get(resource, 0):g}; set fewer "
+                f"replicas (slm.num_replicas) or less for each (slm.num_{resource.lower()}s), or add nodes"
+            )
+
+
+def _check_port_is_free(recipe: Recipe) -> None:
+    host, port = recipe.serving.host, recipe.serving.port
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise RecipeError(
+                f"serving.port: {host}:{port} cannot be had ({error.strerror}); choose another with "
+                "--set serving.port=PORT"
+            ) from None
+
+
+def _check_port_is_serves(recipe: Recipe) -> None:
+    """Serve has one port a cluster: where it runs, the recipe's has to be that one."""
+    address = f"{recipe.serving.host}:{recipe.serving.port}"
+    try:
+        with urllib.request.urlopen(f"http://{address}/-/healthz", timeout=10) as response:
+            answers = response.status == 200
+    except OSError:
+        answers = False
+    if not answers:
+        raise RecipeError(f"serving.port: Serve runs on this cluster already, and not at {address}; give its port")
+
+
+def _wait() -> None:
+    """Until SIGINT or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""An engine as a Serve deployment, and the engine contract over a deployment handle.
+
+`EngineDeployment` hosts one engine, `RemoteEngine` is what policies call. Calls carry their whole prefix, so any
+replica can serve any call. Neither knows of policies, text or HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ray.serve.handle import DeploymentHandle
+
+from s2t_models.engines.contract import (
+    ContextOverflow,
+    Draft,
+    ModelCard,
+    Multiplex,
+    Sampling,
+    Scores,
+    Selection,
+)
+from serving.hosting import Hosted
+
+
+class EngineDeployment:
+    """Hosts one engine in each replica."""
+
+    def __init__(self, hosted: Hosted) -> None:
+        self._engine = hosted.load()
+
+    async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """The engine's answer. A call that does not fit the context is answered with the exception as a value: Serve
+        writes a traceback to the log for every exception raised, and this one is the caller's affair."""
+        try:
+            return await getattr(self._engine, method)(*arguments)
+        except ContextOverflow as overflow:
+            return overflow
+
+
+class RemoteEngine:
+    """The engine contract over a handle. Raises what the engine raises."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+        self._card: ModelCard | None = None
+
+    async def card(self) -> ModelCard:
+        if self._card is None:
+            self._card = await self._call("card")
+        return self._card
+
+    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
+        return await self._call("generate", prefix, sampling)
+
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
+        return await self._call("score", tokens, start, ids_TN)
+
+    async def select(self, prefix: list[int], candidates_K: list[int]) -> np.ndarray:
+        return await self._call("select", prefix, candidates_K)
+
+    async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
+        return await self._call("generate_selecting", prefix, sampling, selection)
+
+    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: Multiplex) -> Draft:
+        return await self._call("generate_multiplex", prefix, sampling, multiplex)
+
+    async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
+        return await self._call("features", tokens, start, support)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        answer = await self._handle.call.remote(method, arguments)
+        if isinstance(answer, ContextOverflow):
+            raise answer
+        return answer

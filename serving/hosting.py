@@ -1,0 +1,125 @@
+"""What a recipe hosts: its engines, the thresholds of its policies, and that all of it belongs together.
+
+It reads folders and hashes; it knows nothing of Ray or HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2t_models import loading
+from s2t_models.artifact import Artifact, ArtifactError
+from s2t_models.engines.contract import Engine
+from s2t_models.policies import Thresholds
+from s2t_models.recipe import Model, Recipe, RecipeError, Reserved
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """One engine: a model with the reserved rows it must not generate, or the S2T-Local artifact in a folder (which
+    knows its own), on the device and slots of `settings`. Local paths are absolute: replicas run in other folders."""
+
+    name: str
+    settings: Model
+    reserved: Reserved | None = None
+    artifact: Path | None = None
+
+    def load(self) -> Engine:
+        """The torch engine, with its weights."""
+        from transformers import AutoConfig
+
+        from s2t_models.engines.torch_engine import TorchEngine
+        from s2t_models.reserved import reserved_ids
+
+        if self.artifact:
+            return TorchEngine.load_artifact(Artifact.load(self.artifact), self.settings, self.name)
+        if self.reserved is None:
+            return TorchEngine.load(self.settings, self.name)
+        rows = AutoConfig.from_pretrained(loading.resolve(self.settings)).vocab_size
+        tokens = len(loading.load_tokenizer(self.settings))
+        return TorchEngine.load(self.settings, self.name, reserved_ids(rows, tokens, self.reserved))
+
+
+def hosted(recipe: Recipe) -> dict[str, Hosted]:
+    """The recipe's engines by name: slm, teacher, s2t-local where there is an artifact, and each further checkpoint.
+
+    Raises RecipeError where a folder is missing, or tokenizers or weights do not belong together.
+    """
+    tokenizer = loading.tokenizer_hash(recipe.slm)
+    slm = _absolute(recipe.slm)
+    engines = [Hosted("slm", slm, recipe.reserved), Hosted("teacher", _absolute(recipe.teacher))]
+    for name, path in recipe.checkpoints.items():
+        checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
+        engines.append(Hosted(name, _absolute(checkpoint), recipe.reserved))
+    for engine in engines:
+        if loading.tokenizer_hash(engine.settings) != tokenizer:
+            raise RecipeError(
+                f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}; "
+                "models that work together share one"
+            )
+    if recipe.router.path and not (Path(recipe.router.path) / "router.json").is_file():
+        raise RecipeError(
+            f"router.path: {recipe.router.path} holds no router; `s2t distil --objective router` trains one"
+        )
+    if recipe.artifact:
+        artifact = _artifact(recipe)
+        engines.append(Hosted("s2t-local", slm, artifact=artifact.folder.resolve()))
+    return {engine.name: engine for engine in engines}
+
+
+def thresholds(recipe: Recipe) -> Thresholds:
+    """Those of the artifact, and for KL and entropy those of `trigger.calibration` where it is set.
+
+    An artifact's KL thresholds hold for the teacher they were calibrated with, and are left out beside another. Raises
+    RecipeError where either is missing or was made for another SLM.
+    """
+    found: dict[str, dict[str, float]] = {}
+    if recipe.artifact:
+        card = _artifact(recipe).card
+        same_teacher = card.provenance.get("teacher_weights") == loading.weights_hash(recipe.teacher)
+        found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_teacher}
+    if recipe.trigger.calibration:
+        found |= _calibration(recipe, Path(recipe.trigger.calibration))
+    return found
+
+
+def with_router(recipe: Recipe) -> Recipe:
+    """The recipe with R2R's router, where it has one, as an absolute path. Raises RecipeError where the folder is missing."""
+    if recipe.router.path is None:
+        return recipe
+    path = Path(recipe.router.path)
+    if not path.is_dir():
+        raise RecipeError(f"router.path: {path}: no such folder; `s2t distil --objective router` trains one")
+    router = recipe.router.model_copy(update={"path": str(path.resolve())})
+    return recipe.model_copy(update={"router": router})
+
+
+def _artifact(recipe: Recipe) -> Artifact:
+    try:
+        artifact = Artifact.load(str(recipe.artifact))
+    except ArtifactError as error:
+        raise RecipeError(f"artifact: {error}") from None
+    _same_weights("artifact", artifact.folder, "SLM", artifact.card.provenance.get("base_weights"), recipe.slm)
+    return artifact
+
+
+def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[str, float]]:
+    path = path / "thresholds.json" if path.is_dir() else path
+    if not path.is_file():
+        raise RecipeError(f"trigger.calibration: {path}: no such file; `s2t collect` writes one")
+    content = json.loads(path.read_text())
+    _same_weights("trigger.calibration", path, "SLM", content.get("slm"), recipe.slm)
+    _same_weights("trigger.calibration", path, "teacher", content.get("teacher"), recipe.teacher)
+    return {metric: content[metric] for metric in ("kl", "entropy")}
+
+
+def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: Model) -> None:
+    if recorded != loading.weights_hash(model):
+        raise RecipeError(f"{key}: {path} was made with another {role} than {model.path}; make it again with this one")
+
+
+def _absolute(settings: Model) -> Model:
+    path = Path(settings.path)
+    return settings.model_copy(update={"path": str(path.resolve())}) if path.is_dir() else settings

@@ -1,0 +1,92 @@
+"""Session fixtures: one real Ray cluster for all tests, with more logical CPUs than cores (the actors are small)."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def recipe_path() -> Path:
+    return REPOSITORY / "cluster" / "recipes" / "embedded.yaml"
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The benchmarks' real data, laid out as the README says; tests that need it are skipped where it is absent."""
+    folder = Path(os.environ.get("S2T_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"the benchmark data is not at {folder}; set S2T_DATA to its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """The cluster's dashboard address, where jobs are submitted."""
+    import ray
+
+    context = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded SLM as an S2T-Local artifact nobody trained: its rows and its head are drawn at random, which is all
+    that plumbing and exactness need. The recipe's budget triggers often."""
+    import torch
+
+    from s2t_models import artifact, loading
+    from s2t_models.recipe import load_recipe
+    from s2t_models.reserved import bins, reserved_ids
+    from s2t_models.trigger import TriggerHead
+
+    recipe = load_recipe(recipe_path)
+    torch.manual_seed(0)
+    model, tokenizer = loading.load_model(recipe.slm), loading.load_tokenizer(recipe.slm)
+    reserved = reserved_ids(model.config.vocab_size, len(tokenizer), recipe.reserved)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[list(reserved)] = torch.randn(len(reserved), model.config.hidden_size)
+    budget = str(recipe.budget)
+    card = artifact.Card(
+        reserved_ids=reserved,
+        bins=tuple(bins(len(reserved)).tolist()),
+        k=recipe.candidates.k,
+        method=recipe.candidates.method,
+        temperature=recipe.distil.temperature,
+        prior_weight=recipe.policies.local_prior_weight,
+        trained_prior_weight=recipe.distil.prior_weight,
+        thresholds={"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}},
+        budget=recipe.budget,
+        provenance={
+            "base_weights": loading.weights_hash(recipe.slm),
+            "teacher_weights": loading.weights_hash(recipe.teacher),
+        },
+    )
+    head = TriggerHead(model.config.hidden_size, 16).eval()
+    return artifact.save(tmp_path_factory.mktemp("artifact") / "untrained", model, tokenizer, head, card).folder
+
+
+@pytest.fixture(scope="session")
+def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path) -> str:
+    """The URL (.../v1) of the embedded pair and an untrained artifact, served by real Serve for the whole session."""
+    import socket
+
+    from s2t_models.recipe import load_recipe
+    from serving.app import run
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    settings = [f"artifact={untrained_artifact}", "checkpoints.kd=embedded:slm", f"serving.port={port}"]
+    few = [f"{model}.num_cpus=0.1" for model in ("slm", "teacher")]
+    return run(load_recipe(recipe_path, settings + few), blocking=False)

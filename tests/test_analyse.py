@@ -1,0 +1,135 @@
+"""Analyses of recorded shards and results: the figures that follow from them, and bad input."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from recorded import RECIPE, recorded_results, recorded_shards
+
+from pipelines import analyse
+from pipelines.audit import judge
+from pipelines.decision_analysis import scores_by_rank, tables
+from pipelines.results import read_results
+from pipelines.shard_analysis import hits, read_steps
+from pipelines.shards import read_shards
+from s2t_models.recipe import load_recipe
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+def test_shards_give_hit_rates_curves_and_alignment(store: str, tmp_path: Path) -> None:
+    recorded_shards(tmp_path / "shards")
+    output = tmp_path / "analysis"
+    assert analyse.main([str(tmp_path / "shards"), "--output", str(output), "--tracking", store]) == 0
+    table, metadata = read_shards(tmp_path / "shards")
+    steps = read_steps(table, metadata)
+    assert len(steps.kl_T) == 12 * 60, "rows with an error have no steps"
+    hit = pd.read_csv(output / "hit.csv").set_index(["tau", "k"])["hit"]
+    top = np.argsort(-steps.kl_T)[:36]
+    assert hit[0.05, 8] == pytest.approx((steps.rank_T[top] < 8).mean())
+    assert hits(steps, 0.05)[8] == hit[0.05, 8]
+    assert (hit.groupby("tau").diff().dropna() >= 0).all(), "Hit@K grows with K"
+    split = pd.read_csv(output / "error_split.csv")
+    missed = 1 - split["tau"].map(hit.xs(1, level="k"))
+    assert (split["hit_error"] + split["selection_error"]).to_numpy() == pytest.approx(missed.to_numpy())
+    alignment = pd.read_csv(output / "alignment.csv").set_index("steps_are")
+    assert alignment.loc["top steps by KL", "steps"] == 72
+    assert abs(alignment.loc["top steps by KL", "spearman"]) < 0.2, "random orders do not agree"
+    triggers = pd.read_csv(output / "triggers.csv").set_index(["trigger", "tau"])["hit@1"]
+    assert triggers["kl", 0.01] < triggers["random", 0.2], "the divergence finds the steps where the SLM is wrong"
+    for name in ("hit-over-k.png", "hit-over-tau.png", "rank-cdf.png", "error-split.png"):
+        assert (output / name).stat().st_size > 5000
+    run = mlflow.search_runs(experiment_names=["s2t"]).iloc[0]
+    assert run["metrics.hit_8_at_5pct"] == pytest.approx(hit[0.05, 8])
+
+
+def test_results_give_the_error_split_alignment_and_agreement(store: str, tmp_path: Path) -> None:
+    results = recorded_results(tmp_path / "results.parquet")
+    output = tmp_path / "analysis"
+    assert analyse.main([str(results), "--output", str(output), "--tracking", store]) == 0
+    frame, _ = read_results(results)
+    table = pd.read_csv(output / "decisions.csv").set_index("policy")
+    for policy in ("s2t", "s2t-local", "takeover"):
+        decisions = [d for text in frame[frame["policy"] == policy]["decisions"] for d in json.loads(text)]
+        disagree = np.mean([d["chosen"] != d["argmax"] for d in decisions])
+        assert table.loc[policy, "selection_error"] == pytest.approx(disagree)
+        assert table.loc[policy, "hit_error"] == 0.0
+        assert table.loc[policy, "decisions"] == len(decisions) == 240
+    assert table.loc["s2t-local", "agree_at_1"] == pytest.approx(1 - table.loc["s2t-local", "selection_error"])
+    groups = pd.read_csv(output / "agreement.csv").set_index(["policy", "group"])["accuracy"]
+    assert groups["s2t-local", "agree"] > groups["s2t-local", "disagree"]
+    for stem in ("embedded-s2t-local-rescue", "embedded-s2t-local-score-by-rank", "agreement", "decision-error-split"):
+        assert (output / f"{stem}.png").stat().st_size > 5000
+    assert (output / "embedded-accuracy-over-tau.png").is_file()
+
+
+def test_scores_are_sorted_by_the_teachers_rank() -> None:
+    decision = {"scores_K": [0.1, 0.9, 0.5]}
+    ranked = scores_by_rank([(decision, np.array([0.2, 0.7, 0.1])), (decision, np.array([0.6, 0.3, 0.1]))])
+    assert ranked[:4] == [[0.9, 0.1], [0.1, 0.9], [0.5, 0.5], []]
+
+
+def test_several_results_make_curves_over_k(tmp_path: Path) -> None:
+    files = []
+    for k in (2, 8):
+        recipe = load_recipe(RECIPE, [f"candidates.k={k}"])
+        path = recorded_results(tmp_path / f"k{k}.parquet", None, **{"s2t.recipe": recipe.model_dump_json()})
+        files.append(read_results(path))
+    rows = [row for row in tables(files)["accuracy"] if row["policy"] == "s2t" and row["tau"] == 0.10]
+    assert sorted(row["k"] for row in rows) == [2, 8]
+
+
+def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from s2t_models.engines.torch_engine import TorchEngine
+    from s2t_models.loading import load_tokenizer
+
+    recipe = load_recipe(RECIPE)
+    tokenizer = load_tokenizer(recipe.teacher)
+    engine = TorchEngine.load(recipe.teacher, "teacher")
+    prompt, output = tokenizer.encode("How many apples are 3 + 4?"), tokenizer.encode("There are 7 apples in all")
+    decisions = [
+        {"step": 1, "candidates_K": [output[1], 5, 6], "chosen": output[1], "argmax": None},
+        {"step": 3, "candidates_K": [9, output[3]], "chosen": output[3], "argmax": None},
+    ]
+    try:
+        assert asyncio.run(judge(decisions, prompt, output, engine))
+        assert not asyncio.run(judge([decisions[0] | {"chosen": 1}], prompt, output, engine)), "other tokens"
+    finally:
+        engine.close()
+    import torch
+
+    from s2t_models.loading import load_model
+
+    model = load_model(recipe.teacher)
+    assert isinstance(model, Qwen2ForCausalLM)
+    assert isinstance(model.config, Qwen2Config)
+    for decision in decisions:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + output[: decision["step"]]])).logits[0, -1].float()
+        assert decision["argmax"] == int(logits.argmax())
+        assert decision["teacher_K"] == pytest.approx(logits.softmax(-1)[decision["candidates_K"]].tolist(), abs=1e-5)
+
+
+def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    noise = tmp_path / "noise.parquet"
+    noise.write_text("noise")
+    for path, words in (
+        (tmp_path / "nothing", "no such collection of shards or results file"),
+        (noise, "not a results file"),
+        (tmp_path, "no such folder"),
+    ):
+        assert analyse.main([str(path), "--output", str(tmp_path / "out")]) == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1

@@ -1,0 +1,99 @@
+"""The artifact directory: what is saved comes back, and anything else is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_tree import SIZES
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from s2t_models import artifact
+from s2t_models.artifact import Artifact, ArtifactError, Card
+from s2t_models.recipe import Model
+from s2t_models.reserved import bins
+from s2t_models.trigger import TriggerHead
+
+CARD = Card(
+    reserved_ids=tuple(range(88, 96)),
+    bins=tuple(bins(8).tolist()),
+    k=8,
+    method="top_k",
+    temperature=0.1,
+    prior_weight=2.0,
+    trained_prior_weight=1.0,
+    thresholds={"head": {"0.01": 2.5, "0.1": 0.25}},
+    budget=0.1,
+    provenance={"recipe": "abc", "seed": 0},
+)
+
+
+@pytest.fixture
+def parts() -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerFast, TriggerHead]:
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    return model, tokenizer, TriggerHead(32, 16, dropout=0.1).eval()
+
+
+@torch.no_grad()
+def test_what_is_saved_comes_back(tmp_path: Path, parts):
+    model, tokenizer, head = parts
+    artifact.save(tmp_path / "a", model, tokenizer, head, CARD)
+    loaded = Artifact.load(tmp_path / "a")
+    assert loaded.card == CARD
+    hidden = torch.randn(4, 32)
+    assert torch.equal(loaded.head()(hidden), head(hidden))
+    settings = loaded.model(Model(path="embedded:slm", dtype="float32"))
+    assert settings.dtype == "float32"
+    again = AutoModelForCausalLM.from_pretrained(settings.path, dtype=torch.float32)
+    ids = torch.randint(96, (1, 6))
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert sorted(path.suffix for path in (tmp_path / "a" / "model").glob("*.bin")) == []
+
+
+def test_saving_replaces_an_artifact_as_a_whole_and_nothing_else(tmp_path: Path, parts):
+    artifact.save(tmp_path / "a", *parts, CARD)
+    (tmp_path / "a" / "left-over").touch()
+    artifact.save(tmp_path / "a", *parts, CARD.model_copy(update={"k": 4}))
+    assert Artifact.load(tmp_path / "a").card.k == 4
+    assert not (tmp_path / "a" / "left-over").exists()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").touch()
+    with pytest.raises(ArtifactError, match="holds something else"):
+        artifact.save(tmp_path / "b", *parts, CARD)
+    assert (tmp_path / "b" / "thesis.tex").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_thresholds_by_budget():
+    assert CARD.threshold() == 0.25
+    assert CARD.threshold(0.01) == 2.5
+    with pytest.raises(ArtifactError, match=r"no head threshold for budget 0.05; calibrated budgets: 0.01, 0.1"):
+        CARD.threshold(0.05)
+    with pytest.raises(ArtifactError, match="no kl threshold"):
+        CARD.threshold(0.01, "kl")
+
+
+def test_missing_and_foreign_files_are_named_in_one_line(tmp_path: Path, parts):
+    with pytest.raises(ArtifactError, match="no such artifact directory"):
+        Artifact.load(tmp_path / "nowhere")
+    with pytest.raises(ArtifactError, match=r"artifact\.json is missing"):
+        Artifact.load(tmp_path)
+    folder = artifact.save(tmp_path / "a", *parts, CARD).folder
+    card = json.loads((folder / "artifact.json").read_text())
+    for change, complaint in (
+        ({"format": "other/3"}, "format"),
+        ({"colour": "red"}, "colour"),
+        ({"reserved_ids": "all"}, "reserved_ids"),
+    ):
+        (folder / "artifact.json").write_text(json.dumps(card | change))
+        with pytest.raises(ArtifactError, match=complaint) as caught:
+            Artifact.load(folder)
+        assert "\n" not in str(caught.value)
+    (folder / "artifact.json").write_text("{")
+    with pytest.raises(ArtifactError, match="json"):
+        Artifact.load(folder)

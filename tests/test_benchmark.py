@@ -1,0 +1,305 @@
+"""The benchmark job over real HTTP and real Ray Data, against a server that counts, refuses and hangs up."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from stub_endpoint import Stub, stub_endpoint
+
+from pipelines import answers, benchmark
+from pipelines.benchmark import Options
+from pipelines.questions import QuestionError, Row, check_splits, load_items, plan
+from pipelines.results import read_results, summarise
+from pipelines.tasks import Item, Task
+from s2t_models.recipe import Recipe, load_recipe
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+POLICIES = ("greedy", "maj@8", "s2t", "s2t-local", "llm")
+
+
+@pytest.fixture(scope="module")
+def items(recipe_path: Path) -> list[tuple[Task, list[Item]]]:
+    return load_items(job(recipe_path), None)
+
+
+@pytest.fixture
+def stub(items: list[tuple[Task, list[Item]]]) -> Iterator[Stub]:
+    with stub_endpoint({item.question: str(item.answer) for _, drawn in items for item in drawn}) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "FIRST_DELAY_S", 0.01)
+
+
+def job(recipe_path: Path, *overrides: str) -> Recipe:
+    settings = ["benchmark.items=24", "benchmark.seeds=[0,1]", f"benchmark.policies=[{','.join(POLICIES)}]"]
+    return load_recipe(recipe_path, [*settings, "collect.prompts=50", *overrides])
+
+
+def run(recipe: Recipe, output: Path, stub: Stub) -> pd.DataFrame:
+    store = f"sqlite:///{output.parent / 'mlflow.db'}"
+    benchmark.benchmark(recipe, output, Options(endpoint=stub.url, tracking=store))
+    return read_results(output / benchmark.RESULTS)[0]
+
+
+def test_every_question_is_asked_once_and_graded(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
+) -> None:
+    frame = run(job(recipe_path), tmp_path / "out", stub)
+    assert len(frame) == len(POLICIES) * 2 * 24
+    assert set(stub.asked.values()) == {1}
+    questions = {json.dumps(body["messages"]) for body in stub.bodies}
+    assert len(questions) == 24
+    for summary in summarise(frame):
+        right = [stub.right(summary.policy, json.loads(text)[-1]["content"]) for text in questions]
+        assert summary.accuracy == pytest.approx(sum(right) / 24)
+        assert summary.correct + summary.wrong + summary.truncated + summary.errored == summary.rows == 48
+        assert (summary.teacher_prefill > 0) is (summary.policy in ("s2t", "llm"))
+    voted = frame[frame["policy"] == "maj@8"]
+    assert (voted["samples"].map(len) == 3).all()
+    assert (tmp_path / "out" / "tables.md").read_text().count("maj@8") == 2
+    assert len(list((tmp_path / "out" / "figures").glob("*.png"))) >= 4
+
+
+def test_a_second_run_asks_nothing_and_says_the_same(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
+) -> None:
+    first = run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)
+    asked = stub.asked.total()
+    assert run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub).equals(first)
+    assert stub.asked.total() == asked
+    more = run(job(recipe_path, "benchmark.policies=[greedy,llm]"), tmp_path / "out", stub)
+    assert stub.asked.total() == 2 * asked, "only the new policy is asked"
+    assert more[more["policy"] == "greedy"].equals(first)
+    stub.weights = "w2"
+    run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)
+    assert stub.asked.total() == 3 * asked, "other weights, other answers"
+
+
+def test_faults_that_pass_are_tried_again(ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path) -> None:
+    def fault(body: dict, before: int) -> tuple[int, dict, dict[str, str]] | None:
+        kind = body["seed"] % 4
+        if before > 1 or kind == 0:
+            return None
+        if kind == 1:
+            raise ConnectionError
+        error = {"error": {"message": "busy"}}
+        return (429, error, {"Retry-After": "0.01"}) if kind == 2 else (503, error, {})
+
+    stub.fault = fault
+    frame = run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)
+    assert frame["error"].isna().all()
+    assert set(stub.asked.values()) == {1, 3}
+    assert set(stub.answered.values()) == {1}
+
+
+def test_refusals_are_answers_and_lasting_faults_are_asked_again_next_time(
+    ray_cluster: None,
+    stub: Stub,
+    recipe_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    refused, broken = 0, 0
+
+    def fault(body: dict, before: int) -> tuple[int, dict, dict[str, str]] | None:
+        nonlocal refused, broken
+        if body["seed"] % 3 == 0:
+            refused += before == 0
+            return 400, {"error": {"message": "no such thing", "code": "invalid"}}, {}
+        if body["seed"] % 3 == 1:
+            broken += before == 0
+            return 500, {"error": {"message": "internal error"}}, {}
+        return None
+
+    stub.fault = fault
+    recipe = job(recipe_path, "benchmark.policies=[greedy]")
+    frame = run(recipe, tmp_path / "out", stub)
+    (summary,) = summarise(frame)
+    assert summary.errored == refused + broken
+    assert f"{broken} questions got no answer" in capsys.readouterr().err
+    assert set(frame["error"].dropna()) == {"400: no such thing", "500 after 8 attempts: internal error"}
+    assert (summary.correct + summary.wrong + summary.errored) == summary.rows
+    stub.fault = lambda body, before: None
+    before = dict(stub.asked)
+    (again,) = summarise(run(recipe, tmp_path / "out", stub))
+    assert again.errored == refused
+    assert stub.asked.total() - sum(before.values()) == broken
+
+
+def test_a_prompt_near_the_context_gets_the_room_that_is_left(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
+) -> None:
+    def fault(body: dict, before: int) -> tuple[int, dict, dict[str, str]] | None:
+        if "max_tokens" in body:
+            return 400, {"error": {"message": "too long", "code": "context_length_exceeded"}}, {}
+        return None
+
+    stub.fault = fault
+    frame = run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)
+    assert frame["error"].isna().all()
+
+
+def test_a_dead_endpoint_ends_the_job_in_one_line(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--recipe",
+        str(recipe_path),
+        "--output",
+        str(tmp_path / "out"),
+        "--policies",
+        "greedy",
+        "--items",
+        "30",
+    ]
+    assert benchmark.main([*arguments, "--endpoint", "http://127.0.0.1:9"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert benchmark.main([*arguments, "--endpoint", stub.url, "--policies", "nonesuch"]) == 2
+    assert "does not serve nonesuch" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_goes_away_ends_the_job_and_its_answers_are_kept(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
+) -> None:
+    def fault(body: dict, before: int) -> None:
+        stub.down = stub.answered.total() >= 20
+        if stub.down:
+            raise ConnectionError
+
+    stub.fault = fault
+    recipe = job(recipe_path, "benchmark.policies=[greedy]", "benchmark.concurrency=4")
+    with pytest.raises(answers.EndpointError, match="stopped answering"):
+        run(recipe, tmp_path / "out", stub)
+    assert 20 <= len(answers.read_answers(tmp_path / "out" / "answers")) < 48
+    stub.fault, stub.down = lambda body, before: None, False
+    assert len(run(recipe, tmp_path / "out", stub)) == 48
+    assert set(stub.answered.values()) == {1}
+
+
+def test_killed_at_any_point_it_goes_on_without_asking_again(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "pipelines.benchmark", "--recipe", str(recipe_path), "--output", str(output)]
+    command += ["--policies", ",".join(POLICIES), "--items", "24", "--seeds", "0,1", "--set", "collect.prompts=50"]
+    command += ["--set", "benchmark.concurrency=4", "--endpoint", stub.url]
+    command += ["--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    stub.delay_s = 0.1
+    # On a cluster of its own, as a user starts it; the kill takes that down too.
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    try:
+        while len(answers.read_answers(output / "answers")) < 40:
+            assert process.poll() is None, "the job ended before it could be killed"
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_until_quiet(stub)
+    kept = answers.read_answers(output / "answers")
+    assert 40 <= len(kept) < len(POLICIES) * 48, "it was killed in the middle"
+    asked_before = dict(stub.asked)
+    stub.delay_s = 0.0
+    frame = run(job(recipe_path, "benchmark.concurrency=4"), output, stub)
+    answered_before = len(set(frame["key"]) & kept.keys())
+    assert answered_before == len(kept), "every answer kept is one of the job's"
+    assert stub.asked.total() - sum(asked_before.values()) == len(frame) - len(kept), "only the rest was asked"
+    fresh = run(job(recipe_path), tmp_path / "fresh", stub)
+    timing = ["seconds", "client_seconds"]
+    assert frame.drop(columns=timing).equals(fresh.drop(columns=timing))
+
+
+def wait_until_quiet(stub: Stub) -> None:
+    """Until nothing is asked any more: Ray has noticed that the job is gone."""
+    asked = -1
+    while asked != stub.asked.total():
+        asked = stub.asked.total()
+        time.sleep(1.5)
+
+
+def test_torn_lines_are_left_out_and_damage_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"key": "1"}\n{"key": "2", "out')
+    assert answers.read_answers(tmp_path).keys() == {"1"}
+    (tmp_path / "b.jsonl").write_bytes(b'{"key": "3"}\nnoise\n{"key": "4"}\n')
+    with pytest.raises(answers.AnswersError, match=r"b\.jsonl:2"):
+        answers.read_answers(tmp_path)
+
+
+def test_the_cache_key_holds_all_that_an_answer_depends_on(
+    recipe_path: Path, items: list[tuple[Task, list[Item]]]
+) -> None:
+    (row, *_) = plan(job(recipe_path), items, {policy: {} for policy in POLICIES}, 1)
+
+    def changed(**parts: object) -> str:
+        return Row(**({name: getattr(row, name) for name in row.__dataclass_fields__} | parts)).key  # type: ignore[arg-type]
+
+    others = [
+        changed(policy="other"),
+        changed(settings={"weights": "b"}),
+        changed(seed=7),
+        changed(repeat=1),
+        changed(item=items[0][1][1]),
+    ]
+    assert len({row.key, *others}) == 6
+    assert changed() == row.key
+
+
+def test_every_item_has_noise_of_its_own_shared_by_the_policies(
+    recipe_path: Path, items: list[tuple[Task, list[Item]]]
+) -> None:
+    rows = plan(job(recipe_path), items, {policy: {} for policy in POLICIES}, 2)
+    seeds = {(row.item.uid, row.seed, row.repeat): row.request_seed for row in rows}
+    assert len(set(seeds.values())) == len(seeds) == 24 * 2 * 2
+    assert all(seeds[row.item.uid, row.seed, row.repeat] == row.request_seed for row in rows)
+
+
+def test_test_rows_among_the_training_rows_are_refused(recipe_path: Path) -> None:
+    recipe = job(recipe_path, "benchmark.task=[embedded-train]", "collect.prompts=4000")
+    with pytest.raises(QuestionError, match=r"training \(embedded-train\) and test \(embedded-train\) share"):
+        check_splits(recipe, load_items(recipe, None), None)
+
+
+def test_bad_calls_end_in_one_line(recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = ["--output", str(tmp_path / "out")]
+    for arguments, words in (
+        (["--recipe", str(tmp_path / "none.yaml")], "no such recipe file"),
+        (["--recipe", str(recipe_path), "--task", "nonesuch"], "there is no task 'nonesuch'"),
+        (["--recipe", str(recipe_path), "--set", "benchmark.seed=1"], "unknown key benchmark.seed"),
+        (["--recipe", str(recipe_path), "--items", "0"], "benchmark.items"),
+    ):
+        assert benchmark.main([*arguments, *output]) == 2
+        message = capsys.readouterr().err
+        assert words in message
+        assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("policy", ["greedy", "maj@8", "s2t", "s2t-local", "kd", "llm"])
+def test_the_served_pair_answers_the_embedded_task(
+    endpoint: str, recipe_path: Path, untrained_artifact: Path, tmp_path: Path, policy: str
+) -> None:
+    recipe = job(
+        recipe_path,
+        f"artifact={untrained_artifact}",
+        "checkpoints.kd=embedded:slm",
+        f"benchmark.policies=[{policy}]",
+        "benchmark.seeds=[0]",
+        "benchmark.items=6",
+    )
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    benchmark.benchmark(recipe, tmp_path / "out", Options(endpoint=endpoint, tracking=store))
+    frame = read_results(tmp_path / "out" / benchmark.RESULTS)[0]
+    assert frame["error"].isna().all()
+    assert (frame["tokens"] > 0).all()
+    assert all(json.loads(models) for models in frame["models"])
+    assert (frame["samples"].map(len) == (8 if policy == "maj@8" else 0)).all()

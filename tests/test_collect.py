@@ -1,0 +1,323 @@
+"""Collect on a real Ray cluster and the embedded pair: exact labels, resume after SIGKILL, errors as rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pipelines import collect, publish
+from pipelines.labelling import PROMPT, ROLLOUT, Labels, Rollouts, masked_ids, propose_steps
+from pipelines.prompts import PromptError, from_file, rows
+from pipelines.shards import read_shards
+from pipelines.sink import committed
+from s2t_models import loading
+from s2t_models.embedded import generator
+from s2t_models.recipe import Recipe, load_recipe
+
+GOOD = 44
+SETTINGS = [
+    "collect.max_new_tokens=120",
+    "collect.rollout.batch=4",
+    "collect.label.batch=4",
+    "collect.rollout.num_cpus=0.5",
+    "collect.label.num_cpus=0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def recipe(recipe_path: Path) -> Recipe:
+    return load_recipe(recipe_path, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good prompts with an empty one and one far over the context among them."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    lines: list[dict[str, Any]] = [
+        {"uid": problem.uid, "prompt": problem.question} for problem in generator.problems("train", GOOD)
+    ]
+    lines.insert(3, {"uid": "empty", "prompt": " "})
+    lines.insert(5, {"uid": "long", "messages": [{"role": "user", "content": "one two three " * 5000}]})
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def collection(ray_cluster: None, recipe: Recipe, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("collection")
+    collect.collect(recipe, output, prompts)
+    return output
+
+
+def _main(recipe_path: Path, output: Path, prompts: Path, *settings: str) -> int:
+    overrides = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
+    return collect.main(["--recipe", str(recipe_path), "--output", str(output), "--prompts", str(prompts), *overrides])
+
+
+def _whole(collection: Path) -> list[dict[str, Any]]:
+    return [row for row in read_shards(collection)[0].to_pylist() if row["error"] is None]
+
+
+def test_one_row_a_prompt_in_their_order(collection: Path, prompts: Path) -> None:
+    table, _ = read_shards(collection)
+    assert table["uid"].to_pylist() == [uid for uid, _ in from_file(prompts)]
+    assert not (collection / "work").exists()
+
+
+def test_bad_prompts_become_rows_with_an_error(collection: Path) -> None:
+    errors = {row["uid"]: row["error"] for row in read_shards(collection)[0].to_pylist() if row["error"]}
+    assert set(errors) == {"empty", "long"}
+    assert errors["empty"].startswith("empty prompt:")
+    assert errors["long"].startswith("too long:")
+    summary = json.loads((collection / "collect.json").read_text())
+    assert summary["rows"] == GOOD + 2
+    assert summary["errors"] == {"empty prompt": 1, "too long": 1}
+
+
+def test_half_the_rows_are_sampled(collection: Path) -> None:
+    temperatures = read_shards(collection)[0]["temperature"].to_pylist()
+    assert sorted(set(temperatures)) == [0.0, 0.7]
+    assert temperatures.count(0.7) == len(temperatures) // 2
+
+
+@torch.no_grad()
+def test_labels_equal_brute_force(collection: Path, recipe: Recipe) -> None:
+    """KL, ranks and candidates against full forwards of both models in float64, text vocabulary only."""
+    models = [loading.load_model(settings).double() for settings in (recipe.slm, recipe.teacher)]
+    masked = list(masked_ids(recipe))
+    for row in _whole(collection)[:6]:
+        ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
+        p_TV, q_TV = (model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1] for model in models)
+        p_TV[:, masked] = q_TV[:, masked] = -torch.inf
+        p_TV, q_TV = p_TV.log_softmax(-1), q_TV.log_softmax(-1)
+        top_TN = p_TV.argsort(-1, descending=True)[:, : recipe.divergence.support]
+        kl_T = []
+        for p_V, q_V, top_N in zip(p_TV.numpy(), q_TV.numpy(), top_TN.numpy(), strict=True):
+            p = np.append(np.exp(p_V[top_N]), 1 - np.exp(p_V[top_N]).sum())
+            q = np.append(np.exp(q_V[top_N]), 1 - np.exp(q_V[top_N]).sum())
+            kl_T.append(sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-12))
+        np.testing.assert_allclose(row["kl_T"], kl_T, rtol=1e-3, atol=1e-4)
+        entropy_T = -(p_TV.exp() * p_TV.clamp_min(-1e9)).sum(-1)
+        np.testing.assert_allclose(row["entropy_T"], entropy_T.numpy(), rtol=1e-3, atol=1e-4)
+        assert row["teacher_argmax_T"] == q_TV.argmax(-1).tolist()
+        place_TV = p_TV.argsort(-1, descending=True).argsort(-1)
+        rank_T = place_TV.gather(-1, q_TV.argmax(-1, keepdim=True)).squeeze(-1)
+        assert row["teacher_rank_T"] == rank_T.clamp_max(recipe.divergence.support).tolist()
+        assert row["kept"]
+        for step in row["kept"]:
+            candidates_K = step["candidates_K"]
+            assert len(set(candidates_K)) == recipe.collect.k
+            assert not set(candidates_K) & set(masked)
+            np.testing.assert_allclose(step["slm_logprobs_K"], p_TV[step["step"], candidates_K], rtol=1e-3, atol=1e-3)
+            np.testing.assert_allclose(
+                step["teacher_logprobs_K"], q_TV[step["step"], candidates_K], rtol=1e-3, atol=1e-3
+            )
+
+
+def test_kept_steps_are_the_top_ones_of_the_whole_collection(collection: Path, recipe: Recipe) -> None:
+    whole = _whole(collection)
+    kl = {(row["uid"], step): value for row in whole for step, value in enumerate(row["kl_T"])}
+    by_kl = {(row["uid"], step["step"]) for row in whole for step in row["kept"] if step["by_kl"]}
+    random = {(row["uid"], step["step"]) for row in whole for step in row["kept"] if not step["by_kl"]}
+    assert len(by_kl) == round(recipe.collect.steps * len(kl))
+    assert min(kl[step] for step in by_kl) >= max(value for step, value in kl.items() if step not in by_kl)
+    assert 0.07 < len(random) / (len(kl) - len(by_kl)) < 0.13
+    shares = [sum(step["by_kl"] for step in row["kept"]) / len(row["kl_T"]) for row in whole]
+    assert max(shares) > 1.5 * min(shares)  # not a tenth of each trajectory
+
+
+def test_thresholds_trigger_their_budgets(collection: Path) -> None:
+    thresholds = json.loads((collection / "thresholds.json").read_text())
+    _, metadata = read_shards(collection)
+    assert thresholds["slm"] == metadata["s2t.slm"]
+    for name, column in (("kl", "kl_T"), ("entropy", "entropy_T")):
+        values = np.concatenate([row[column] for row in _whole(collection)])
+        assert list(thresholds[name]) == ["0.01", "0.02", "0.05", "0.1", "0.2"]
+        for budget, threshold in thresholds[name].items():
+            assert (values >= threshold).mean() == pytest.approx(float(budget), abs=2 / len(values))
+
+
+def test_killed_and_started_again_gives_the_same_rows(
+    collection: Path,
+    recipe: Recipe,
+    recipe_path: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ray
+
+    overrides = [part for setting in SETTINGS for part in ("--set", setting)]
+    job = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "pipelines.collect", "--recipe", str(recipe_path)),
+            *("--output", str(tmp_path), "--prompts", str(prompts), *overrides),
+        ],
+        cwd=recipe_path.parents[2],
+        env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+    )
+    labelled, checkpoint = tmp_path / "work" / "labelled", tmp_path / "work" / "checkpoint"
+    while not committed(labelled, checkpoint):
+        assert job.poll() is None, "the collection ended before it could be killed"
+        time.sleep(0.05)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    first = set(committed(labelled, checkpoint))
+    assert not (tmp_path / "shards").exists()
+
+    used: list[Path] = []
+
+    def spy(files: list[Path], *arguments: Any) -> dict[str, Any]:
+        used.extend(files)
+        return original(files, *arguments)
+
+    original = publish.publish
+    monkeypatch.setattr(publish, "publish", spy)
+    collect.collect(recipe, tmp_path, prompts)
+    assert first < set(used)  # what was done was not done again, and something was left to do
+
+    exact = (
+        "uid",
+        "prompt",
+        "prompt_ids",
+        "output_ids",
+        "seed",
+        "temperature",
+        "finish",
+        "teacher_argmax_T",
+        "error",
+    )
+    there, again = (read_shards(folder)[0] for folder in (collection, tmp_path))
+    for column in exact:
+        assert there[column].to_pylist() == again[column].to_pylist()
+    for one, other in zip(_whole(collection), _whole(tmp_path), strict=True):
+        # Batches fall differently, so the last bits of a float may.
+        np.testing.assert_allclose(one["kl_T"], other["kl_T"], rtol=1e-3, atol=1e-4)
+        assert [step["step"] for step in one["kept"]] == [step["step"] for step in other["kept"]]
+
+
+def test_finished_collection_is_left_alone(
+    collection: Path, recipe_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((collection / "shards").iterdir())]
+    assert _main(recipe_path, collection, prompts, "collect.label.actors=50", "serving.port=9000") == 0
+    assert before == [(path, path.stat().st_mtime_ns) for path in sorted((collection / "shards").iterdir())]
+    assert f"{GOOD + 2} rows" in capsys.readouterr().out
+
+
+def test_other_recipe_into_the_same_folder_is_refused(
+    collection: Path, recipe_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(recipe_path, collection, prompts, "collect.k=8", "seed=1") == 2
+    message = capsys.readouterr().err
+    assert "other settings (collect.k, seed, prompts)" in message
+    assert message.count("\n") == 1
+
+
+def test_other_pair_into_the_same_folder_is_refused(
+    collection: Path, recipe_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(recipe_path, collection, prompts, "teacher.path=embedded:slm") == 2
+    assert "other settings (teacher weights)" in capsys.readouterr().err
+
+
+def test_tokenizers_that_differ_are_refused(
+    recipe: Recipe, recipe_path: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(loading.resolve(recipe.slm), tmp_path / "other")
+    with (tmp_path / "other" / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    assert _main(recipe_path, tmp_path / "out", prompts, f"slm.path={tmp_path / 'other'}") == 2
+    message = capsys.readouterr().err
+    assert "tokenizers" in message
+    assert message.count("\n") == 1
+
+
+def test_more_actors_than_the_cluster_has_fails_at_once(
+    ray_cluster: None, recipe_path: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(recipe_path, tmp_path, prompts, "collect.label.actors=50") == 2
+    message = capsys.readouterr().err
+    assert "needs 27.5 CPUs and the cluster has 8" in message
+    assert message.count("\n") == 1
+
+
+def test_second_job_in_the_same_folder_is_refused(
+    recipe_path: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with collect._only_one(tmp_path):
+        assert _main(recipe_path, tmp_path, prompts) == 2
+    assert "another collect is running" in capsys.readouterr().err
+
+
+def test_failing_rows_cost_no_other_row(recipe: Recipe) -> None:
+    prompts = [
+        (problem.uid, [{"role": "user", "content": problem.question}]) for problem in generator.problems("train", 4)
+    ]
+    rollouts = Rollouts(recipe)
+    generate = rollouts.engine.generate
+    bad = rows(prompts, recipe)[2]["seed"]
+
+    async def broken(prefix: list[int], sampling: Any) -> Any:
+        if sampling.seed == bad:
+            raise RuntimeError("the model\nfell over")
+        return await generate(prefix, sampling)
+
+    rollouts.engine.generate = broken  # type: ignore[method-assign]
+    rolled = rollouts(pa.Table.from_pylist(rows(prompts, recipe), PROMPT))
+    assert rolled.schema.equals(ROLLOUT)
+    assert rolled["error"].to_pylist() == [None, None, "failed: RuntimeError: the model fell over", None]
+
+    lengths = [len(row["prompt_ids"]) + len(row["output_ids"]) for row in rolled.to_pylist() if row["error"] is None]
+    narrow = recipe.teacher.model_copy(update={"context": max(lengths) - 1})
+    labelled = Labels(recipe.model_copy(update={"teacher": narrow}))(rolled).to_pylist()
+    assert labelled[2]["error"] == "failed: RuntimeError: the model fell over"
+    assert [row["error"] or "" for row in labelled].count("") >= 1
+    assert any((row["error"] or "").startswith("too long:") for row in labelled)
+    for row in labelled:
+        assert (row["kl_T"] is None) == (row["error"] is not None)
+
+
+def test_candidates_are_draws_without_replacement() -> None:
+    """Against the probability of every ordered pair, p_i p_j / (1 - p_i)."""
+    p_N = np.array([0.5, 0.3, 0.15, 0.05])
+    drawn_TK = propose_steps(np.tile(np.log(p_N), (40_000, 1)), 2, "multinomial", seed=1)
+    for i in range(4):
+        for j in range(i + 1, 4):
+            expected = p_N[i] * p_N[j] / (1 - p_N[i]) + p_N[j] * p_N[i] / (1 - p_N[j])
+            assert (drawn_TK == [i, j]).all(-1).mean() == pytest.approx(expected, abs=0.01)
+    assert propose_steps(np.tile(np.log(p_N), (2, 1)), 3, "top_k", seed=1).tolist() == [[0, 1, 2]] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"uid": "a", "prompt": "x"}\n{"uid": "b"', ":2: expected"),
+        ('{"uid": "a"}', ":1: expected"),
+        ('{"uid": "a", "prompt": 3}', ":1: expected"),
+        ("[1]", ":1: expected"),
+        ("\n", "holds no prompts"),
+    ],
+)
+def test_malformed_prompt_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(text)
+    with pytest.raises(PromptError, match=message):
+        from_file(path)
+
+
+def test_uid_that_occurs_twice_is_refused(recipe: Recipe) -> None:
+    with pytest.raises(PromptError, match="'a' occurs twice"):
+        rows([("a", []), ("a", [])], recipe)

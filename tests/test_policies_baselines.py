@@ -1,0 +1,388 @@
+"""The systems S2T is compared with: each test shows the mechanism at work, not only that it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from reference_engine import (
+    END,
+    ReferenceEngine,
+    TinyPair,
+    card,
+    decode,
+    encode,
+    reference_engines,
+    run,
+    tiny_pair,
+    torch_engines,
+)
+
+from s2t_models.engines.contract import Draft, Multiplex, Sampling, Scores, Usage
+from s2t_models.policies.answers import answer_key, boxed
+from s2t_models.policies.base import Engines, Request, Tokens
+from s2t_models.policies.collaborate import Collaborate
+from s2t_models.policies.greedy import Alone
+from s2t_models.policies.majority import Majority, vote
+from s2t_models.policies.multiplex import MultiplexThinking
+from s2t_models.policies.r2r import RouterTrigger
+from s2t_models.policies.r2r_labels import ask, label, numbers_differ
+from s2t_models.policies.segments import generate_segment
+from s2t_models.policies.specreason import SpecReason
+from s2t_models.router import (
+    Router,
+    RouterSettings,
+    RouterTraining,
+    load_router,
+    recall_threshold,
+    save_router,
+    train_router,
+)
+
+PROMPT = encode("Ada has 12 ")
+WARM = Tokens(temperature=0.9, top_p=0.95, top_k=20)
+
+
+@pytest.fixture(scope="module")
+def pair() -> TinyPair:
+    torch.set_num_threads(1)
+    return tiny_pair()
+
+
+@pytest.fixture(scope="module")
+def reference(pair: TinyPair) -> Engines:
+    return reference_engines(pair)
+
+
+@pytest.fixture(scope="module")
+def engines(pair: TinyPair) -> Iterator[Engines]:
+    with torch_engines(pair) as running:
+        yield running
+
+
+# One model alone, and votes
+
+
+def test_alone_calls_the_engine_it_names_and_greedy_is_its_argmax(engines, reference):
+    for name in ("slm", "teacher"):
+        decoded = run(Alone("x", name), engines, Request(PROMPT, 24))
+        expected = [int(reference[name].logprobs(PROMPT + decoded.ids[:t]).argmax()) for t in range(len(decoded.ids))]
+        assert decoded.ids == expected
+        assert list(decoded.usage) == [name]
+        assert decoded.usage[name].decode == len(decoded.ids)
+
+
+def test_sample_is_the_seeds_and_the_requests_temperature_wins(engines, reference):
+    sample = Alone("sample", tokens=WARM)
+    texts = [run(sample, engines, Request(PROMPT, 24, seed)).ids for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[2] == run(sample, reference, Request(PROMPT, 24, 1)).ids
+    greedy = run(Alone("greedy"), engines, Request(PROMPT, 24)).ids
+    assert run(sample, engines, Request(PROMPT, 24, seed=1, temperature=0.0)).ids == greedy
+
+
+@pytest.mark.parametrize(
+    ("answers", "winner"),
+    [
+        (["7", "8", "8", "7"], 0),  # a tie goes to the answer seen first
+        (["7", "8", "8"], 1),
+        ([None, "8", None, None], 1),  # no answer, no vote
+        ([None, None], 0),
+    ],
+)
+def test_vote(answers, winner):
+    assert vote(answers) == winner
+
+
+def test_majority_votes_over_samples_of_distinct_seeds(engines):
+    policy = Majority("maj@5", 5, WARM, key=lambda text: text[0])
+    decoded = run(policy, engines, Request(PROMPT, 12, seed=2))
+    alone = [run(Alone("sample", tokens=WARM), engines, Request(PROMPT, 12, seed)) for seed in range(10, 15)]
+    assert decoded.samples == [sample.ids for sample in alone]
+    assert len({tuple(sample) for sample in decoded.samples}) > 1
+    first_letters = [decode(sample)[0] for sample in decoded.samples]
+    assert decoded.ids == decoded.samples[vote(first_letters)]
+    assert decoded.usage["slm"].decode == sum(len(sample) for sample in decoded.samples)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("so \\boxed{1} and then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("it is \\boxed{ 1,234 } eggs, or 7", "1234"),
+        ("cut short \\boxed{12", "12"),
+        ("first 3, at last -4.5", "-4.5"),
+        ("none", None),
+        ("\\boxed{(1,2)}", "(1,2)"),
+    ],
+)
+def test_answer_key(text, key):
+    assert answer_key(text) == key
+
+
+# SpecReason
+
+
+@dataclass
+class Scripted:
+    """An engine that recites: `says` maps what the prefix ends with to a text; `scores` are its digits in order."""
+
+    says: dict[str, str]
+    scores: list[int]
+
+    def __post_init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def card(self):
+        return card("scripted")
+
+    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
+        text = decode(prefix)
+        said = max((known for known in self.says if known in text), key=lambda known: text.rindex(known) + len(known))
+        whole = encode(self.says[said].replace("#", "")) + ([END] if self.says[said].endswith("#") else [])
+        done = len(text) - text.rindex(said) - len(said)
+        ids = whole[done : done + sampling.max_tokens]
+        return Draft(ids, "end" if ids[-1:] == [END] else "length", Usage(decode=len(ids)), np.empty(0))
+
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
+        self.asked.append(decode(tokens))
+        logprobs = np.full(ids_TN.shape, -5.0)
+        logprobs[0, self.scores.pop(0)] = -0.1
+        return Scores(logprobs, np.array([1]), Usage(prefill=1, forwards=1))
+
+
+def specreason(slm: Scripted, teacher: Scripted, **settings):
+    policy = SpecReason("specreason", **({"delimiter": ".", "verify": "|", "chunk": 4} | settings))
+    return run(policy, Engines({"slm": slm, "teacher": teacher}, decode, encode), Request(encode("Q?"), 200))
+
+
+def test_specreason_keeps_good_steps_and_takes_the_teachers_for_bad_ones():
+    slm = Scripted({"Q?": "2+2=4. junk", "4.": " 4+1=6. junk", "5.": " \\boxed{5}. junk"}, [])
+    teacher = Scripted({"4.": " 4+1=5. junk"}, [7, 6, 9])
+    decoded = specreason(slm, teacher)
+    assert decode(decoded.ids) == "2+2=4. 4+1=5. \\boxed{5}."
+    assert [span.source for span in decoded.spans] == ["slm", "teacher", "slm"]
+    assert [decision.value for decision in decoded.decisions] == [7, 6, 9]
+    assert teacher.asked == ["Q?2+2=4.|", "Q?2+2=4. 4+1=6.|", "Q?2+2=4. 4+1=5. \\boxed{5}.|"]
+    assert decoded.finish == "end"
+    assert decoded.usage["teacher"].decode > 0
+
+
+def test_specreason_stops_at_the_end_token_and_at_a_repeated_step():
+    slm = Scripted({"Q?": "over and over.", "over.": "over and over."}, [])
+    decoded = specreason(slm, Scripted({}, [9, 9, 9]))
+    assert decode(decoded.ids) == "over and over.over and over."
+    assert decoded.finish == "length"
+
+    slm = Scripted({"Q?": "fin#"}, [])
+    teacher = Scripted({}, [9])
+    decoded = specreason(slm, teacher)
+    assert decoded.ids == [*encode("fin"), END]
+    assert decoded.finish == "end"
+    assert teacher.asked == ["Q?fin|"]  # the end token is not shown to the judge
+
+
+def test_specreason_expected_digit(reference):
+    policy = SpecReason("specreason", score="expected", delimiter=" ", step_tokens=8, verify="?")
+    decoded = run(policy, reference, Request(PROMPT, 20, seed=1))
+    first = decoded.decisions[0]
+    step = asyncio.run(
+        generate_segment(reference["slm"], PROMPT, Sampling(8, 0.6, 0.95, seed=1), decode, (" ",), 16)
+    ).ids
+    p = reference["teacher"].logprobs(PROMPT + step + encode("?")).exp()[encode("0123456789")]
+    assert first.value == pytest.approx(float((p / p.sum()) @ torch.arange(10.0)), abs=1e-4)
+    assert len(decoded.ids) <= 20
+
+
+def test_a_segment_is_the_same_text_whatever_the_chunk(engines):
+    def segment(chunk: int):
+        sampling = Sampling(40, 0.9, seed=4, first_step=3)
+        return asyncio.run(generate_segment(engines["slm"], PROMPT, sampling, decode, ("1", "="), chunk))
+
+    whole = segment(40)
+    assert whole.finish is None
+    assert decode(whole.ids).lstrip()[-1] in "1="
+    assert all(segment(chunk).ids == whole.ids for chunk in (1, 3, 7))
+
+
+# R2R
+
+
+def router_rows(engines: Engines) -> tuple[np.ndarray, np.ndarray]:
+    async def both():
+        return await asyncio.gather(
+            *(
+                label(engines, encode(p), numbers_differ, 24, support=40, sentence_tokens=12)
+                for p in ("8+5=", "x", "Tom ")
+            )
+        )
+
+    rows = asyncio.run(both())
+    return np.concatenate([row.inputs_TF for row in rows]), np.concatenate([row.labels_T for row in rows])
+
+
+def test_r2r_replaces_exactly_the_routed_tokens_by_the_teachers(engines, reference, tmp_path):
+    torch.manual_seed(0)
+    router = Router(RouterSettings(hidden=32, support=40, width=16, blocks=2))
+    save_router(router, tmp_path)
+    start = len(PROMPT)
+    greedy = run(Alone("greedy"), engines, Request(PROMPT, 24)).ids
+    p = router.probabilities(asyncio.run(reference["slm"].features(PROMPT + greedy, start, 40)))
+    threshold = float(np.quantile(p, 0.8, method="midpoint"))
+    policy = Collaborate("r2r", RouterTrigger(tmp_path, threshold), "vocabulary", support=32, chunk=8)
+    decoded = run(policy, engines, Request(PROMPT, 24))
+    routed = {decision.step for decision in decoded.decisions}
+    assert routed
+    for t, token in enumerate(decoded.ids):
+        state = PROMPT + decoded.ids[:t]
+        own = int(reference["slm"].logprobs(state).argmax())
+        value = router.probabilities(asyncio.run(reference["slm"].features([*state, own], len(state), 40)))[0]
+        assert (value >= threshold) == (t in routed)
+        assert token == (int(reference["teacher"].logprobs(state).argmax()) if t in routed else own)
+    assert decoded.ids == run(replace(policy, chunk=1), engines, Request(PROMPT, 24)).ids
+
+
+def test_labels_are_the_slms_tokens_that_lead_the_teacher_elsewhere(engines, reference):
+    prompt = encode("8+5=")
+    seen: list[tuple[str, str, str]] = []
+
+    async def judge(context: str, reference: str, alternative: str) -> bool:
+        seen.append((context, reference, alternative))
+        return len(seen) % 2 == 0
+
+    rows = asyncio.run(label(engines, prompt, judge, 24, support=40, sentence_tokens=12))
+    text = run(Alone("llm", "teacher"), engines, Request(prompt, 24)).ids
+    slm = [int(reference["slm"].logprobs(prompt + text[:t]).argmax()) for t in range(len(text))]
+    differs = np.array(slm) != np.array(text)
+    assert 0 < differs.sum() < len(text)
+    np.testing.assert_array_equal(rows.differs_T, differs)
+    assert rows.labels_T.sum() == len(seen) // 2
+    assert not rows.labels_T[~differs].any()
+    # What the router is shown is the SLM's token, not the teacher's that stands in the text.
+    embedding = reference["slm"].model.get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_allclose(rows.inputs_TF[:, 32:64], embedding[slm], atol=1e-6)
+    for context, own, other in seen:
+        assert (context + own).startswith(decode(prompt))
+        assert own != other
+
+
+def test_numbers_decide_for_generated_arithmetic():
+    async def differ(first: str, second: str) -> bool:
+        return await numbers_differ("", first, second)
+
+    assert asyncio.run(differ("Then Ada has 3+4=7 eggs.", "Then Ada has 3+4=8 eggs."))
+    assert not asyncio.run(differ("Then Ada has 3+4=7 eggs.", "After that, there are 3+4=7 eggs."))
+
+
+def test_a_model_judges_by_its_digits(reference):
+    judge = ask(reference["teacher"], encode, template="{context}{reference}{alternative}")
+    logprobs = reference["teacher"].logprobs(encode("abc"))
+    expected = bool(logprobs[encode("1")[0]] > logprobs[encode("0")[0]])
+    assert asyncio.run(judge("a", "b", "c")) == expected
+
+
+def test_router_learns_and_is_saved_with_its_threshold(tmp_path):
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(1200, 8 + 8 + 10)).astype(np.float32)
+    labels = (inputs[:, 0] + inputs[:, 20] > 1.5).astype(np.int8)
+    settings = RouterSettings(hidden=8, support=10, width=32, blocks=2)
+    reports: list[dict[str, float]] = []
+    router = train_router(
+        inputs, labels, settings, RouterTraining(learning_rate=3e-3, batch=128, epochs=30, patience=30), reports.append
+    )
+    p = router.probabilities(inputs)
+    predicted = p >= router.settings.threshold
+    assert predicted[labels == 1].mean() > 0.9
+    assert predicted.mean() < 2 * labels.mean()
+    losses = [report["validation_loss"] for report in reports]
+    assert min(losses) < 0.8 * losses[0]
+    save_router(router, tmp_path)
+    again = load_router(tmp_path)
+    assert again.settings == router.settings
+    np.testing.assert_array_equal(again.probabilities(inputs), p)
+
+
+def test_router_trains_on_the_labels_of_a_pair(engines):
+    inputs, labels = router_rows(engines)
+    if labels.all() or not labels.any():
+        pytest.fail("the tiny pair gives labels of one kind only: choose another seed")
+    inputs, labels = np.concatenate([inputs] * 4), np.concatenate([labels] * 4)
+    settings = RouterSettings(hidden=32, support=40, width=32, blocks=1)
+    router = train_router(inputs, labels, settings, RouterTraining(learning_rate=3e-3, epochs=30, batch=64))
+    assert (router.probabilities(inputs)[labels == 1] >= router.settings.threshold).mean() >= 0.9
+
+
+def test_the_published_router_has_the_published_shape():
+    router = Router(RouterSettings(hidden=64))
+    assert len(router.blocks) == 6
+    assert router.enter.weight.shape == (1024, 3 * 64)
+    assert router.blocks[0].up.weight.shape == (4096, 1024)
+    assert router.blocks[0].dropout.p == 0.1
+    assert router(torch.zeros(5, 64 + 64 + 100)).shape == (5,)
+
+
+def test_recall_threshold_is_the_highest_that_reaches_the_recall():
+    p = np.array([0.9, 0.8, 0.7, 0.6, 0.95, 0.1], dtype=np.float32)
+    labels = np.array([1, 1, 1, 1, 0, 0])
+    assert recall_threshold(p, labels, 0.75) == pytest.approx(0.7)
+    assert recall_threshold(p, labels, 0.95) == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="no divergent step"):
+        recall_threshold(p, np.zeros(6), 0.95)
+
+
+def test_router_errors_are_one_line(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="holds no router"):
+        load_router(tmp_path)
+    with pytest.raises(ValueError, match="both kinds are needed"):
+        train_router(np.zeros((20, 26), np.float32), np.zeros(20), RouterSettings(8, 10, 8, 1), RouterTraining())
+
+
+# Multiplex Thinking
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_multiplex_equals_plain_forwards_over_mean_embeddings(engines, reference, weighted):
+    policy = MultiplexThinking("multiplex", Multiplex(width=3, weighted=weighted), WARM)
+    for seed in range(3):
+        decoded = run(policy, engines, Request(PROMPT, 16, seed))
+        assert decoded.ids == run(policy, reference, Request(PROMPT, 16, seed)).ids
+
+
+def test_multiplex_mean_embedding_changes_what_follows(engines):
+    wide = MultiplexThinking("multiplex", Multiplex(width=3), WARM)
+    narrow = MultiplexThinking("multiplex", Multiplex(width=1), WARM)
+    pairs = [[run(policy, engines, Request(PROMPT, 16, seed)).ids for policy in (wide, narrow)] for seed in range(4)]
+    assert all(a[0] == b[0] for a, b in pairs)  # the first draw is the text
+    assert any(a != b for a, b in pairs)
+
+
+def test_multiplex_goes_on_with_ordinary_sampling_once_certain(engines, reference):
+    policy = MultiplexThinking("multiplex", Multiplex(width=3, entropy=100.0, patience=4), WARM)
+    decoded = run(policy, engines, Request(PROMPT, 16, 1))
+    assert decoded.ids == run(policy, reference, Request(PROMPT, 16, 1)).ids
+    from_the_start = replace(policy, multiplex=replace(policy.multiplex, patience=1))
+    sampled = run(Alone("sample", tokens=WARM), engines, Request(PROMPT, 16, 1)).ids
+    assert run(from_the_start, engines, Request(PROMPT, 16, 1)).ids == sampled
+
+
+def test_boxed_wants_closed_braces():
+    assert boxed("\\boxed{1} \\boxed{2") == "1"
+    assert boxed("\\boxed{a{b}c}") == "a{b}c"
+    assert boxed("boxed{1}") is None
+
+
+def test_reference_engine_is_the_contract(pair):
+    from s2t_models.engines.contract import Engine
+
+    assert isinstance(ReferenceEngine(pair.slm, card("slm")), Engine)
+
+
+def test_policies_are_asynchronous_generators(engines):
+    events = Alone("greedy").decode(engines, Request(PROMPT, 2))
+    assert isinstance(events, AsyncIterator)
+    asyncio.run(events.aclose())

@@ -1,0 +1,84 @@
+"""The tree-masked forward against one separate forward a candidate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from s2t_models.tree import Tree, pack
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+
+
+def random_tree(rng: np.random.Generator, prompt: int, output: int, groups: int, k: int) -> Tree:
+    steps = np.sort(rng.choice(output, groups, replace=False))
+    return Tree(rng.integers(0, 96, prompt + output), prompt, prompt + steps, rng.integers(0, 96, (groups, k)))
+
+
+@pytest.fixture(params=["qwen2", "llama"])
+def model(request: pytest.FixtureRequest) -> torch.nn.Module:
+    torch.manual_seed(0)
+    if request.param == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True)).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+@torch.no_grad()
+def test_leaf_and_state_logits_equal_separate_forwards(model):
+    rng = np.random.default_rng(1)
+    trees = [random_tree(rng, 5, 9, 3, 4), random_tree(rng, 12, 20, 5, 4), random_tree(rng, 3, 1, 1, 2)]
+    trees[1].candidates_GK[2, 1:] = -1  # a group of one candidate
+    batch = pack(trees)
+    hidden_BLH = model.get_decoder()(**batch.inputs(), use_cache=False).last_hidden_state
+    leaf_GKV = model.lm_head(batch.leaves(hidden_BLH))
+    state_SV = model.lm_head(batch.states(hidden_BLH))
+    group = state = 0
+    for tree in trees:
+        for prefix, candidates_K in zip(tree.prefixes_G, tree.candidates_GK, strict=True):
+            for k, candidate in enumerate(candidates_K):
+                assert batch.valid_GK[group, k] == (candidate >= 0)
+                if candidate >= 0:
+                    separate = model(torch.tensor([[*tree.tokens[:prefix], candidate]])).logits[0, -1]
+                    torch.testing.assert_close(leaf_GKV[group, k], separate, atol=1e-4, rtol=0)
+            whole = model(torch.tensor([list(tree.tokens[:prefix])])).logits[0, -1]
+            torch.testing.assert_close(state_SV[batch.state_G[group]], whole, atol=1e-4, rtol=0)
+            group += 1
+        steps = len(tree.tokens) - tree.prompt
+        whole_TV = model(torch.tensor([list(tree.tokens)])).logits[0, tree.prompt - 1 : -1]
+        torch.testing.assert_close(state_SV[state : state + steps], whole_TV, atol=1e-4, rtol=0)
+        state += steps
+    assert group == len(batch.row_G)
+    assert state == len(batch.row_S)
+
+
+@torch.no_grad()
+def test_the_trajectories_alone_give_the_same_states(model):
+    rng = np.random.default_rng(2)
+    batch = pack([random_tree(rng, 4, 8, 2, 3), random_tree(rng, 6, 15, 4, 3)])
+    decoder = model.get_decoder()
+    whole = batch.states(decoder(**batch.inputs(), use_cache=False).last_hidden_state)
+    alone = batch.states(decoder(**batch.inputs(leaves=False), use_cache=False).last_hidden_state)
+    torch.testing.assert_close(whole, alone, atol=1e-5, rtol=0)
+    assert batch.inputs(leaves=False)["input_ids"].shape == (2, 21)
+
+
+def test_a_trajectory_without_groups_or_candidates_packs(model):
+    tokens = np.arange(10)
+    empty = Tree(tokens, 4, np.zeros(0, dtype=int), np.zeros((0, 3), dtype=int))
+    unlabelled = Tree(tokens, 4, np.array([5, 7]), np.zeros((2, 0), dtype=int))
+    batch = pack([empty, unlabelled])
+    assert batch.ids_BL.shape == (2, 10)
+    assert batch.leaf_GK.shape == (2, 3)
+    assert not batch.valid_GK.any()
+    assert batch.state_G.tolist() == [6 + 1, 6 + 3]
