@@ -32,6 +32,7 @@ The pair is tiny and was made for this task, so the table shows the method at wo
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
+    from pipelines.answers import AnswersError, EndpointError
     from pipelines.benchmark import BenchmarkError
     from pipelines.cluster import ClusterError
     from pipelines.collect import CollectError
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         DistilError,
         QuestionError,
         BenchmarkError,
+        EndpointError,
+        AnswersError,
     ) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2

@@ -218,7 +218,7 @@ def _train(
             use_gpu=settings.num_gpus > 0,
             resources_per_worker={"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {}),
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]  # at run time it is that of Train v2
             name=name,
             storage_path=str(training),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
@@ -231,7 +231,7 @@ def _train(
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from None
-    best, metrics = max(result.best_checkpoints, key=lambda pair: (pair[1]["agree_at_1"], pair[1]["step"]))
+    best, metrics = max(result.best_checkpoints or [], key=lambda pair: (pair[1]["agree_at_1"], pair[1]["step"]))
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     return read_state(best)["trained"], numbers, follower.begun
 

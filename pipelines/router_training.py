@@ -39,7 +39,7 @@ class RouterLabels:
             return tokenizer.encode(text, add_special_tokens=False)
 
         self.engines = Engines(
-            {"slm": slm, "teacher": teacher}, lambda ids: tokenizer.decode(ids, skip_special_tokens=True), encode
+            {"slm": slm, "teacher": teacher}, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), encode
         )
         by_teacher = recipe.router.judge == "teacher"
         self.judge = r2r_labels.ask(teacher, encode) if by_teacher else r2r_labels.numbers_differ

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from s2t_models.trigger import TriggerHead
 
-FORMAT = "s2t-local/1"
 CARD, HEAD, MODEL = "artifact.json", "trigger_head.safetensors", "model"
 #: What tells a plain checkpoint directory.
 CHECKPOINT = "config.json"
@@ -45,7 +44,7 @@ class Card(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal["s2t-local/1"] = FORMAT
+    format: Literal["s2t-local/1"] = "s2t-local/1"
     reserved_ids: tuple[int, ...]
     bins: tuple[float, ...]
     k: int

@@ -68,7 +68,7 @@ def load_model(settings: Model, attention: str = "sdpa") -> PreTrainedModel:
         use_safetensors=True,
         trust_remote_code=False,
     )
-    return model.to(device_of(settings)).eval()
+    return model.to(device_of(settings)).eval()  # type: ignore[arg-type]  # its decorator hides the signature
 
 
 def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:

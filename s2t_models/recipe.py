@@ -232,7 +232,7 @@ class Recipe(Settings):
         first 3 steps, candidates by top-K."""
         if not (isinstance(values, dict) and values.get("published") is True):
             return values
-        forced = {
+        forced: dict[str, dict[str, Any]] = {
             "divergence": {"support": 64, "tail": "renormalised"},
             "candidates": {"method": "top_k"},
             "trigger": {"warmup": 3},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +33,15 @@ class Selector(nn.Module):
     """A causal language model with a LoRA on it and its reserved rows as parameters. `forward` is the model's decoder, so a
     distributed wrapper around this module sees every parameter it has to keep in step."""
 
+    bins_R: torch.Tensor
+
     def __init__(self, model: PreTrainedModel, reserved_ids: Sequence[int], lora: Lora) -> None:
         super().__init__()
         config = LoraConfig(
-            r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.targets),
         )
         output_VH = model.get_output_embeddings().weight
         self.reserved_ids = tuple(reserved_ids)
@@ -46,7 +52,7 @@ class Selector(nn.Module):
     @property
     def model(self) -> PreTrainedModel:
         """The transformers model inside, adapters and all."""
-        return self.adapted.base_model.model
+        return cast(PreTrainedModel, self.adapted.base_model.model)
 
     def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The tuned model's hidden states after the last norm, [..., H]; takes the decoder's arguments."""
@@ -87,7 +93,7 @@ class Selector(nn.Module):
 
     def merge(self) -> PreTrainedModel:
         """Fold LoRA and rows into a plain transformers model, which is returned; the selector is used up."""
-        model = self.adapted.merge_and_unload()
+        model = cast(PreTrainedModel, self.adapted.merge_and_unload())
         with torch.no_grad():
             output_VH = model.get_output_embeddings().weight
             output_VH[list(self.reserved_ids)] = self.rows_RH.to(output_VH.dtype)

@@ -18,7 +18,7 @@ from torch import nn
 
 from s2t_models import recipe
 
-BATCH = 2048
+BATCH = 4096
 
 
 class TriggerHead(nn.Module):

@@ -184,12 +184,12 @@ def test_training_learns_and_goes_on_where_it_stopped(recipe: Recipe, table: pa.
 
 
 def kill_a_worker(after: Path, done: threading.Event) -> None:
-    """SIGKILL one Ray Train worker as soon as the second checkpoint lies in the folder `after`."""
+    """SIGKILL one Ray Train worker as soon as Ray's record of checkpoints in the folder `after` names one."""
     import ray
     from ray.util.state import list_actors
 
     cluster = ray.get_runtime_context().gcs_address
-    while len(list(after.glob("*/checkpoint_*/state.pt"))) < 2:
+    while not any("checkpoint_" in path.read_text() for path in after.glob("*/checkpoint_manager_snapshot.json")):
         if done.wait(0.05):
             return
     workers = [
@@ -216,7 +216,7 @@ def run(command: list[str], output: Path, meanwhile: Callable[[Path, threading.E
 @pytest.fixture
 def command(recipe_path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    settings = [*SETTINGS, "distil.steps=40", "distil.evaluate_every=4"]
+    settings = [*SETTINGS, "distil.steps=80", "distil.evaluate_every=4"]
     return ["--recipe", str(recipe_path), "--shards", str(shards), *(part for s in settings for part in ("--set", s))]
 
 
@@ -234,7 +234,7 @@ def test_two_workers_survive_a_killed_one_and_leave_an_artifact(
     provenance = artifact.card.provenance
     assert provenance["begun_at_steps"][0] == 0
     assert len(provenance["begun_at_steps"]) == 2
-    assert provenance["begun_at_steps"][1] >= 8
+    assert provenance["begun_at_steps"][1] >= 4
     assert provenance["base_weights"] == weights_hash(recipe.slm)
     assert set(provenance["shards"]) == {"training", "calibration"}
     rows = provenance["rows"]
@@ -272,7 +272,7 @@ def test_two_workers_survive_a_killed_one_and_leave_an_artifact(
     runs = client.search_runs([client.get_experiment_by_name("s2t").experiment_id])
     assert [r.info.run_name for r in runs] == ["distil-selector"]
     seen = {metric.step for metric in client.get_metric_history(runs[0].info.run_id, "validation/agree_at_1")}
-    assert seen >= {4, 8, 40}
+    assert seen >= {4, 80}
     for name in ("train/selection_loss", "validation/spearman", "validation/kl_to_base", "trigger/auc"):
         assert name in runs[0].data.metrics
 
@@ -297,7 +297,7 @@ def test_the_same_command_goes_on_after_the_job_failed(
     monkeypatch.setattr(distil, "report", lambda summary, _: begun.append(summary["begun_at_steps"]) or "")
     assert run(command, output) == 0
     assert begun[0][0] == 0
-    assert begun[0][1] >= 8
+    assert begun[0][1] >= 4
     tuned = load_model(Model(path=str(output), dtype="float32", device="cpu")).state_dict()
     base = load_model(recipe.slm).state_dict()
     changed = {name for name in base if not torch.equal(base[name], tuned[name])}
@@ -323,7 +323,7 @@ def test_wrong_input_is_refused_in_one_line_before_anything_runs(
     output = tmp_path / "out"
     assert "no such folder" in refused([*command, "--shards", str(tmp_path / "none")], output, capsys)
     other_pair = [*command, "--set", "teacher.path=embedded:slm"]
-    assert "another teacher" in refused(other_pair, output, capsys)
+    assert "of another pair: not the recipe's teacher" in refused(other_pair, output, capsys)
     test_rows = write(tmp_path / "test", table, recipe, "embedded")
     assert "a test split" in refused([*command, "--shards", str(test_rows)], output, capsys)
     again = write(tmp_path / "again", table, recipe, "embedded-train")

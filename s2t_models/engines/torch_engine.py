@@ -210,7 +210,8 @@ class TorchEngine:
             self._finish(call)
 
     def _take(self) -> list[_Call]:
-        taken, tokens = [], 0
+        taken: list[_Call] = []
+        tokens = 0
         for call in self._running:
             assert call.feed is not None
             tokens += len(call.feed.ids)
@@ -338,7 +339,7 @@ def _card(
         name=name,
         weights=loading.weights_hash(settings),
         tokenizer=loading.tokenizer_hash(settings),
-        vocabulary=model.get_input_embeddings().weight.shape[0],
+        vocabulary=int(model.config.vocab_size),
         context=settings.context or min(longest, 4096),
         end_ids=ends,
         reserved_ids=reserved_ids,
