@@ -5,6 +5,7 @@ holds no model. A client that goes away cancels its request: Serve cancels the h
 """
 
 import asyncio
+import dataclasses
 import logging
 import time
 import uuid
@@ -15,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
+from pydantic_core import to_jsonable_python
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -144,6 +146,10 @@ class Gateway:
             created=self._started,
             needs=list(policy.needs),
             context=await self._context(policy),
+            settings=to_jsonable_python(
+                dataclasses.asdict(policy),  # type: ignore[call-overload]  # every policy is a dataclass
+                fallback=lambda function: function.__qualname__,
+            ),
         )
 
     async def _chat(self, http: Request) -> api.ChatResponse:

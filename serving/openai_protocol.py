@@ -164,7 +164,8 @@ class CompletionResponse(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """A policy as a model; `needs` names the engines it calls, `context` counts the tokens of prompt and answer."""
+    """A policy as a model; `needs` names the engines it calls, `context` counts the tokens of prompt and answer, and
+    `settings` are all that decide what it writes beside the weights: thresholds, candidates, sampling."""
 
     id: str
     object: Literal["model"] = "model"
@@ -172,6 +173,7 @@ class ModelEntry(BaseModel):
     owned_by: str = "s2t"
     needs: list[str]
     context: int
+    settings: dict[str, Any]
 
 
 class ModelList(BaseModel):
