@@ -1,7 +1,7 @@
 """The whole loop on the embedded pair, in order: collect, distil, choose the budget, benchmark; minutes on two cores.
 
     s2t demo                             or: make demo
-    s2t demo --output runs/again --items 600
+    s2t demo --output runs/again --items 1000
 
 Each stage is the pipeline of its name, run as a user would run it on a pair of their own; the commands are printed as
 they run. Stages whose results are there already are not run again. The output folder ends with `recipe.yaml` (the recipe with
@@ -161,7 +161,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--items", type=int, default=600, help="test problems (500 or more for a firm answer)")
+    parser.add_argument("--items", type=int, default=500, help="test problems (500 or more for a firm answer)")
     return parser.parse_args(argv)
 
 
