@@ -3,8 +3,7 @@
     s2t demo                             or: make demo
     s2t demo --output runs/again --items 1000
 
-Each stage is the pipeline of its name, run as a user would run it on a pair of their own; the commands are printed as
-they run. Stages whose results are there already are not run again. The output folder ends with `recipe.yaml` (the recipe with
+Each stage is the pipeline of its name, as a user would run it on a pair of their own. Stages whose results are there already are not run again. The output folder ends with `recipe.yaml` (the recipe with
 its artifact, control and chosen budget, ready to serve) and `summary.json` (the figures of the table).
 """
 

@@ -52,7 +52,7 @@ class Step:
 class Feed:
     """Run `ids` through the model behind the first `start` tokens of the row's slot.
 
-    What comes back: with `read`, what it makes of every fed token's (hidden_TH, logits_TV); else the `Step` after the
+    What comes back: with `read`, what it makes of the last `reads` fed tokens' (hidden_TH, logits_TV); else the `Step` after the
     last token, or after the leaf that `choose` picks from the reserved rows' logits [K, R]."""
 
     start: int
@@ -63,6 +63,7 @@ class Feed:
     trigger: bool = False
     choose: Callable[[torch.Tensor], int] | None = None
     read: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+    reads: int = 0
     embedding: torch.Tensor | None = None
 
 
@@ -209,7 +210,6 @@ def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Row
     ids = torch.as_tensor(ids_TN.astype(np.int64))
 
     def read(_: torch.Tensor, logits_TV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        logits_TV = logits_TV[-count:]
         logprobs_TN = torch.cat(
             [
                 logits.float().log_softmax(-1).gather(-1, wanted.to(logits.device))
@@ -218,7 +218,7 @@ def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Row
         )
         return logprobs_TN.cpu().numpy(), logits_TV.argmax(-1).cpu().numpy()
 
-    logprobs_TN, argmax_T = yield Feed(first, fed, read=read)
+    logprobs_TN, argmax_T = yield Feed(first, fed, read=read, reads=count)
     return Scores(logprobs_TN, argmax_T, Usage(prefill=len(fed), forwards=1))
 
 
@@ -242,8 +242,8 @@ def features(cached: int, tokens: list[int], start: int, count: int, embed: Embe
     steps = len(tokens) - start
 
     def read(hidden_TH: torch.Tensor, logits_TV: torch.Tensor) -> np.ndarray:
-        top_TN = logits_TV[-steps:].topk(count, dim=-1).values
-        parts = [hidden_TH[-steps:], embed(tokens[start:]), top_TN]
+        top_TN = logits_TV.topk(count, dim=-1).values
+        parts = [hidden_TH, embed(tokens[start:]), top_TN]
         return torch.cat([part.float() for part in parts], dim=-1).cpu().numpy()
 
-    return (yield Feed(first, tokens[first:-1], read=read))
+    return (yield Feed(first, tokens[first:-1], read=read, reads=steps))

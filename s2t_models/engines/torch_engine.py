@@ -255,7 +255,8 @@ class TorchEngine:
         for i, (feed, query, first) in enumerate(zip(feeds, queries, firsts, strict=True)):
             end = first + len(feed.ids)
             if feed.read is not None:
-                outcomes[i] = feed.read(hidden_TH[first:end], self._logits(hidden_TH[first:end]))
+                read_TH = hidden_TH[end - feed.reads : end]
+                outcomes[i] = feed.read(read_TH, self._logits(read_TH))
                 continue
             leaf = len(feed.ids) - 1
             if feed.choose is not None:
