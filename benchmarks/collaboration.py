@@ -16,7 +16,6 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig
 
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
@@ -27,7 +26,7 @@ from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.triggers import DivergenceTrigger, Drafted
 from s2t_models.recipe import load_recipe
-from s2t_models.reserved import reserved_ids
+from s2t_models.reserved import reserved_rows
 from s2t_models.trigger import calibrate
 
 
@@ -43,8 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = load_recipe(args.recipe, [f"policies.chunk={args.chunk}"])
     tokenizer = loading.load_tokenizer(recipe.slm)
-    rows = AutoConfig.from_pretrained(loading.resolve(recipe.slm)).vocab_size
-    reserved = reserved_ids(rows, len(tokenizer), recipe.reserved)
+    reserved = reserved_rows(recipe)
     running = {
         name: TorchEngine.load(model, name, reserved)
         for name, model in (("slm", recipe.slm), ("teacher", recipe.teacher))

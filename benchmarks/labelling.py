@@ -1,13 +1,13 @@
 """Labelling against token-by-token decoding of both models, on the embedded pair.
 
-    python -m benchmarks.labelling [--problems 1024] [--decoded 8] [--slots 128] [--batch 256]
+    python -m benchmarks.labelling [--problems 1024] [--decoded 8] [--slots 96] [--batch 256]
 
-Labelling is what the collect pipeline does on two cores: one process rolls batches of prompts out, the other
-labels them with one teacher forward a trajectory and draws the candidates of every step. The other side is
-the published way: one prompt at a time, both models a token at a time with their KV caches, the KL at each
+Labelling is what the collect pipeline does on two cores with two actors of each kind: rollout processes decode
+batches of prompts, label processes take one teacher forward a trajectory and draw the candidates of every step. The other
+side is the published way: one prompt at a time, both models a token at a time with their KV caches, the KL at each
 step. Both sides run here one after the other, on one thread a process and on the same prompts (the slow side
 on the first few), and are compared by time a token: by the clock, which wants an idle machine, and by the CPU
-of all processes together, where what two processes share out counts in full.
+of all processes together. `labels alone` leaves the rollouts out, which both ways need: what it costs to label text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import json
 import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,30 +24,32 @@ if TYPE_CHECKING:
 
     from s2t_models.recipe import Recipe
 
-_labels: Any = None
+_actor: Any = None
 
 
-def _start_labelling(recipe: Recipe) -> None:
-    global _labels
+def _start(kind: str, recipe: Recipe) -> None:
+    global _actor
     import torch
 
-    from pipelines.labelling import Labels
+    from pipelines import labelling
 
     torch.set_num_threads(1)
-    _labels = Labels(recipe)
+    _actor = getattr(labelling, kind)(recipe)
 
 
-def _label(rollouts: pa.Table) -> tuple[pa.Table, float]:
+def _work(rows: pa.Table) -> tuple[pa.Table, float]:
+    """What the process's actor makes of the rows, and the CPU seconds it took."""
     begin = time.process_time()
-    return _labels(rollouts), time.process_time() - begin
+    return _actor(rows), time.process_time() - begin
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--problems", type=int, default=1024, help="prompts that are labelled")
     parser.add_argument("--decoded", type=int, default=8, help="of these, prompts that are decoded token by token")
-    parser.add_argument("--slots", type=int, default=128, help="rollouts that the SLM decodes at once")
+    parser.add_argument("--slots", type=int, default=96, help="rollouts that an SLM decodes at once")
     parser.add_argument("--batch", type=int, default=256, help="prompts that are handed on at once")
+    parser.add_argument("--actors", type=int, default=2, help="processes of each kind")
     arguments = parser.parse_args()
 
     import numpy as np
@@ -55,11 +57,12 @@ def main() -> None:
     import torch
     from transformers import DynamicCache, PreTrainedModel
 
-    from pipelines.labelling import PROMPT, Rollouts, masked_ids
+    from pipelines.labelling import PROMPT
     from s2t_models import loading
     from s2t_models.divergence import divergence
     from s2t_models.embedded.generator import problems
     from s2t_models.recipe import Collect, Model, Recipe
+    from s2t_models.reserved import reserved_rows
 
     torch.set_num_threads(1)
     recipe = Recipe(
@@ -78,21 +81,32 @@ def main() -> None:
         for problem in problems("train", arguments.problems)
     ]
     prompts = pa.Table.from_pylist(rows, PROMPT)
-    rollouts = Rollouts(recipe)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_start_labelling, initargs=(recipe,)) as labelling:
-        labelling.submit(_label, rollouts(prompts.slice(0, 4))).result()  # the first forwards set things up
+    with (
+        ProcessPoolExecutor(arguments.actors, spawn, _start, ("Rollouts", recipe)) as rollouts,
+        ProcessPoolExecutor(arguments.actors, spawn, _start, ("Labels", recipe)) as labels,
+    ):
+        for _ in range(2):  # the first forwards set things up
+            first = [rollouts.submit(_work, prompts.slice(0, 16)) for _ in range(4 * arguments.actors)]
+            for future in [labels.submit(_work, future.result()[0]) for future in first]:
+                future.result()
         clock, cpu = time.perf_counter(), time.process_time()
         batches = range(0, len(prompts), arguments.batch)
-        handed_on = [labelling.submit(_label, rollouts(prompts.slice(at, arguments.batch))) for at in batches]
-        done = [future.result() for future in handed_on]
-        label_seconds = time.perf_counter() - clock
-        label_cpu = time.process_time() - cpu + sum(seconds for _, seconds in done)
+        rolling = [rollouts.submit(_work, prompts.slice(at, arguments.batch)) for at in batches]
+        labelling, rollout_cpu = [], 0.0
+        for future in as_completed(rolling):
+            rolled_out, seconds = future.result()
+            rollout_cpu += seconds
+            labelling.append(labels.submit(_work, rolled_out))
+        done = [future.result() for future in labelling]
+        seconds = time.perf_counter() - clock
+        label_cpu = sum(cpu for _, cpu in done)
+        whole_cpu = label_cpu + rollout_cpu + time.process_time() - cpu
     labelled = [row for table, _ in done for row in table.to_pylist()]
     tokens = sum(len(row["output_ids"]) for row in labelled)
 
     models = [loading.load_model(settings) for settings in (recipe.slm, recipe.teacher)]
-    masked = torch.tensor(masked_ids(recipe))
+    masked = torch.tensor(reserved_rows(recipe))
 
     def log_probabilities(model: PreTrainedModel, ids: list[int], cache: DynamicCache) -> torch.Tensor:
         logits_V = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]
@@ -121,16 +135,16 @@ def main() -> None:
     decode_seconds, decode_cpu = time.perf_counter() - clock, time.process_time() - cpu
     decoded_tokens = sum(len(ids) for ids, _ in decoded)
 
-    print(f"{'':<28} {'prompts':>8} {'tokens':>8} {'seconds':>8} {'us/token':>9} {'CPU us/token':>13}")
-    for name, count, size, seconds, cpu in (
-        ("labelling", len(labelled), tokens, label_seconds, label_cpu),
-        ("both models, token by token", len(few), decoded_tokens, decode_seconds, decode_cpu),
-    ):
-        by_clock, by_cpu = 1e6 * seconds / size, 1e6 * cpu / size
-        print(f"{name:<28} {count:8d} {size:8d} {seconds:8.2f} {by_clock:9.0f} {by_cpu:13.0f}")
-    by_clock = (decode_seconds / decoded_tokens) / (label_seconds / tokens)
-    by_cpu = (decode_cpu / decoded_tokens) / (label_cpu / tokens)
-    print(f"{'ratio':<28} {'':>8} {'':>8} {'':>8} {by_clock:8.1f}x {by_cpu:12.1f}x")
+    sides = {
+        "both models, token by token": (len(few), decoded_tokens, decode_seconds, decode_cpu),
+        "rollouts and labels": (len(labelled), tokens, seconds, whole_cpu),
+        "labels alone": (len(labelled), tokens, None, label_cpu),
+    }
+    slow_clock, slow_cpu = decode_seconds / decoded_tokens, decode_cpu / decoded_tokens
+    print(f"{'':<28} {'prompts':>8} {'tokens':>8} {'us/token':>9} {'ratio':>8} {'CPU us/token':>13} {'ratio':>8}")
+    for name, (count, size, clocked, cpu) in sides.items():
+        by_clock = f"{1e6 * clocked / size:9.0f} {slow_clock * size / clocked:7.1f}x" if clocked else f"{'':>18}"
+        print(f"{name:<28} {count:8d} {size:8d} {by_clock} {1e6 * cpu / size:13.0f} {slow_cpu * size / cpu:7.1f}x")
     equal = [(row, kl_T) for row, (ids, kl_T) in zip(few, decoded, strict=True) if ids == row["output_ids"]]
     apart = max((float(np.abs(np.array(row["kl_T"]) - kl_T).max()) for row, kl_T in equal), default=float("nan"))
     print(f"texts equal: {len(equal)} of {len(few)}; largest difference in KL: {apart:.1e}")

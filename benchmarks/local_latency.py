@@ -21,14 +21,14 @@ import torch
 from s2t_models import loading
 from s2t_models.artifact import Artifact
 from s2t_models.embedded.generator import problems
-from s2t_models.engines.contract import Draft, Sampling, Selection
+from s2t_models.engines.contract import Decision, Draft, Sampling, Selection
 from s2t_models.engines.torch_engine import TorchEngine
 from s2t_models.recipe import Model, Recipe, load_recipe
-from s2t_models.reserved import reserved_ids
-from s2t_models.trigger import TriggerHead, calibrate
+from s2t_models.reserved import reserved_rows
+from s2t_models.trigger import TriggerHead
 
 BUDGETS = (0.01, 0.02, 0.05, 0.10, 0.20)
-TOKENS = 100
+TOKENS = 60  # fewer than most answers take: past their end the trigger is not itself
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=12, help="prompts a round")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # as in a served engine with one CPU
     recipe = load_recipe(args.recipe)
     engine = _engine(recipe, args.artifact)
     tokenizer = loading.load_tokenizer(recipe.slm)
@@ -57,13 +58,12 @@ def _engine(recipe: Recipe, artifact: Path) -> TorchEngine:
         engine = TorchEngine.load_artifact(Artifact.load(artifact), settings, "s2t-local")
         print(f"engine: {artifact}")
     else:
-        model, tokenizer = loading.load_model(settings), loading.load_tokenizer(settings)
-        rows, width = model.get_input_embeddings().weight.shape
-        base = TorchEngine.load(settings, "slm", reserved_ids(rows, len(tokenizer), recipe.reserved))
+        model = loading.load_model(settings)
+        base = TorchEngine.load(settings, "slm", reserved_rows(recipe))
         card = asyncio.run(base.card())
         base.close()
         torch.manual_seed(0)
-        head = TriggerHead(width, recipe.trigger_head.hidden)
+        head = TriggerHead(model.config.hidden_size, recipe.trigger_head.hidden)
         engine = TorchEngine(model, replace(card, has_selector=True), settings.slots, head)
         print(f"engine: the SLM with an untrained head ({artifact} is not there)")
     # Texts that end early would be compared by their luck: nothing ends a text here.
@@ -71,11 +71,25 @@ def _engine(recipe: Recipe, artifact: Path) -> TorchEngine:
     return engine
 
 
+async def _threshold(engine: TorchEngine, prompts: list[list[int]], budget: float) -> float:
+    """The threshold at which `budget` of S2T-Local's own steps trigger: its texts are not those of greedy decoding."""
+
+    async def decisions(threshold: float) -> list[Decision]:
+        selection = Selection(threshold, k=8, method="top_k")
+        drafts = await asyncio.gather(*(engine.generate_selecting(p, Sampling(TOKENS), selection) for p in prompts))
+        return [decision for draft in drafts for decision in draft.decisions]
+
+    values = [decision.value for decision in await decisions(-1e9)]
+    low, high = min(values), max(values)
+    for _ in range(12):
+        middle = (low + high) / 2
+        above = len(await decisions(middle)) > budget * TOKENS * len(prompts)
+        low, high = (middle, high) if above else (low, middle)
+    return high
+
+
 async def _compare(engine: TorchEngine, prompts: list[list[int]], rounds: int) -> None:
-    every = await asyncio.gather(
-        *(engine.generate_selecting(p, Sampling(TOKENS), Selection(-1e9, k=1, method="top_k")) for p in prompts)
-    )
-    thresholds = calibrate([d.value for draft in every for d in draft.decisions], BUDGETS)
+    thresholds = [await _threshold(engine, prompts, budget) for budget in BUDGETS]
 
     async def greedy(prompt: list[int]) -> Draft:
         return await engine.generate(prompt, Sampling(TOKENS))
@@ -84,9 +98,7 @@ async def _compare(engine: TorchEngine, prompts: list[list[int]], rounds: int) -
         selection = Selection(threshold, k=8, method="top_k")
         return lambda prompt: engine.generate_selecting(prompt, Sampling(TOKENS), selection)
 
-    sides = {"greedy": greedy} | {
-        f"S2T-Local {b:.0%}": selecting(t) for b, t in zip(BUDGETS, thresholds.values(), strict=True)
-    }
+    sides = {"greedy": greedy} | {f"S2T-Local {b:.0%}": selecting(t) for b, t in zip(BUDGETS, thresholds, strict=True)}
     for name, width in (("one at a time", 1), (f"{len(prompts)} at a time", len(prompts))):
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         triggered: dict[str, float] = {}

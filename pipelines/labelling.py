@@ -26,7 +26,7 @@ from s2t_models.engines.contract import ContextOverflow, Engine, Sampling
 from s2t_models.engines.torch_engine import TorchEngine
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
-from s2t_models.reserved import reserved_ids
+from s2t_models.reserved import reserved_rows
 
 #: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
 #: good.
@@ -58,7 +58,7 @@ class Rollouts:
 
     def __init__(self, recipe: Recipe) -> None:
         self.tokenizer = loading.load_tokenizer(recipe.slm)
-        self.engine: Engine = TorchEngine.load(recipe.slm, "slm", masked_ids(recipe))
+        self.engine: Engine = TorchEngine.load(recipe.slm, "slm", reserved_rows(recipe))
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 
@@ -98,7 +98,7 @@ class Labels:
     `publish`)."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.engine: Engine = TorchEngine.load(recipe.teacher, "teacher", masked_ids(recipe))
+        self.engine: Engine = TorchEngine.load(recipe.teacher, "teacher", reserved_rows(recipe))
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 
@@ -150,14 +150,6 @@ def teacher_rank(ids_TN: np.ndarray, argmax_T: np.ndarray) -> np.ndarray:
     """0-based rank of the teacher's argmax in the SLM's order, [T]; N where it is not in the support."""
     hit_TN = ids_TN == argmax_T[:, None]
     return np.where(hit_TN.any(-1), hit_TN.argmax(-1), ids_TN.shape[1])
-
-
-def masked_ids(recipe: Recipe) -> tuple[int, ...]:
-    """The SLM's reserved rows, which neither model may put probability on."""
-    from transformers import AutoConfig
-
-    rows = AutoConfig.from_pretrained(loading.resolve(recipe.slm), trust_remote_code=False).vocab_size
-    return reserved_ids(rows, len(loading.load_tokenizer(recipe.slm)), recipe.reserved)
 
 
 def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:

@@ -25,15 +25,16 @@ class RouterLabels:
     """An actor that holds both engines and labels batches of prompts."""
 
     def __init__(self, recipe: Recipe) -> None:
-        from pipelines.labelling import masked_ids
         from s2t_models import loading
         from s2t_models.engines.torch_engine import TorchEngine
         from s2t_models.policies import r2r_labels
         from s2t_models.policies.base import Engines
+        from s2t_models.reserved import reserved_rows
 
         tokenizer = loading.load_tokenizer(recipe.slm)
-        slm = TorchEngine.load(recipe.slm, "slm", masked_ids(recipe))
-        teacher = TorchEngine.load(recipe.teacher, "teacher")
+        reserved = reserved_rows(recipe)
+        slm = TorchEngine.load(recipe.slm, "slm", reserved)
+        teacher = TorchEngine.load(recipe.teacher, "teacher", reserved)
 
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)

@@ -19,9 +19,9 @@ from torch import nn
 
 from pipelines.training_data import BatchOrder, Labels, Trajectory, collate, decisive, split_by_prompt
 from s2t_models import losses
-from s2t_models.loading import load_model, load_tokenizer
+from s2t_models.loading import load_model
 from s2t_models.recipe import Recipe
-from s2t_models.reserved import reserved_ids
+from s2t_models.reserved import reserved_rows
 from s2t_models.selector import Selector
 
 Objective = Literal["selector", "kd"]
@@ -35,7 +35,7 @@ def load_selector(recipe: Recipe) -> Selector:
     """The recipe's SLM with a fresh LoRA and its reserved rows, on its device."""
     torch.manual_seed(recipe.seed)
     model = load_model(recipe.slm)
-    ids = reserved_ids(model.config.vocab_size, len(load_tokenizer(recipe.slm)), recipe.reserved)
+    ids = reserved_rows(recipe)
     return Selector(model, ids, recipe.distil.lora).to(model.device)
 
 

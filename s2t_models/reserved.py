@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from s2t_models.recipe import RecipeError, Reserved
+from s2t_models import loading
+from s2t_models.recipe import Recipe, RecipeError, Reserved
 
 
 def reserved_ids(rows: int, tokenizer_length: int, settings: Reserved) -> tuple[int, ...]:
@@ -23,6 +24,16 @@ def reserved_ids(rows: int, tokenizer_length: int, settings: Reserved) -> tuple[
             f"{tokenizer_length} and the model has {rows} rows; set reserved.first or a smaller reserved.count"
         )
     return tuple(range(first, first + settings.count))
+
+
+def reserved_rows(recipe: Recipe) -> tuple[int, ...]:
+    """The ids that no engine of the recipe puts probability on: the SLM's reserved block, masked in the teacher as well.
+
+    Raises RecipeError where the block is not free."""
+    from transformers import AutoConfig
+
+    rows = AutoConfig.from_pretrained(loading.resolve(recipe.slm), trust_remote_code=False).vocab_size
+    return reserved_ids(rows, len(loading.load_tokenizer(recipe.slm)), recipe.reserved)
 
 
 def bins(count: int) -> torch.Tensor:

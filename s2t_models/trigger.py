@@ -27,12 +27,15 @@ class TriggerHead(nn.Module):
     def __init__(self, hidden_size: int, hidden: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.first = nn.Linear(hidden_size, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.second = nn.Linear(hidden, 1)
 
     def forward(self, hidden_MH: torch.Tensor) -> torch.Tensor:
-        activations = self.first(hidden_MH.to(self.first.weight.dtype)).relu()
-        return self.second(self.dropout(activations)).squeeze(-1)
+        # Functions, not modules: at a batch of one, calling a module costs as much as what it computes, at every step.
+        activations = F.linear(hidden_MH.to(self.first.weight.dtype), self.first.weight, self.first.bias).relu_()
+        if self.training:
+            activations = F.dropout(activations, self.dropout)
+        return F.linear(activations, self.second.weight, self.second.bias).squeeze(-1)
 
 
 def train(

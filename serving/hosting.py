@@ -13,33 +13,27 @@ from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError
 from s2t_models.engines.contract import Engine
 from s2t_models.policies import Thresholds
-from s2t_models.recipe import Model, Recipe, RecipeError, Reserved
+from s2t_models.recipe import Model, Recipe, RecipeError
+from s2t_models.reserved import reserved_rows
 
 
 @dataclass(frozen=True)
 class Hosted:
-    """One engine: a model with the reserved rows it must not generate, or the S2T-Local artifact in a folder (which
+    """One engine: a model with the reserved ids it must not generate, or the S2T-Local artifact in a folder (which
     knows its own), on the device and slots of `settings`. Local paths are absolute: replicas run in other folders."""
 
     name: str
     settings: Model
-    reserved: Reserved | None = None
+    reserved_ids: tuple[int, ...] = ()
     artifact: Path | None = None
 
     def load(self) -> Engine:
         """The torch engine, with its weights."""
-        from transformers import AutoConfig
-
         from s2t_models.engines.torch_engine import TorchEngine
-        from s2t_models.reserved import reserved_ids
 
         if self.artifact:
             return TorchEngine.load_artifact(Artifact.load(self.artifact), self.settings, self.name)
-        if self.reserved is None:
-            return TorchEngine.load(self.settings, self.name)
-        rows = AutoConfig.from_pretrained(loading.resolve(self.settings)).vocab_size
-        tokens = len(loading.load_tokenizer(self.settings))
-        return TorchEngine.load(self.settings, self.name, reserved_ids(rows, tokens, self.reserved))
+        return TorchEngine.load(self.settings, self.name, self.reserved_ids)
 
 
 def hosted(recipe: Recipe) -> dict[str, Hosted]:
@@ -48,11 +42,11 @@ def hosted(recipe: Recipe) -> dict[str, Hosted]:
     Raises RecipeError where a folder is missing, or tokenizers or weights do not belong together.
     """
     tokenizer = loading.tokenizer_hash(recipe.slm)
-    slm = _absolute(recipe.slm)
-    engines = [Hosted("slm", slm, recipe.reserved), Hosted("teacher", _absolute(recipe.teacher))]
+    slm, reserved = _absolute(recipe.slm), reserved_rows(recipe)
+    engines = [Hosted("slm", slm, reserved), Hosted("teacher", _absolute(recipe.teacher), reserved)]
     for name, path in recipe.checkpoints.items():
         checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
-        engines.append(Hosted(name, _absolute(checkpoint), recipe.reserved))
+        engines.append(Hosted(name, _absolute(checkpoint), reserved))
     for engine in engines:
         if loading.tokenizer_hash(engine.settings) != tokenizer:
             raise RecipeError(

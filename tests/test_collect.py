@@ -18,13 +18,14 @@ import pytest
 import torch
 
 from pipelines import collect, publish
-from pipelines.labelling import PROMPT, ROLLOUT, Labels, Rollouts, masked_ids, propose_steps
+from pipelines.labelling import PROMPT, ROLLOUT, Labels, Rollouts, propose_steps
 from pipelines.prompts import PromptError, from_file, rows
 from pipelines.shards import read_shards
 from pipelines.sink import committed
 from s2t_models import loading
 from s2t_models.embedded import generator
 from s2t_models.recipe import Recipe, load_recipe
+from s2t_models.reserved import reserved_rows
 
 GOOD = 44
 SETTINGS = [
@@ -96,7 +97,7 @@ def test_half_the_rows_are_sampled(collection: Path) -> None:
 def test_labels_equal_brute_force(collection: Path, recipe: Recipe) -> None:
     """KL, ranks and candidates against full forwards of both models in float64, text vocabulary only."""
     models = [loading.load_model(settings).double() for settings in (recipe.slm, recipe.teacher)]
-    masked = list(masked_ids(recipe))
+    masked = list(reserved_rows(recipe))
     for row in _whole(collection)[:6]:
         ids = torch.tensor([row["prompt_ids"] + row["output_ids"]])
         p_TV, q_TV = (model(ids).logits[0, len(row["prompt_ids"]) - 1 : -1] for model in models)

@@ -154,6 +154,21 @@ def test_slot_reuse_changes_nothing(engine, prompts):
     assert run([engine.generate(prompts[0] + first[0].ids[:-1], Sampling(1))])[0].usage.prefill <= len(prompts[0])
 
 
+def test_a_shared_template_costs_no_decode_its_slot(reserved, prompts):
+    engine = TorchEngine.load(SLM.model_copy(update={"slots": 2}), "slm", reserved)
+    template = prompts[0][:20]
+    under_way = template + prompts[1] + prompts[2]
+    try:
+        run([engine.generate(under_way, Sampling(1))])
+        run([engine.generate(template[:10] + prompts[3], Sampling(1))])
+        run([engine.generate(under_way, Sampling(1))])
+        # Its longest match is the decode under way; it gets the other slot.
+        run([engine.generate(template + prompts[4], Sampling(1))])
+        assert run([engine.generate(under_way, Sampling(1))])[0].usage.prefill == 1
+    finally:
+        engine.close()
+
+
 def test_select_equals_separate_forwards(local, reference, reserved, prompts):
     candidates_K = [17, 40, 99, 250, 300, 41, 18, 77]
     expected_KR = []

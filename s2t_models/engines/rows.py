@@ -15,7 +15,7 @@ import torch
 
 from s2t_models.candidates import propose
 from s2t_models.engines.contract import Decision, Draft, Finish, Multiplex, Sampling, Scores, Selection, Usage
-from s2t_models.engines.sampling import support
+from s2t_models.engines.sampling import top
 from s2t_models.noise import uniforms
 from s2t_models.reserved import bins
 
@@ -34,17 +34,21 @@ class Step:
     The support is filled for the whole batch where the feed asked for it; `look` fills it for this row alone."""
 
     token: int
-    logits_V: torch.Tensor
+    logits_BV: torch.Tensor  # of the whole batch, of which this is `row`
+    row: int
     trigger: float = 0.0
     top_ids_N: np.ndarray | None = None
     top_logprobs_N: np.ndarray | None = None
     entropy: float = 0.0
 
+    @property
+    def logits_V(self) -> torch.Tensor:
+        return self.logits_BV[self.row]
+
     def look(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """The `count` most probable ids and their log-probabilities, [N] each."""
         if self.top_ids_N is None or self.top_logprobs_N is None:
-            ids_BN, logprobs_BN, _ = support(self.logits_V[None], count)
-            self.top_ids_N, self.top_logprobs_N = ids_BN[0].cpu().numpy(), logprobs_BN[0].cpu().numpy()
+            self.top_ids_N, self.top_logprobs_N = (part.cpu().numpy() for part in top(self.logits_V, count))
         return self.top_ids_N, self.top_logprobs_N
 
 
@@ -159,14 +163,16 @@ def generate_selecting(
 def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[Feed, Any, tuple[Decision, Step]]:
     whole = selection.method == "multinomial" or selection.ratio > 0
     ids_N, logprobs_N = step.look(max(drafting.sampling.support, SUPPORT if whole else 0, selection.k))
-    noise_K = uniforms(drafting.sampling.seed, drafting.step, selection.k, "candidates")
+    noise_K = None
+    if selection.method == "multinomial":
+        noise_K = uniforms(drafting.sampling.seed, drafting.step, selection.k, "candidates")
     chosen_K = propose(logprobs_N, selection.k, selection.method, selection.ratio, noise_K)
     candidates_K, logprobs_K = ids_N[chosen_K].tolist(), logprobs_N[chosen_K]
     decision = Decision(drafting.step, step.trigger, candidates_K, logprobs_K.tolist(), [], -1)
 
     def choose(reserved_KR: torch.Tensor) -> int:
-        scores_K = reserved_KR.float().softmax(-1).cpu() @ bins(reserved_KR.shape[-1])  # Eq. 5
-        leaf = int(np.argmax(scores_K.numpy() / selection.temperature + selection.prior_weight * logprobs_K))
+        scores_K = (reserved_KR.float().softmax(-1).cpu() @ bins(reserved_KR.shape[-1])).numpy()  # Eq. 5
+        leaf = int(np.argmax(scores_K / selection.temperature + selection.prior_weight * logprobs_K))
         decision.scores_K, decision.chosen = scores_K.tolist(), candidates_K[leaf]
         return leaf
 

@@ -56,6 +56,13 @@ def _draw(
     return rank_B1.minimum((probability_BN > 0).sum(-1, keepdim=True) - 1)
 
 
+def top(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` most probable ids and their log-probabilities, best first, [B, N] each."""
+    logprobs_BV = logits_BV.float().log_softmax(-1)
+    top_BN, ids_BN = logprobs_BV.topk(min(count, logits_BV.shape[-1]), dim=-1)
+    return ids_BN, top_BN
+
+
 def support(logits_BV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The `count` most probable ids [B, N], their log-probabilities [B, N] and the whole distribution's entropy in
     nats [B]."""

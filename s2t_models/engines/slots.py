@@ -12,6 +12,7 @@ Axes: _T flat token, _B query of a group, _Q token of a query, _L cache position
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,10 +43,11 @@ class Query:
 
 @dataclass
 class _Group:
-    rows: slice | torch.Tensor
-    span: slice  # of the flat tokens, dense [B, Q]
-    queries: int
-    length: int
+    """Queries of like length, attended together as a padded block."""
+
+    rows: slice | torch.Tensor  # the slots, of the cache
+    token_BQ: torch.Tensor | None  # which of the flat tokens each place holds; None: all of them, in order
+    length: int  # of the cache that any of them sees
     start_BQ: torch.Tensor
     lower_BQ: torch.Tensor
     write_BQ: torch.Tensor
@@ -68,6 +70,17 @@ class _Group:
         return self.masks[key]
 
 
+@dataclass
+class _Plan:
+    """One forward: where its flat tokens' keys go, and its groups. `place_T` is where each token lies among the groups'
+    blocks laid end to end; None: in order."""
+
+    slot_T: torch.Tensor
+    write_T: torch.Tensor
+    groups: list[_Group]
+    place_T: torch.Tensor | None
+
+
 class Slots:
     """A static KV cache of `count` slots of `length` tokens, and what token each position holds.
 
@@ -84,73 +97,35 @@ class Slots:
         self.device = model.device
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # One slot more than asked for: padding writes there.
-        shape = (config.num_hidden_layers, 2, count + 1, heads, length + LEAF_ROOM, head_dim)
+        shape = (config.num_hidden_layers, 2, count, heads, length + LEAF_ROOM, head_dim)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=self.device)
-        self.scratch = count
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         layers = set(getattr(config, "layer_types", None) or ["full_attention"])
         self._masks = dict.fromkeys(layers | {"full_attention"})
         model.set_attn_implementation(ATTENTION)
-        self._groups: list[_Group] = []
-        self._write_T: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._plan: _Plan | None = None
 
     def forward(self, queries: list[Query]) -> tuple[torch.Tensor, list[int]]:
         """Run the queries; returns the last hidden states [T, H] and where each query begins among the T.
 
         Chains are recorded in `tokens`; leaves are not until `keep`."""
-        firsts = [0] * len(queries)
-        ids_T: list[np.ndarray] = []
-        positions_T: list[np.ndarray] = []
-        slot_T: list[np.ndarray] = []
-        write_T: list[np.ndarray] = []
-        self._groups = []
-        begin = 0
-        for members in _grouped(queries):
-            width = max(len(queries[i].ids) for i in members)
-            slots = np.array([queries[i].slot for i in members])
-            span = int(slots[-1] - slots[0]) + 1
-            # Rows without a gap are read in place. A few idle slots among decode steps cost less than copying the others.
-            in_place = span == len(slots) or (width == 1 and span <= 2 * len(slots))
-            rows = slots - slots[0] if in_place else np.arange(len(slots))
-            blocks = np.zeros(
-                (6, int(rows[-1]) + 1, width), dtype=np.int64
-            )  # ids, positions, slots, write, start, lower
-            blocks[2] = self.scratch
-            for row, i in zip(rows, members, strict=True):
-                query, n = queries[i], len(queries[i].ids)
-                firsts[i] = begin + int(row) * width
-                at_Q = np.arange(query.start, query.start + n)
-                blocks[0, row, :n] = query.ids
-                blocks[1, row, :n] = query.start if query.leaves else at_Q
-                blocks[2, row, :n] = query.slot
-                blocks[3, row, :n] = at_Q
-                blocks[4, row, :n] = query.start
-                blocks[5, row, :n] = at_Q if query.leaves else query.start
-            size = blocks[0].size
-            for gathered, block in zip((ids_T, positions_T, slot_T, write_T), blocks[:4], strict=True):
-                gathered.append(block.reshape(-1))
-            start_BQ, lower_BQ, write_BQ = (self._to_device(blocks[k]) for k in (4, 5, 3))
-            self._groups.append(
-                _Group(
-                    rows=slice(int(slots[0]), int(slots[0]) + span) if in_place else self._to_device(slots),
-                    span=slice(begin, begin + size),
-                    queries=width,
-                    length=int(blocks[3].max()) + 1,
-                    start_BQ=start_BQ,
-                    lower_BQ=lower_BQ,
-                    write_BQ=write_BQ,
-                )
-            )
-            begin += size
-        self._write_T = self._to_device(np.concatenate(slot_T)), self._to_device(np.concatenate(write_T))
-        embeds_TH = self.model.get_input_embeddings()(self._to_device(np.concatenate(ids_T)))
-        for first, query in zip(firsts, queries, strict=True):
+        count_B = np.array([len(query.ids) for query in queries])
+        first_B = np.cumsum(count_B) - count_B
+        start_B = np.array([query.start for query in queries])
+        slot_B = np.array([query.slot for query in queries])
+        row_T = np.repeat(np.arange(len(queries)), count_B)
+        write_T = np.arange(len(row_T)) + (start_B - first_B)[row_T]
+        leaves_B = np.array([query.leaves for query in queries])
+        position_T = np.where(leaves_B[row_T], start_B[row_T], write_T)
+        self._plan = self._lay_out(queries, first_B, slot_B, start_B, slot_B[row_T], write_T)
+        ids_T = np.fromiter(chain.from_iterable(query.ids for query in queries), np.int64, len(row_T))
+        embeds_TH = self.model.get_input_embeddings()(self._to_device(ids_T))
+        for first, query in zip(first_B, queries, strict=True):
             if query.embedding is not None:
                 embeds_TH[first] = query.embedding
         hidden_TH = self.model.base_model(
             inputs_embeds=embeds_TH[None],
-            position_ids=self._to_device(np.concatenate(positions_T))[None],
+            position_ids=self._to_device(position_T)[None],
             attention_mask=self._masks,
             use_cache=False,
             slots=self,
@@ -159,51 +134,95 @@ class Slots:
             if not query.leaves:
                 known = query.ids if query.embedding is None else [-1]
                 self.tokens[query.slot][query.start :] = known
-        return hidden_TH, firsts
+        return hidden_TH, first_B.tolist()
+
+    def _lay_out(
+        self,
+        queries: list[Query],
+        first_B: np.ndarray,
+        slot_B: np.ndarray,
+        start_B: np.ndarray,
+        slot_T: np.ndarray,
+        write_T: np.ndarray,
+    ) -> _Plan:
+        groups, place_T, laid = [], np.empty(len(write_T), np.int64), 0
+        for leaves, members in _grouped(queries):
+            count_M = np.array([len(queries[i].ids) for i in members])
+            width, slot_M = int(count_M.max()), slot_B[members]
+            span = int(slot_M[-1] - slot_M[0]) + 1
+            # Rows without a gap are read in place. A few idle slots among decode steps cost less than copying the others.
+            in_place = span == len(slot_M) or (width == 1 and span <= 2 * len(slot_M))
+            row_M = slot_M - slot_M[0] if in_place else np.arange(len(slot_M))
+            # Places without a token see their slot's first key.
+            blocks = np.zeros((3, int(row_M[-1]) + 1, width), np.int64)
+            token_BQ, start_BQ, write_BQ = blocks
+            real_MQ = np.arange(width) < count_M[:, None]
+            token_MQ = np.where(real_MQ, first_B[members][:, None] + np.arange(width), 0)
+            token_BQ[row_M] = token_MQ
+            start_BQ[row_M] = start_B[members][:, None]
+            write_BQ[row_M] = np.where(real_MQ, write_T[token_MQ], 0)
+            place_T[token_MQ[real_MQ]] = (laid + row_M[:, None] * width + np.arange(width))[real_MQ]
+            start, write = self._to_device(start_BQ), self._to_device(write_BQ)
+            groups.append(
+                _Group(
+                    rows=slice(int(slot_M[0]), int(slot_M[0]) + span) if in_place else self._to_device(slot_M),
+                    token_BQ=self._to_device(token_BQ),
+                    length=int(write_BQ.max()) + 1,
+                    start_BQ=start,
+                    lower_BQ=write if leaves else start,
+                    write_BQ=write,
+                )
+            )
+            laid += token_BQ.size
+        # One group without gaps, in order: most decode steps. Nothing has to be moved then.
+        if len(groups) == 1 and laid == len(place_T) and bool((place_T == np.arange(laid)).all()):
+            groups[0].token_BQ = None
+            return _Plan(self._to_device(slot_T), self._to_device(write_T), groups, None)
+        return _Plan(self._to_device(slot_T), self._to_device(write_T), groups, self._to_device(place_T))
 
     def keep(self, kept: list[tuple[Query, int]]) -> None:
         """Make one leaf of each query the next token of its slot: its keys and values move behind the prefix."""
-        moved = [(query.slot, query.start, query.start + leaf) for query, leaf in kept if leaf > 0]
-        if moved:
-            slot, to, source = (torch.tensor(column, device=self.device) for column in zip(*moved, strict=True))
-            self.cache[:, :, slot, :, to] = self.cache[:, :, slot, :, source]
         for query, leaf in kept:
+            if leaf > 0:
+                self.cache[:, :, query.slot, :, query.start] = self.cache[:, :, query.slot, :, query.start + leaf]
             self.tokens[query.slot][query.start :] = [query.ids[leaf]]
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """Write the new keys and values [1, heads, T, D], attend group by group; returns [1, T, heads, D]."""
-        assert self._write_T is not None
-        keys, values = self.cache[layer]
-        slot_T, write_T = self._write_T
-        keys[slot_T, :, write_T] = key[0].transpose(0, 1)
-        values[slot_T, :, write_T] = value[0].transpose(0, 1)
+        assert self._plan is not None
+        keys, values = self.cache[layer, 0], self.cache[layer, 1]
+        plan = self._plan
+        keys[plan.slot_T, :, plan.write_T] = key[0].transpose(0, 1)
+        values[plan.slot_T, :, plan.write_T] = value[0].transpose(0, 1)
         heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
         repeats = heads // kv_heads
         out = []
-        for group in self._groups:
+        for group in plan.groups:
+            size, width = group.write_BQ.shape
             # Grouped-query attention: the query heads that share keys become more queries of the same row.
-            q = query[0, :, group.span].reshape(kv_heads, repeats, -1, group.queries, dim)
-            q = q.permute(2, 0, 1, 3, 4).flatten(2, 3)
+            q = query[0] if group.token_BQ is None else query[0][:, group.token_BQ.flatten()]
+            q = q.reshape(kv_heads, repeats, size, width, dim).permute(2, 0, 1, 3, 4).flatten(2, 3)
             k, v = keys[group.rows, :, : group.length], values[group.rows, :, : group.length]
             mask = group.mask(repeats, window, query.dtype)
             o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-            o = o.unflatten(2, (repeats, group.queries)).permute(0, 3, 1, 2, 4)
+            o = o.unflatten(2, (repeats, width)).permute(0, 3, 1, 2, 4)
             out.append(o.reshape(-1, heads, dim))
-        return (out[0] if len(out) == 1 else torch.cat(out))[None]
+        laid = out[0] if len(out) == 1 else torch.cat(out)
+        return (laid if plan.place_T is None else laid[plan.place_T])[None]
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-def _grouped(queries: list[Query]) -> list[list[int]]:
-    """Indices of queries of like length (powers of two), each group in order of slot."""
+def _grouped(queries: list[Query]) -> list[tuple[bool, list[int]]]:
+    """Whether they are leaves, and the indices, of queries of like length (powers of two), in order of slot."""
     groups: dict[tuple[int, bool], list[int]] = {}
     for i, query in enumerate(queries):
         n = len(query.ids)
-        groups.setdefault((n, True) if query.leaves or n == 1 else (n.bit_length(), False), []).append(i)
-    return [sorted(members, key=lambda i: queries[i].slot) for members in groups.values()]
+        groups.setdefault((n if query.leaves else n.bit_length(), query.leaves), []).append(i)
+    return [(leaves, sorted(members, key=lambda i: queries[i].slot)) for (_, leaves), members in groups.items()]
 
 
 def _attention(

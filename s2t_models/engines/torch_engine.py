@@ -10,6 +10,7 @@ Axes: _B row, _T token, _K candidate, _R reserved row, _V vocabulary, _N support
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from s2t_models.artifact import Artifact
 
 #: Tokens one forward takes at most, beyond its first feed; further feeds wait for the next.
-TOKENS_A_FORWARD = 4096
+TOKENS_A_FORWARD = 2048
 
 
 @dataclass
@@ -70,20 +71,23 @@ class TorchEngine:
         self._head = head.to(model.device).eval() if head is not None else None
         self._slots = Slots(model, slots, card.context)
         self._reserved = torch.tensor(card.reserved_ids, dtype=torch.long, device=model.device)
+        self._readout_HR = model.get_output_embeddings().weight[self._reserved].T.detach()
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
         self._wake = threading.Condition()
         self._closed = False
+        gc.freeze()  # models are here to stay: walking them in collections costs one decode step in twenty
         self._thread = threading.Thread(target=self._loop, name=f"engine-{card.name}", daemon=True)
         self._thread.start()
 
     @classmethod
     def load(cls, settings: Model, name: str, reserved_ids: tuple[int, ...] = ()) -> TorchEngine:
-        """An engine over the model that the settings name."""
+        """An engine over the model that the settings name; `reserved_ids` are those of the pair, of which it may have fewer rows."""
         from s2t_models import loading
 
         model = loading.load_model(settings)
+        reserved_ids = tuple(row for row in reserved_ids if row < model.config.vocab_size)
         return cls(model, _card(model, settings, name, reserved_ids), settings.slots)
 
     @classmethod
@@ -198,12 +202,22 @@ class TorchEngine:
     def _admit(self, call: _Call) -> None:
         if call.future.cancelled():
             return
-        cached = {slot: _common(self._slots.tokens[slot], call.tokens) for slot in self._free}
-        call.slot = max(cached, key=lambda slot: cached[slot])  # ties go to the slot unused for longest
+        call.slot = self._choose_slot(call.tokens)
         del self._free[call.slot]
-        call.row = call.make_row(cached[call.slot])
+        call.row = call.make_row(_common(self._slots.tokens[call.slot], call.tokens))
         self._running.append(call)
         self._advance(call, None)
+
+    def _choose_slot(self, tokens: list[int]) -> int:
+        """The free slot that holds the longest prefix of the tokens, where that is at least half of what it holds; else the one
+        unused for longest. A template that all prompts share must not cost a decode between two calls its slot."""
+        fits = {}
+        for slot in self._free:
+            known = self._slots.tokens[slot]
+            half = (len(known) + 1) // 2
+            if known[:half] == tokens[:half]:
+                fits[slot] = _common(known, tokens)
+        return max(fits, key=lambda slot: fits[slot], default=next(iter(self._free)))
 
     def _drop_cancelled(self) -> None:
         for call in [call for call in self._running if call.future.cancelled()]:
@@ -260,7 +274,7 @@ class TorchEngine:
                 continue
             leaf = len(feed.ids) - 1
             if feed.choose is not None:
-                leaf = feed.choose(hidden_TH[first:end] @ self._unembedding[self._reserved].T)
+                leaf = feed.choose(hidden_TH[first:end] @ self._readout_HR)
                 kept.append((query, leaf))
             stepping.append(i)
             last.append(first + leaf)
@@ -284,7 +298,7 @@ class TorchEngine:
             [sampling.top_k for sampling in samplings],
             noise,
         )
-        steps = [Step(token, logits_V) for token, logits_V in zip(tokens, logits_BV, strict=True)]
+        steps = [Step(token, logits_BV, row) for row, token in enumerate(tokens)]
         if self._head is not None and any(feed.trigger for feed in feeds):
             for step, trigger in zip(steps, self._head(hidden_BH).tolist(), strict=True):
                 step.trigger = trigger
@@ -297,10 +311,6 @@ class TorchEngine:
                     step.top_ids_N, step.top_logprobs_N = ids_N[: feed.support], logprobs_N[: feed.support]
                     step.entropy = float(entropy)
         return steps
-
-    @property
-    def _unembedding(self) -> torch.Tensor:
-        return self._model.get_output_embeddings().weight
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Text logits: the reserved rows are masked, so they are never generated."""
