@@ -19,6 +19,7 @@ import pandas as pd
 from pipelines.tasks import task
 from s2t_models.engines.contract import Engine
 from s2t_models.recipe import Recipe
+from s2t_models.reserved import reserved_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def audit(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> pd.DataFram
 
     tokenizer = load_tokenizer(recipe.slm)
     items = {item.uid: item for name in frame["task"].unique() for item in task(name).load(data)}
-    engine = TorchEngine.load(recipe.teacher, "teacher")
+    engine = TorchEngine.load(recipe.teacher, "teacher", reserved_rows(recipe))
 
     async def whole() -> list[str]:
         slots = asyncio.Semaphore(2 * recipe.teacher.slots)

@@ -16,7 +16,6 @@ nodes of a cluster must share, holds
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import sys
@@ -98,12 +97,12 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     one line."""
     from pipelines import cluster, report
     from pipelines.answers import read_answers
+    from pipelines.only_one import only_one
     from pipelines.questions import check_splits, load_items, plan
     from pipelines.results import write_results
     from pipelines.verdicts import grade
 
-    output.mkdir(parents=True, exist_ok=True)
-    with _alone(output):
+    with only_one(output, BenchmarkError):
         chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
         splits = check_splits(recipe, chosen, options.data)
         cluster.start()
@@ -112,7 +111,8 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
             rows = plan(recipe, chosen, settings, options.repeats)
             unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency)
             answers = read_answers(output / ANSWERS)
-            graded = grade(rows, answers, unanswered, _judge(options, url, output))
+            judge = _judge(options, url, output)
+            graded = grade(rows, answers, unanswered, judge, recipe.benchmark.concurrency)
         metadata = {
             "s2t.recipe": recipe.model_dump_json(),
             "s2t.settings": json.dumps(settings, sort_keys=True, default=str),
@@ -217,19 +217,6 @@ def _endpoint(recipe: Recipe, endpoint: str | None) -> Iterator[str]:
         yield run(recipe, blocking=False)
     finally:
         serve.delete(NAME)
-
-
-@contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    """One job at a time in an output folder: two would ask every question twice."""
-    with (output / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BenchmarkError(
-                f"{output}: another job is at work there; wait for it or take another folder"
-            ) from None
-        yield
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:

@@ -13,13 +13,10 @@ on a file system that all nodes share.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +51,14 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     PromptError, ShardError, ClusterError or CollectError.
     """
     from pipelines import prompts as sources
+    from pipelines.only_one import only_one
     from pipelines.publish import SUMMARY, publish
     from pipelines.shards import FOLDER
 
     task = f"file:{prompts.name}" if prompts else recipe.collect.task
     chosen = sources.from_file(prompts) if prompts else sources.from_task(task, data, recipe)
     rows = sources.rows(chosen, recipe)
-    with _only_one(output):
+    with only_one(output, CollectError):
         metadata = _claim(recipe, output, task, rows)
         if not (output / FOLDER).is_dir():
             work = output / "work"
@@ -97,20 +95,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
     return parser.parse_args(argv)
-
-
-@contextmanager
-def _only_one(output: Path) -> Iterator[None]:
-    """Hold the output folder: two jobs writing one collection would undo each other."""
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CollectError(
-                f"{output}: another collect is running there; wait for it or choose another --output"
-            ) from None
-        yield
 
 
 def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) -> dict[str, str]:

@@ -39,10 +39,14 @@ def kept(ask: Ask, name: str, folder: Path) -> Ask:
 
 
 def grade(
-    rows: Sequence[Row], answers: Mapping[str, Answer], unanswered: Mapping[str, str], ask_judge: Ask
+    rows: Sequence[Row],
+    answers: Mapping[str, Answer],
+    unanswered: Mapping[str, str],
+    ask_judge: Ask,
+    concurrency: int = 2,
 ) -> list[dict[str, Any]]:
     """The graded rows (schema RESULT), in the order of `rows`. `unanswered` holds key -> reason for rows
-    without an answer."""
+    without an answer; `concurrency` is how many rows the judge is asked about at once."""
 
     def judged(outputs: Sequence[str], item: Item) -> Graded:
         try:
@@ -54,9 +58,10 @@ def grade(
         judge = judged if row.task.judged else None
         return graded_row(row, answers.get(row.key), unanswered.get(row.key), judge)
 
-    # Graders wait for worker processes of their own; threads are enough to keep those busy.
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(one, rows))
+    # Graders wait for worker processes of their own, a judge for its endpoint: threads are enough to keep those busy.
+    with ThreadPoolExecutor(2) as graders, ThreadPoolExecutor(concurrency) as judges:
+        pending = [(judges if row.task.judged else graders).submit(one, row) for row in rows]
+        return [graded.result() for graded in pending]
 
 
 def graded_row(row: Row, answer: Answer | None, reason: str | None, judged: Judge | None) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        key = json.dumps([body["model"], body["seed"], body["messages"]])
+        key = json.dumps([body["model"], body.get("seed"), body["messages"]])
         before = self.server.asked[key]
         self.server.asked[key] += 1
         self.server.bodies.append(body)

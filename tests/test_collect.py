@@ -19,6 +19,7 @@ import torch
 
 from pipelines import collect, publish
 from pipelines.labelling import PROMPT, ROLLOUT, Labels, Rollouts, propose_steps
+from pipelines.only_one import only_one
 from pipelines.prompts import PromptError, from_file, rows
 from pipelines.shards import read_shards
 from pipelines.sink import committed
@@ -258,9 +259,9 @@ def test_more_actors_than_the_cluster_has_fails_at_once(
 def test_second_job_in_the_same_folder_is_refused(
     recipe_path: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with collect._only_one(tmp_path):
+    with only_one(tmp_path, RuntimeError):
         assert _main(recipe_path, tmp_path, prompts) == 2
-    assert "another collect is running" in capsys.readouterr().err
+    assert "another job is at work there" in capsys.readouterr().err
 
 
 def test_failing_rows_cost_no_other_row(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from stub_endpoint import stub_endpoint
 
 from pipelines.grading import judge
 from pipelines.grading.choices import choice
@@ -143,3 +144,18 @@ def test_mt_bench_asks_the_published_prompts(data_dir) -> None:  # type: ignore[
     assert mt_bench.judged(["a", "b"], items["math"], lambda chat: "no rating").verdict == "errored"
     with pytest.raises(ValueError, match="2 turns, but there are 1 answers"):
         mt_bench.judged(["a"], items["math"], ask)
+
+
+def test_the_judge_takes_the_room_there_is_and_says_why_it_cannot_answer():
+    overflow = {"error": {"message": "the prompt is too long", "code": "context_length_exceeded"}}
+    chat = [{"role": "user", "content": "Rate this."}]
+    with stub_endpoint({}) as server:
+        ask = judge.endpoint(f"{server.url}/v1", "llm")
+        server.fault = lambda body, asked: (400, overflow, {}) if "max_tokens" in body else None
+        assert ask(chat) == server.answer(server.bodies[-1])["choices"][0]["message"]["content"]
+        server.fault = lambda body, asked: (400, overflow, {})
+        with pytest.raises(OSError, match=r"400: .*the prompt is too long"):
+            ask(chat)
+        server.fault = lambda body, asked: (404, {"error": {"message": "no such model"}}, {})
+        with pytest.raises(OSError, match=r"404: .*no such model"):
+            ask(chat)

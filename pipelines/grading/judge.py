@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Ask = Callable[[list[dict[str, str]]], str]
+
+#: What a judge may write about one turn.
+MAX_TOKENS = 2048
 
 _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 
@@ -67,13 +71,28 @@ def rate(
 
 
 def endpoint(url: str, model: str, api_key: str = "", seconds: float = 600.0) -> Ask:
-    """A judge behind an OpenAI-compatible endpoint, `url` being its base such as http://127.0.0.1:8000/v1."""
+    """A judge behind an OpenAI-compatible endpoint, `url` being its base such as http://127.0.0.1:8000/v1.
 
-    def ask(chat: list[dict[str, str]]) -> str:
-        body = json.dumps({"model": model, "messages": chat, "temperature": 0.0, "max_tokens": 2048}).encode()
+    What it returns raises OSError with what the endpoint said."""
+
+    def post(body: dict[str, object]) -> str:
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
-        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", data=body, headers=headers)
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=seconds) as response:
             return str(json.loads(response.read())["choices"][0]["message"]["content"])
+
+    def ask(chat: list[dict[str, str]]) -> str:
+        body: dict[str, object] = {"model": model, "messages": chat, "temperature": 0.0}
+        try:
+            return post(body | {"max_tokens": MAX_TOKENS})
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")
+            if "context_length_exceeded" not in said:
+                raise OSError(f"{error.code}: {' '.join(said.split())[:300]}") from None
+        try:
+            return post(body)  # with whatever room the context leaves
+        except urllib.error.HTTPError as error:
+            raise OSError(f"{error.code}: {' '.join(error.read().decode(errors='replace').split())[:300]}") from None
 
     return ask
