@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -106,7 +107,7 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
         chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
         splits = check_splits(recipe, chosen, options.data)
         cluster.start()
-        with _endpoint(recipe, options.endpoint) as url:
+        with _endpoint(recipe, chosen, options) as url:
             settings = policy_settings(recipe, url)
             rows = plan(recipe, chosen, settings, options.repeats)
             unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency)
@@ -127,6 +128,18 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
             file=sys.stderr,
         )
     return tables
+
+
+def _engines(recipe: Recipe, names: Sequence[str]) -> set[str]:
+    """The engines that the policies call. Raises BenchmarkError where there is no such policy."""
+    from s2t_models.policies import PolicyError, policy
+    from serving.hosting import thresholds, with_router
+
+    known, recipe = thresholds(recipe), with_router(recipe)
+    try:
+        return {engine for name in names for engine in policy(name, recipe, known).needs}
+    except PolicyError as error:
+        raise BenchmarkError(str(error)) from None
 
 
 def _sandboxed(chosen: list[tuple[Task, list[Item]]], allowed: bool) -> list[tuple[Task, list[Item]]]:
@@ -192,6 +205,8 @@ def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) 
     missing = [question for row in rows if (question := row.question())["key"] not in known]
     if not missing:
         return {}
+    # Mixed, so that all engines have work at once and every policy meets the same load.
+    random.Random(0).shuffle(missing)
     done = len(rows) - len(missing)
     asked = 0
 
@@ -204,17 +219,19 @@ def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) 
 
 
 @contextmanager
-def _endpoint(recipe: Recipe, endpoint: str | None) -> Iterator[str]:
-    """The endpoint given, or the recipe served here for as long as it is needed."""
-    if endpoint is not None:
-        yield endpoint
+def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options) -> Iterator[str]:
+    """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
+    if options.endpoint is not None:
+        yield options.endpoint
         return
     from ray import serve
 
     from serving.app import NAME, run
 
+    asks_here = options.judge is None and any(task.judged for task, _ in chosen)
+    names = [*recipe.benchmark.policies, *([options.judge_model] if asks_here else [])]
     try:
-        yield run(recipe, blocking=False)
+        yield run(recipe, blocking=False, only=_engines(recipe, names))
     finally:
         serve.delete(NAME)
 

@@ -127,15 +127,20 @@ def _check(
     pair = (loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher), loading.tokenizer_hash(recipe.slm))
     hashes: dict[str, str] = {}
     rows: dict[str, list[str]] = {}
+    divergences: dict[str, str] = {}
     for role, folder in (("training", shards), ("calibration", calibration)):
         if folder is None:
             continue
         table, metadata, hashes[role] = _read(folder)
         check_pair(metadata, *pair)
+        divergences[role] = metadata["s2t.divergence"]
         task = metadata["s2t.task"]
         if task in TASKS and not task.endswith(NOT_TEST):
             raise ShardError(f"{folder}: collected on {task}, a test split; train and calibrate on other rows")
         rows[f"{role} ({task})"] = _row_hashes(table, task, data)
+    if len(set(divergences.values())) > 1:
+        of = "; ".join(f"{role}: {divergence}" for role, divergence in divergences.items())
+        raise ShardError(f"{calibration}: collected with another divergence than the training shards ({of})")
     try:
         refuse_overlap(rows)
     except ValueError as error:
@@ -146,6 +151,7 @@ def _check(
         "base_weights": pair[0],
         "teacher_weights": pair[1],
         "tokenizer": pair[2],
+        "divergence": divergences["training"],
         "shards": hashes,
         "rows": rows,
         "seeds": {"training": recipe.seed, "trigger_head": recipe.trigger_head.seed},

@@ -25,14 +25,13 @@ class ShardError(ValueError):
 
 def shard_metadata(recipe: Recipe, slm: str, teacher: str, tokenizer: str, task: str) -> dict[str, str]:
     """What a shard's schema carries. `slm`, `teacher` and `tokenizer` are sha256 of the files."""
-    divergence = recipe.divergence
     values = (
         VERSION,
         recipe.model_dump_json(),
         slm,
         teacher,
         tokenizer,
-        f"KL(SLM || teacher), top {divergence.support}, {divergence.tail}",
+        str(recipe.divergence),
         str(recipe.collect.k),
         str(recipe.collect.steps),
         task,

@@ -55,6 +55,10 @@ class Divergence(Settings):
     support: Count = 64
     tail: Literal["bucket", "renormalised"] = "bucket"
 
+    def __str__(self) -> str:
+        """What shards and thresholds record: values of different divergences are not compared."""
+        return f"KL(SLM || teacher), top {self.support}, {self.tail}"
+
 
 class Candidates(Settings):
     """How C_t is made (section 4.2, Table A15); `ratio` > 0 makes the set dynamic (Table A4)."""

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +35,9 @@ MAX_ONGOING_REQUESTS = 4096
 QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 
 
-def build(recipe: Recipe) -> Application:
-    """The recipe as a Serve application. Raises RecipeError with one line where its parts do not fit together."""
+def build(recipe: Recipe, only: Collection[str] | None = None) -> Application:
+    """The recipe as a Serve application, with all its engines or those named in `only`. Raises RecipeError with one line
+    where its parts do not fit together."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -58,7 +59,7 @@ def build(recipe: Recipe) -> Application:
 
     engines = hosted(recipe)
     handles = {}
-    for name, engine in engines.items():
+    for name, engine in _chosen(engines, only).items():
         model = engine.settings
         engine_deployment = deployment(EngineDeployment, name, model.num_replicas, model.num_cpus, model.num_gpus)
         handles[name] = engine_deployment.bind(engine)
@@ -71,8 +72,9 @@ def app(args: dict[str, Any]) -> Application:
     return build(load_recipe(args["recipe"], args.get("set", ())))
 
 
-def run(recipe: Recipe, blocking: bool = True) -> str:
-    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM.
+def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = None) -> str:
+    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `only` names
+    the engines that are wanted (all).
 
     Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
     cluster too small, an engine does not start, or the recipe's parts do not fit together.
@@ -82,8 +84,8 @@ def run(recipe: Recipe, blocking: bool = True) -> str:
 
     from serving.hosting import hosted
 
-    application = build(recipe)
-    demand = _demand(hosted(recipe))
+    application = build(recipe, only)
+    demand = _demand(_chosen(hosted(recipe), only))
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own_cluster = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
     if own_cluster:
@@ -177,6 +179,10 @@ def _join_ray(cpus: float, own_cluster: bool) -> None:
         logical = max(os.cpu_count() or 1, math.ceil(cpus))
         quiet |= {"address": "local", "num_cpus": logical, "include_dashboard": False}
     ray.init(**quiet)
+
+
+def _chosen(engines: Mapping[str, Hosted], only: Collection[str] | None) -> dict[str, Hosted]:
+    return {name: engine for name, engine in engines.items() if only is None or name in only}
 
 
 def _demand(engines: Mapping[str, Hosted]) -> dict[str, float]:

@@ -66,14 +66,15 @@ def hosted(recipe: Recipe) -> dict[str, Hosted]:
 def thresholds(recipe: Recipe) -> Thresholds:
     """Those of the artifact, and for KL and entropy those of `trigger.calibration` where it is set.
 
-    An artifact's KL thresholds hold for the teacher they were calibrated with, and are left out beside another. Raises
-    RecipeError where either is missing or was made for another SLM.
+    An artifact's KL thresholds hold for the teacher and the divergence they were calibrated with, and are left out beside
+    another. Raises RecipeError where either is missing or was made for another SLM.
     """
     found: dict[str, dict[str, float]] = {}
     if recipe.artifact:
         card = _artifact(recipe).card
-        same_teacher = card.provenance.get("teacher_weights") == loading.weights_hash(recipe.teacher)
-        found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_teacher}
+        calibrated = (card.provenance.get("teacher_weights"), card.provenance.get("divergence"))
+        same_kl = calibrated == (loading.weights_hash(recipe.teacher), str(recipe.divergence))
+        found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_kl}
     if recipe.trigger.calibration:
         found |= _calibration(recipe, Path(recipe.trigger.calibration))
     return found
@@ -106,6 +107,11 @@ def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[str, float]]:
     content = json.loads(path.read_text())
     _same_weights("trigger.calibration", path, "SLM", content.get("slm"), recipe.slm)
     _same_weights("trigger.calibration", path, "teacher", content.get("teacher"), recipe.teacher)
+    if content.get("divergence") != str(recipe.divergence):
+        raise RecipeError(
+            f"trigger.calibration: {path} holds thresholds of {content.get('divergence')}, the recipe's divergence is "
+            f"{recipe.divergence}; collect with this one"
+        )
     return {metric: content[metric] for metric in ("kl", "entropy")}
 
 

@@ -70,6 +70,7 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
         provenance={
             "base_weights": loading.weights_hash(recipe.slm),
             "teacher_weights": loading.weights_hash(recipe.teacher),
+            "divergence": str(recipe.divergence),
         },
     )
     head = TriggerHead(model.config.hidden_size, 16).eval()

@@ -28,7 +28,7 @@ from s2t_models import losses
 from s2t_models.artifact import Artifact
 from s2t_models.divergence import divergence
 from s2t_models.loading import load_model, load_tokenizer, tokenizer_hash, weights_hash
-from s2t_models.recipe import Model, Recipe, load_recipe
+from s2t_models.recipe import Divergence, Model, Recipe, load_recipe
 
 SETTINGS = [
     "distil.batch=4",
@@ -328,6 +328,9 @@ def test_wrong_input_is_refused_in_one_line_before_anything_runs(
     assert "a test split" in refused([*command, "--shards", str(test_rows)], output, capsys)
     again = write(tmp_path / "again", table, recipe, "embedded-train")
     assert "share 25 rows" in refused([*command, "--calibration", str(again)], output, capsys)
+    published = recipe.model_copy(update={"divergence": Divergence(tail="renormalised")})
+    other = write(tmp_path / "other", table, published, "embedded-train")
+    assert "collected with another divergence" in refused([*command, "--calibration", str(other)], output, capsys)
     assert "unknown key distil.colour" in refused([*command, "--set", "distil.colour=1"], output, capsys)
     assert "does not divide" in refused([*command, "--set", "distil.workers=3"], output, capsys)
     output.mkdir()

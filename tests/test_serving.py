@@ -286,6 +286,7 @@ def test_a_calibration_gives_thresholds_to_the_pair_it_was_made_with(recipe_path
         "entropy": {"0.1": 0.5},
         "slm": loading.weights_hash(SLM),
         "teacher": loading.weights_hash(TEACHER),
+        "divergence": "KL(SLM || teacher), top 64, bucket",
     }
     (tmp_path / "thresholds.json").write_text(json.dumps(content))
     recipe = load_recipe(recipe_path, [f"trigger.calibration={tmp_path}"])
@@ -294,6 +295,15 @@ def test_a_calibration_gives_thresholds_to_the_pair_it_was_made_with(recipe_path
     (tmp_path / "thresholds.json").write_text(json.dumps(content | {"teacher": "0"}))
     with pytest.raises(ValueError, match="made with another teacher"):
         thresholds(recipe)
+    (tmp_path / "thresholds.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"thresholds of .* bucket, the recipe's divergence is .* renormalised"):
+        thresholds(load_recipe(recipe_path, [f"trigger.calibration={tmp_path}", "published=true"]))
+
+
+def test_an_artifacts_kl_thresholds_hold_for_its_divergence_only(recipe_path: Path, untrained_artifact: Path):
+    artifact = f"artifact={untrained_artifact}"
+    assert set(thresholds(load_recipe(recipe_path, [artifact]))) == {"head", "kl", "entropy"}
+    assert set(thresholds(load_recipe(recipe_path, [artifact, "published=true"]))) == {"head", "entropy"}
 
 
 def test_a_port_that_is_taken_and_a_cluster_too_small_are_refused(capsys, endpoint: str, recipe_path: Path):

@@ -171,7 +171,7 @@ def _threshold(name: str, metric: str, budget: str | None, recipe: Recipe, thres
     for text, value in known.items():
         if float(text) == wanted:
             return value
-    calibrated = ", ".join(known) or "none"
+    calibrated = ", ".join(known) or "none (set trigger.calibration to what `s2t collect` wrote, or trigger.threshold)"
     raise PolicyError(f"{name}: no {metric} threshold for budget {wanted:g}; calibrated budgets: {calibrated}")
 
 
