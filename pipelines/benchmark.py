@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -205,8 +204,6 @@ def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) 
     missing = [question for row in rows if (question := row.question())["key"] not in known]
     if not missing:
         return {}
-    # Mixed, so that all engines have work at once and every policy meets the same load.
-    random.Random(0).shuffle(missing)
     done = len(rows) - len(missing)
     asked = 0
 

@@ -21,7 +21,7 @@ from s2t_models.recipe import Recipe, RecipeError, load_recipe
 RECIPE = Path(__file__).resolve().parent.parent / "cluster" / "recipes" / "embedded.yaml"
 BUDGETS = (0.01, 0.02, 0.05, 0.10, 0.20)
 CALIBRATION_PROMPTS = 600
-VALIDATION_ITEMS = 300
+VALIDATION_ITEMS = 200
 MEANING = """\
 What it means: `s2t-local` is the SLM alone, choosing among its own candidates at the steps its trigger head picks; the budget
 ({budget:.0%} of steps) was chosen on validation problems, not on these. `takeover` and `s2t` ask the teacher at the same budget;

@@ -130,8 +130,9 @@ def plan(
     settings: Mapping[str, Mapping[str, Any]],
     repeats: int,
 ) -> list[Row]:
-    """Every row of the job in the order of its results. A policy that votes is left out of tasks without votes. Raises
-    QuestionError where a seed or policy is named twice."""
+    """Every row of the job in its order: a policy's rows follow each other, so that its latency is its own. A
+    policy that votes is left out of tasks without votes. Raises QuestionError where a seed or policy is named
+    twice."""
     for what, values in (("policies", recipe.benchmark.policies), ("seeds", recipe.benchmark.seeds)):
         twice = next((value for value in values if values.count(value) > 1), None)  # type: ignore[attr-defined]
         if twice is not None:

@@ -20,6 +20,8 @@ from pipelines.questions import QuestionError, Row, check_splits, load_items, pl
 from pipelines.results import read_results, summarise
 from pipelines.tasks import Item, Task
 from s2t_models.recipe import Recipe, load_recipe
+from serving import app
+from serving.hosting import hosted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 POLICIES = ("greedy", "maj@8", "s2t", "s2t-local", "llm")
@@ -303,3 +305,16 @@ def test_the_served_pair_answers_the_embedded_task(
     assert (frame["tokens"] > 0).all()
     assert all(json.loads(models) for models in frame["models"])
     assert (frame["samples"].map(len) == (8 if policy == "maj@8" else 0)).all()
+
+
+def test_a_job_serves_the_engines_its_policies_call_and_no_others(recipe_path: Path, untrained_artifact: Path):
+    recipe = load_recipe(recipe_path, [f"artifact={untrained_artifact}"])
+    assert benchmark._engines(recipe, ["greedy", "maj@3"]) == {"slm"}
+    assert benchmark._engines(recipe, ["s2t-local"]) == {"s2t-local"}
+    assert benchmark._engines(recipe, ["greedy", "s2t"]) == {"slm", "teacher"}
+    with pytest.raises(benchmark.BenchmarkError, match="no policy named 'grredy'"):
+        benchmark._engines(recipe, ["grredy"])
+    everything = hosted(recipe)
+    assert set(everything) == {"slm", "teacher", "s2t-local"}
+    assert set(app._chosen(everything, {"slm"})) == {"slm"}
+    assert app._demand(app._chosen(everything, {"slm"}))["CPU"] == recipe.slm.num_cpus

@@ -30,14 +30,13 @@ def pick(
             temperature_B1, top_p_B1, top_k_B1, uniform_B1 = (
                 torch.tensor(column, device=logits_BV.device, dtype=torch.float64)[:, None] for column in columns
             )
-            # Double, so that the token does not hang on the rounding of a long sum.
-            scaled_BV = logits_BV[rows].double() / temperature_B1
-            # Sorted, so that it does not hang on the order of the vocabulary.
+            # Sorted, so that the token does not hang on the order of the vocabulary.
             if rows is few:
-                sorted_BN, order_BN = scaled_BV.topk(min(FEW, scaled_BV.shape[-1]), dim=-1)
+                sorted_BN, order_BN = logits_BV[rows].topk(min(FEW, logits_BV.shape[-1]), dim=-1)
             else:
-                sorted_BN, order_BN = scaled_BV.sort(stable=True, dim=-1, descending=True)
-            rank_B1 = _draw(sorted_BN, top_p_B1, top_k_B1, uniform_B1)
+                sorted_BN, order_BN = logits_BV[rows].sort(stable=True, dim=-1, descending=True)
+            # Double, so that it does not hang on the rounding of a long sum.
+            rank_B1 = _draw(sorted_BN.double() / temperature_B1, top_p_B1, top_k_B1, uniform_B1)
             picked_B[rows] = order_BN.gather(-1, rank_B1)[:, 0]
     return picked_B.tolist()
 
