@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -106,7 +107,7 @@ def _distil(recipe: Recipe, train: Path, calibration: Path, artifact: Path, cont
 
 
 def _choose_budget(recipe: Recipe, folder: Path) -> float:
-    """The budget at which S2T-Local is most accurate on validation problems, the smaller one of equals."""
+    """The smallest budget whose accuracy on validation problems is within one standard error of the best one's."""
     from pipelines.benchmark import RESULTS, Options, benchmark
     from pipelines.results import read_results, summarise
 
@@ -116,9 +117,13 @@ def _choose_budget(recipe: Recipe, folder: Path) -> float:
         settings = {"task": ("embedded-validation",), "items": VALIDATION_ITEMS, "policies": policies}
         benchmark(_with(recipe, "benchmark", **settings), folder, Options())
     accuracy = {row.policy: row.accuracy for row in summarise(read_results(folder / RESULTS)[0])}
-    best = max(BUDGETS, key=lambda budget: (accuracy[f"s2t-local@{budget:g}"], -budget))
-    print("  ".join(f"{budget:.0%}: {accuracy[f's2t-local@{budget:g}']:.1%}" for budget in BUDGETS), f" -> {best:.0%}")
-    return best
+    best = max(accuracy.values())
+    enough = best - math.sqrt(best * (1 - best) / VALIDATION_ITEMS)
+    chosen = min(budget for budget in BUDGETS if accuracy[f"s2t-local@{budget:g}"] >= enough)
+    print(
+        "  ".join(f"{budget:.0%}: {accuracy[f's2t-local@{budget:g}']:.1%}" for budget in BUDGETS), f" -> {chosen:.0%}"
+    )
+    return chosen
 
 
 def _benchmark(recipe: Recipe, calibration: Path, output: Path) -> dict[str, Any]:
