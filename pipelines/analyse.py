@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2t_models.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -27,20 +29,16 @@ if TYPE_CHECKING:
 RESULTS = "results.parquet"
 
 
-class AnalysisError(ValueError):
+class AnalysisError(UserError):
     """Input that cannot be analysed; the message is one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    from pipelines.results import ResultsError
-    from pipelines.shards import ShardError
-    from s2t_models.recipe import RecipeError
-
     try:
         output = arguments.output or arguments.inputs[0].parent / "analysis"
         text = analyse(arguments.inputs, output, arguments.tracking, arguments.audit, arguments.data)
-    except (AnalysisError, ResultsError, ShardError, RecipeError) as error:
+    except UserError as error:
         print(f"analyse: {error}", file=sys.stderr)
         return 2
     print(f"{text}\ntables and figures: {output}")
@@ -53,7 +51,7 @@ def analyse(
     """Write the tables (CSV) and figures (PNG) of `inputs` to `output`, log them to MLflow, and return the
     tables as Markdown.
 
-    Raises AnalysisError, ResultsError, ShardError or RecipeError.
+    Raises UserError: the inputs are none, cannot be read, or what an audit needs is missing.
     """
     from pipelines import decision_analysis, shard_analysis
     from pipelines.results import read_results

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2t_models.errors import UserError
+
 if TYPE_CHECKING:
     import aiohttp
 
@@ -36,11 +38,11 @@ Question = dict[str, Any]
 Answer = dict[str, Any]
 
 
-class AnswersError(ValueError):
+class AnswersError(UserError):
     """Kept answers that cannot be read; the message is one line."""
 
 
-class EndpointError(RuntimeError):
+class EndpointError(UserError):
     """The endpoint cannot be asked; the message is one line."""
 
 
@@ -76,8 +78,12 @@ class AnswerLog:
         os.fsync(self.file.fileno())
 
 
+class Gone(EndpointError):
+    """The endpoint refuses whatever it is asked: not these questions' fault, so no answer to any of them."""
+
+
 class Refused(Exception):
-    """The endpoint will give the same refusal however often it is asked."""
+    """The endpoint will give the same refusal of this question however often it is asked."""
 
     def __init__(self, status: int, message: str, code: str | None) -> None:
         super().__init__(f"{status}: {message}")
@@ -114,13 +120,14 @@ class Asker:
                 self.log.append(await self.answer(self.session, row))
             except (EndpointError, aiohttp.ClientError, TimeoutError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-                if not isinstance(error, EndpointError) and not await self.alive(self.session):
+                is_answering = isinstance(error, EndpointError) and not isinstance(error, Gone)
+                if isinstance(error, Gone) or not (is_answering or await self.alive(self.session)):
                     self.down = reason
                 return {"key": row["key"], "fault": "endpoint" if self.down else "row", "reason": reason}
         return {"key": row["key"], "fault": None, "reason": None}
 
     async def answer(self, session: aiohttp.ClientSession, row: Question) -> Answer:
-        """All turns of one question. A refusal (4xx) is an answer with an `error`."""
+        """All turns of one question. A refusal of the question (400, 413, 422) is an answer with an `error`."""
         messages, later = json.loads(row["messages"]), json.loads(row["turns"])
         body = {key: row[key] for key in ("model", "seed", "max_tokens")} | {"s2t": {"decisions": True}}
         outputs: list[str] = []
@@ -161,7 +168,7 @@ class Asker:
             return await self.post(session, {key: value for key, value in body.items() if key != "max_tokens"})
 
     async def post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> dict[str, Any]:
-        """One request, tried up to ATTEMPTS times. Raises Refused, EndpointError (the status stays bad) or
+        """One request, tried up to ATTEMPTS times. Raises Refused, Gone, EndpointError (the status stays bad) or
         what aiohttp raises."""
         import aiohttp
 
@@ -173,8 +180,10 @@ class Asker:
                     if response.status == 200:
                         return await response.json()
                     message, code = read_error(await response.text())
-                    if response.status < 500 and response.status not in (408, 425, 429):
+                    if response.status in (400, 413, 422):
                         raise Refused(response.status, message, code)
+                    if response.status < 500 and response.status not in (408, 425, 429):
+                        raise Gone(f"{response.status}: {message}")
                     if last:
                         raise EndpointError(f"{response.status} after {ATTEMPTS} attempts: {message}")
                     with contextlib.suppress(KeyError, ValueError):

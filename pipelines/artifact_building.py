@@ -46,7 +46,7 @@ def build(
     model = selector.merge().eval()
     tokenizer = load_tokenizer(recipe.slm)
     if objective == "kd":
-        artifact.save_checkpoint(output, model, tokenizer)
+        artifact.save_checkpoint(output, model, tokenizer, provenance)
         return {}
     training, held_out = split_by_prompt(data, recipe.distil.validation, recipe.seed)
     hidden_MH, trajectory_M = hidden_states(model, training)
@@ -66,8 +66,6 @@ def build(
     card = artifact.Card(
         reserved_ids=reserved,
         bins=tuple(bins(len(reserved)).tolist()),
-        k=recipe.candidates.k,
-        method=recipe.candidates.method,
         temperature=recipe.distil.temperature,
         prior_weight=recipe.policies.local_prior_weight,
         trained_prior_weight=recipe.distil.prior_weight,
@@ -75,7 +73,6 @@ def build(
             name: {str(tau): threshold for tau, threshold in trigger.calibrate(values_M, budgets).items()}
             for name, values_M in values.items()
         },
-        budget=recipe.budget,
         provenance=provenance | {"trigger_head": figures, "calibration_steps": len(logits_M)},
     )
     artifact.save(output, model, tokenizer, head, card)

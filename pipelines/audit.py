@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from pipelines.tasks import task
+from pipelines.tasks import load
 from s2t_models.engines.contract import Engine
 from s2t_models.recipe import Recipe
 from s2t_models.reserved import reserved_rows
@@ -29,12 +29,12 @@ Decision = dict[str, Any]
 
 def audit(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> pd.DataFrame:
     """The rows, with the teacher's token (`argmax`) and probabilities of the candidates (`teacher_K`) in the
-    decisions of s2t-local."""
+    decisions of s2t-local. Raises TaskError where a task's rows are missing."""
     from s2t_models.engines.torch_engine import TorchEngine
     from s2t_models.loading import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.slm)
-    items = {item.uid: item for name in frame["task"].unique() for item in task(name).load(data)}
+    items = {item.uid: item for name in frame["task"].unique() for item in load(name, data)[1]}
     engine = TorchEngine.load(recipe.teacher, "teacher", reserved_rows(recipe))
 
     async def whole() -> list[str]:

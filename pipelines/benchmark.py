@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.names import triggered
-from s2t_models.recipe import Recipe, RecipeError, load_recipe
+from s2t_models.errors import UserError
+from s2t_models.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from pipelines.grading.judge import Ask
@@ -37,7 +39,7 @@ RESULTS = "results.parquet"
 ANSWERS = "answers"
 
 
-class BenchmarkError(RuntimeError):
+class BenchmarkError(UserError):
     """A job that cannot begin or go on; the message is one line."""
 
 
@@ -58,11 +60,6 @@ class Options:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    from pipelines.answers import AnswersError, EndpointError
-    from pipelines.cluster import ClusterError
-    from pipelines.questions import QuestionError
-    from s2t_models.artifact import ArtifactError
-
     options = Options(
         arguments.data,
         arguments.endpoint,
@@ -75,15 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         recipe = load_recipe(arguments.recipe, [*arguments.set, *_overrides(arguments)])
         tables = benchmark(recipe, arguments.output, options)
-    except (
-        RecipeError,
-        ArtifactError,
-        BenchmarkError,
-        QuestionError,
-        EndpointError,
-        AnswersError,
-        ClusterError,
-    ) as error:
+    except UserError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
     print(f"\n{tables}\nresults: {arguments.output / RESULTS}")
@@ -93,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     """Run or finish the job in `output`; returns its tables as Markdown.
 
-    Raises RecipeError, ArtifactError, BenchmarkError, QuestionError, EndpointError, AnswersError or ClusterError, each with
-    one line."""
-    from pipelines import cluster, report
+    Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster is too
+    small, or the endpoint stopped answering."""
+    from pipelines import cluster, report, tracking
     from pipelines.answers import read_answers
     from pipelines.only_one import only_one
     from pipelines.questions import check_splits, load_items, plan
@@ -105,13 +94,15 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     with only_one(output, BenchmarkError):
         chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
         splits = check_splits(recipe, chosen, options.data)
+        tracking.use_store(options.tracking)  # before the first question: a store that is not there must not cost them
         cluster.start()
-        with _endpoint(recipe, chosen, options) as url:
+        with _endpoint(recipe, chosen, options, output) as url:
             settings = policy_settings(recipe, url)
             rows = plan(recipe, chosen, settings, options.repeats)
             unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency)
             answers = read_answers(output / ANSWERS)
-            judge = _judge(options, url, output)
+            judged = any(task.judged for task, _ in chosen)
+            judge = _judge(options, url, output) if judged else None
             graded = grade(rows, answers, unanswered, judge, recipe.benchmark.concurrency)
         metadata = {
             "s2t.recipe": recipe.model_dump_json(),
@@ -160,12 +151,15 @@ def _sandboxed(chosen: list[tuple[Task, list[Item]]], allowed: bool) -> list[tup
 def _judge(options: Options, url: str, output: Path) -> Ask:
     """The judge of MT-Bench: another endpoint, or a model of this one; what it said is kept in the output
     folder."""
-    from pipelines.answers import base_url
+    from pipelines.answers import base_url, served_models
     from pipelines.grading.judge import endpoint
     from pipelines.verdicts import kept
 
     judge = base_url(options.judge or url)
-    return kept(endpoint(judge, options.judge_model), options.judge_model, output / "judgements")
+    # Another judge, or the same one with other weights, is asked anew.
+    identity = options.judge or json.dumps(served_models(url, [options.judge_model]), sort_keys=True)
+    key = os.environ.get("OPENAI_API_KEY", "") if options.judge else ""
+    return kept(endpoint(judge, options.judge_model, key), f"{options.judge_model} {identity}", output / "judgements")
 
 
 def policy_settings(recipe: Recipe, url: str) -> dict[str, dict[str, Any]]:
@@ -181,16 +175,21 @@ def policy_settings(recipe: Recipe, url: str) -> dict[str, dict[str, Any]]:
 
 
 def local_settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    """The parts of the recipe that decide what a policy writes, and a hash of the file its thresholds come
-    from."""
+    """The parts of the recipe that decide what a policy writes, and hashes of the files that its thresholds, or R2R's router,
+    come from."""
     parts = ("budget", "published", "reserved", "divergence", "candidates", "trigger", "policies")
     whole = recipe.model_dump(mode="json")
     models = {key: {k: whole[key][k] for k in ("path", "revision", "dtype")} for key in ("slm", "teacher")}
     files = [Path(recipe.artifact) / "artifact.json"] if recipe.artifact else []
     files += [Path(recipe.trigger.calibration)] if recipe.trigger.calibration else []
     files = [path / "thresholds.json" if path.is_dir() else path for path in files]
+    if name == "r2r" and recipe.router.path:
+        files = sorted(path for path in Path(recipe.router.path).iterdir() if path.is_file())
     thresholds = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
-    checkpoint = {"checkpoint": recipe.checkpoints.get(name), "thresholds": thresholds if triggered(name) else []}
+    checkpoint = {
+        "checkpoint": recipe.checkpoints.get(name),
+        "thresholds": thresholds if triggered(name) or name == "r2r" else [],
+    }
     return {key: whole[key] for key in parts} | models | checkpoint
 
 
@@ -216,21 +215,25 @@ def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) 
 
 
 @contextmanager
-def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options) -> Iterator[str]:
+def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path) -> Iterator[str]:
     """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
     if options.endpoint is not None:
         yield options.endpoint
         return
     from ray import serve
 
-    from serving.app import NAME, run
+    from serving.app import run
 
     asks_here = options.judge is None and any(task.judged for task, _ in chosen)
     names = [*recipe.benchmark.policies, *([options.judge_model] if asks_here else [])]
+    engines = _engines(recipe, names)
+    # A name of this job's own: what else the cluster serves is left alone, and what a killed job left is replaced.
+    name = f"benchmark-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
+    url = run(recipe, blocking=False, only=engines, name=name)
     try:
-        yield run(recipe, blocking=False, only=_engines(recipe, names))
+        yield url
     finally:
-        serve.delete(NAME)
+        serve.delete(name)
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -238,6 +241,12 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
     lists = {"task": arguments.task, "policies": arguments.policies, "seeds": arguments.seeds}
     overrides = [f"benchmark.{key}=[{value}]" for key, value in lists.items() if value is not None]
     return overrides + ([f"benchmark.items={arguments.items}"] if arguments.items is not None else [])
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -250,7 +259,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", help="benchmarks, separated by commas")
     parser.add_argument("--policies", help="policies, separated by commas, such as greedy,maj@8,s2t@0.05")
     parser.add_argument("--seeds", help="seeds, separated by commas")
-    parser.add_argument("--repeats", type=int, default=1, help="how often each question is asked with each seed")
+    parser.add_argument("--repeats", type=_positive, default=1, help="how often each question is asked with each seed")
     parser.add_argument("--items", type=int, help="rows drawn from each benchmark")
     parser.add_argument("--data", type=Path, help="folder with the benchmarks' files; nothing is downloaded then")
     parser.add_argument(

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from s2t_models.errors import UserError
+
 #: Logical CPUs of a local cluster at the least. Actors here wait for each other more than they compute, and
 #: Ray Data holds slots for its own reading and filtering: a cluster of two would wait for ever without a
 #: word.
@@ -22,7 +24,7 @@ LOCAL_CPUS = 8
 _PATIENCE_S = 60.0
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError):
     """The cluster cannot hold what a recipe asks for; the message is one line."""
 
 

@@ -20,24 +20,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2t_models.recipe import Recipe, RecipeError, Stage, load_recipe
+from s2t_models.errors import UserError
+from s2t_models.recipe import Recipe, Stage, load_recipe
 
 
-class CollectError(RuntimeError):
+class CollectError(UserError):
     """A collection that cannot begin or go on; the message is one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    from pipelines.cluster import ClusterError
-    from pipelines.prompts import PromptError
-    from pipelines.shards import ShardError
-
     try:
         overrides = [*arguments.set, *([f"collect.task={arguments.task}"] if arguments.task else [])]
         recipe = load_recipe(arguments.recipe, overrides)
         summary = collect(recipe, arguments.output, arguments.prompts, arguments.data)
-    except (RecipeError, PromptError, ShardError, ClusterError, CollectError) as error:
+    except UserError as error:
         print(f"collect: {error}", file=sys.stderr)
         return 2
     print(report(summary, arguments.output))
@@ -189,6 +186,11 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
                 dataset = dataset.map_batches(actor, fn_constructor_args=(recipe,), **_pool(stage))
             with Progress("collect", "rows", len(rows), rows_done):
                 dataset.write_datasink(ArrowSink(labelled))
+        except ray.exceptions.RayError as error:
+            last = str(error).strip().rsplit("\n", 1)[-1]
+            raise CollectError(
+                f"{recipe.name}: an actor failed: {last}; the same command goes on from {work}"
+            ) from None
         finally:
             context.checkpoint_config = None
     return committed(labelled, checkpoint)

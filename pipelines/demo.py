@@ -3,8 +3,9 @@
     s2t demo                             or: make demo
     s2t demo --output runs/again --items 1000
 
-Each stage is the pipeline of its name, as a user would run it on a pair of their own. Stages whose results are there already are not run again. The output folder ends with `recipe.yaml` (the recipe with
-its artifact, control and chosen budget, ready to serve) and `summary.json` (the figures of the table).
+Each stage is the pipeline of its name, as a user would run it on a pair of their own. What is there already, made with the same
+settings, is not made again. The output folder ends with `recipe.yaml` (the recipe with its artifact, control and chosen budget,
+ready to serve) and `summary.json` (the figures of the table).
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from s2t_models.recipe import Recipe, RecipeError, load_recipe
+from s2t_models.errors import UserError
+from s2t_models.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from pipelines.trainer import Objective
 
 RECIPE = Path(__file__).resolve().parent.parent / "cluster" / "recipes" / "embedded.yaml"
 BUDGETS = (0.01, 0.02, 0.05, 0.10, 0.20)
-CALIBRATION_PROMPTS = 600
+CALIBRATION_PROMPTS = 400
 VALIDATION_ITEMS = 200
 MEANING = """\
 What it means: `s2t-local` is the SLM alone, choosing among its own candidates at the steps its trigger head picks; the budget
@@ -32,36 +37,16 @@ The pair is tiny and was made for this task, so the table shows the method at wo
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    from pipelines.answers import AnswersError, EndpointError
-    from pipelines.benchmark import BenchmarkError
-    from pipelines.cluster import ClusterError
-    from pipelines.collect import CollectError
-    from pipelines.distil import DistilError
-    from pipelines.questions import QuestionError
-    from pipelines.shards import ShardError
-    from s2t_models.artifact import ArtifactError
-
     try:
         demo(arguments.recipe, arguments.set, arguments.output, arguments.items)
-    except (
-        RecipeError,
-        ShardError,
-        ArtifactError,
-        ClusterError,
-        CollectError,
-        DistilError,
-        QuestionError,
-        BenchmarkError,
-        EndpointError,
-        AnswersError,
-    ) as error:
+    except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def demo(recipe_path: Path, overrides: list[str], output: Path, items: int) -> dict[str, Any]:
-    """Run what is missing of the loop in `output`; returns the summary. Raises the stages' own errors."""
+    """Run what is missing of the loop in `output`; returns the summary. Raises the stages' own errors (UserError)."""
     from pipelines import cluster
 
     began = time.monotonic()
@@ -71,11 +56,13 @@ def demo(recipe_path: Path, overrides: list[str], output: Path, items: int) -> d
     artifact, control = output / "artifact", output / "kd"
     _collect(recipe, train)
     _collect(_with(recipe, "collect", task="embedded-calibration", prompts=CALIBRATION_PROMPTS, sampled=0), calibration)
-    _distil(recipe, train, calibration, artifact, control)
+    _distil(recipe, train, artifact, "selector", calibration)
+    _distil(recipe, train, control, "kd")
     recipe = recipe.model_copy(update={"artifact": str(artifact), "checkpoints": {"kd": str(control)}})
     recipe = recipe.model_copy(update={"budget": _choose_budget(recipe, output / "validation")})
     _write_recipe(recipe, output / "recipe.yaml")
-    summary = _benchmark(_with(recipe, "benchmark", items=items), calibration, output)
+    summary = _compare(_with(recipe, "benchmark", items=items), calibration, output)
+    _analyse(calibration, output)
     print(MEANING.format(budget=recipe.budget))
     print(
         f"\nfinished in {(time.monotonic() - began) / 60:.1f} minutes; the figures are in {output / 'summary.json'}\n"
@@ -87,23 +74,17 @@ def demo(recipe_path: Path, overrides: list[str], output: Path, items: int) -> d
 
 def _collect(recipe: Recipe, folder: Path) -> None:
     from pipelines import collect
-    from pipelines.publish import SUMMARY
 
-    if (folder / SUMMARY).is_file():
-        return
     _say(f"collect {recipe.collect.prompts} trajectories of {recipe.collect.task} into {folder}")
     print(collect.report(collect.collect(recipe, folder), folder))
 
 
-def _distil(recipe: Recipe, train: Path, calibration: Path, artifact: Path, control: Path) -> None:
+def _distil(recipe: Recipe, train: Path, output: Path, objective: Objective, calibration: Path | None = None) -> None:
     from pipelines import distil
 
-    if not artifact.is_dir():
-        _say(f"distil the selector and the trigger head into {artifact}")
-        print(distil.report(distil.distil(recipe, train, artifact, "selector", calibration), artifact))
-    if not control.is_dir():
-        _say(f"distil the kd control, the same labels, into {control}")
-        print(distil.report(distil.distil(recipe, train, control, "kd"), control))
+    what = "the selector and the trigger head" if objective == "selector" else "the kd control, the same labels,"
+    _say(f"distil {what} into {output}")
+    print(distil.report(distil.distil(recipe, train, output, objective, calibration), output))
 
 
 def _choose_budget(recipe: Recipe, folder: Path) -> float:
@@ -112,10 +93,11 @@ def _choose_budget(recipe: Recipe, folder: Path) -> float:
     from pipelines.results import read_results, summarise
 
     policies = tuple(f"s2t-local@{budget:g}" for budget in BUDGETS)
-    if not (folder / RESULTS).is_file():
-        _say(f"choose the budget on {VALIDATION_ITEMS} validation problems")
-        settings = {"task": ("embedded-validation",), "items": VALIDATION_ITEMS, "policies": policies}
-        benchmark(_with(recipe, "benchmark", **settings), folder, Options())
+    _say(f"choose the budget on {VALIDATION_ITEMS} validation problems")
+    settings = {"task": ("embedded-validation",), "items": VALIDATION_ITEMS, "policies": policies}
+    job = _with(recipe, "benchmark", **settings)
+    if not _is_done(job, folder / RESULTS):
+        benchmark(job, folder, Options())
     accuracy = {row.policy: row.accuracy for row in summarise(read_results(folder / RESULTS)[0])}
     best = max(accuracy.values())
     enough = best - math.sqrt(best * (1 - best) / VALIDATION_ITEMS)
@@ -126,20 +108,54 @@ def _choose_budget(recipe: Recipe, folder: Path) -> float:
     return chosen
 
 
-def _benchmark(recipe: Recipe, calibration: Path, output: Path) -> dict[str, Any]:
+def _compare(recipe: Recipe, calibration: Path, output: Path) -> dict[str, Any]:
     from pipelines.benchmark import RESULTS, Options, benchmark
     from pipelines.publish import SUMMARY
     from pipelines.results import demo_summary, read_results
 
     policies = ", ".join(recipe.benchmark.policies)
     _say(f"benchmark {policies} on {recipe.benchmark.items} test problems through the endpoint")
-    tables = benchmark(recipe, output / "benchmark", Options())
-    frame, metadata = read_results(output / "benchmark" / RESULTS)
+    folder = output / "benchmark"
+    tables = benchmark(recipe, folder, Options())
+    frame, metadata = read_results(folder / RESULTS)
     hits = {int(k): hit for k, hit in json.loads((calibration / SUMMARY).read_text())["hit"].items()}
     summary = demo_summary(frame, hits, recipe.budget, json.loads(metadata["s2t.splits"]))
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{tables}")
+    print(f"\n{tables}\n{_against(summary)}\n")
     return summary
+
+
+def _against(summary: dict[str, Any]) -> str:
+    """S2T-Local's paired differences from every other policy, in points."""
+    pairs = []
+    for name in summary["policies"]:
+        if pair := summary["paired"].get(f"s2t-local-{name}"):
+            low, high = (100 * end for end in pair["interval"])
+            pairs.append(f"  {name:<16} {100 * pair['difference']:+6.1f}  [{low:+.1f}, {high:+.1f}]")
+    return "\n".join(["s2t-local against, in points on the same problems:", *pairs])
+
+
+def _analyse(calibration: Path, output: Path) -> None:
+    from pipelines.analyse import analyse
+    from pipelines.benchmark import RESULTS
+
+    _say(f"analyse: Hit@K, accuracy against budget and the error split, as tables and figures in {output / 'analysis'}")
+    results = [output / stage / RESULTS for stage in ("benchmark", "validation")]
+    analyse([calibration, *results], output / "analysis")
+
+
+def _is_done(recipe: Recipe, results: Path) -> bool:
+    """Whether the results are whole, of this job and of this artifact."""
+    from pipelines.results import read_results
+    from s2t_models import loading
+    from s2t_models.artifact import Artifact
+
+    if not results.is_file():
+        return False
+    frame, metadata = read_results(results)
+    weights = loading.weights_hash(Artifact.load(str(recipe.artifact)).model(recipe.slm))
+    is_whole = not (frame["verdict"] == "errored").any()
+    return is_whole and metadata["s2t.recipe"] == recipe.model_dump_json() and weights in frame["models"].iloc[0]
 
 
 def _write_recipe(recipe: Recipe, path: Path) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -34,16 +35,12 @@ MAX_FAILURES = 3
 NOT_TEST = ("-train", "-calibration", "-validation")
 
 
-class DistilError(RuntimeError):
+class DistilError(UserError):
     """A training that cannot begin or go on; the message is one line."""
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parse(argv)
-    from pipelines.cluster import ClusterError
-    from pipelines.shards import ShardError
-    from s2t_models.artifact import ArtifactError
-
     try:
         recipe = load_recipe(arguments.recipe, arguments.set)
         if arguments.objective == "router":
@@ -51,10 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
             print(distil_router(recipe, arguments.shards, arguments.output))
             return 0
-        summary = distil(
-            recipe, arguments.shards, arguments.output, arguments.objective, arguments.calibration, arguments.data
-        )
-    except (RecipeError, ShardError, ClusterError, ArtifactError, DistilError) as error:
+        summary = distil(recipe, arguments.shards, arguments.output, arguments.objective, arguments.calibration)
+    except UserError as error:
         print(f"distil: {error}", file=sys.stderr)
         return 2
     print(report(summary, arguments.output))
@@ -67,77 +62,94 @@ def distil(
     output: Path,
     objective: Objective = "selector",
     calibration: Path | None = None,
-    data: Path | None = None,
 ) -> dict[str, Any]:
-    """Train, or finish training, and write `output`; returns the summary that the artifact's provenance holds too.
+    """Train, or finish training, and write `output`; returns the summary that the output's provenance holds too. An output of
+    the same inputs and settings is left as it is.
 
     Raises RecipeError, ShardError, ClusterError, ArtifactError or DistilError.
     """
     from pipelines import cluster, tracking
-    from s2t_models.artifact import CARD, CHECKPOINT, refuse_foreign
+    from pipelines.only_one import only_one
+    from s2t_models.artifact import CARD, CHECKPOINT, read_provenance, refuse_foreign
 
     settings = recipe.distil
     if settings.batch % settings.workers:
         raise RecipeError(f"distil.batch = {settings.batch} does not divide among distil.workers = {settings.workers}")
     refuse_foreign(output, CARD if objective == "selector" else CHECKPOINT)
-    provenance = _check(recipe, objective, shards, calibration, data)
-    training = output.resolve().with_name(output.resolve().name + ".training")
+    provenance = _check(recipe, objective, shards, calibration)
+    known = read_provenance(output)
+    if all(known.get(key) == value for key, value in provenance.items() if key != "recipe"):
+        return known
+    training = beside(output)
     cluster.start()
     cluster.require(
         settings.workers * settings.num_cpus,
         settings.workers * settings.num_gpus,
         f"{recipe.name}: distil with {settings.workers} workers",
     )
-    tracking.use_store()
-    with tracking.start_run(
-        f"distil-{objective}", params={"recipe": recipe.model_dump(), "objective": objective}
-    ) as run:
-        best, metrics, begun = _train(recipe, objective, shards.resolve(), training, provenance, run)
-        provenance |= {"validation": metrics, "begun_at_steps": begun}
-        figures = _build(recipe, objective, best, shards, calibration, provenance, output.resolve())
-        tracking.log_metrics({**{f"best/{name}": value for name, value in metrics.items()}, **figures})
-        tracking.log_text(json.dumps(provenance, indent=2), "provenance.json")
-    shutil.rmtree(training)
-    return provenance | {"trigger": figures}
+    with only_one(training, DistilError):
+        tracking.use_store()
+        with tracking.start_run(
+            f"distil-{objective}", params={"recipe": recipe.model_dump(), "objective": objective}
+        ) as run:
+            best, metrics, begun = _train(recipe, objective, shards.resolve(), training, provenance, run)
+            provenance |= {"validation": metrics, "begun_at_steps": begun}
+            figures = _build(recipe, objective, best, shards, calibration, provenance, output.resolve())
+            tracking.log_metrics({**{f"best/{name}": value for name, value in metrics.items()}, **figures})
+            tracking.log_text(json.dumps(provenance, indent=2), "provenance.json")
+        shutil.rmtree(training)
+    return read_provenance(output)
 
 
 def report(summary: dict[str, Any], output: Path) -> str:
     """What came out, in a few lines."""
     metrics = summary["validation"]
     lines = [
-        f"trained      {summary['objective']}, {summary['steps']} steps; the best checkpoint is that of step {metrics['step']:.0f}",
+        f"trained      {summary['objective']}, {summary['settings']['distil.steps']} steps; the best checkpoint is that of step {metrics['step']:.0f}",
         f"Agree@1      {100 * metrics['agree_at_1']:.1f}% on held-out top steps (the SLM's own ranking: "
         f"{100 * metrics['agree_at_1_slm']:.1f}%), {100 * metrics['agree_at_1_random']:.1f}% on random steps",
         f"Spearman     {metrics['spearman']:.3f}; KL to base {metrics['kl_to_base']:.4f} nats",
     ]
-    if summary["trigger"]:
-        lines.append(f"trigger head AUC {summary['trigger']['trigger/auc']:.3f}")
+    if "trigger_head" in summary:
+        lines.append(f"trigger head AUC {summary['trigger_head']['auc']:.3f}")
     return "\n".join([*lines, f"written to   {output}"])
 
 
-def _check(
-    recipe: Recipe, objective: Objective, shards: Path, calibration: Path | None, data: Path | None
-) -> dict[str, Any]:
-    """Refuse shards of another pair, test prompts, and calibration on training prompts; returns the provenance."""
-    from pipelines.shards import ShardError, check_pair
+def beside(output: Path) -> Path:
+    """Where the state of an unfinished training lies."""
+    return output.resolve().with_name(output.resolve().name + ".training")
+
+
+def read_training(recipe: Recipe, folder: Path) -> tuple[pa.Table, dict[str, str]]:
+    """A collection that may be trained or calibrated on. Raises ShardError where it is of another pair or of a test split."""
+    from pipelines.shards import ShardError, check_pair, read_shards
     from pipelines.tasks import TASKS
-    from pipelines.tasks.splits import refuse_overlap
     from s2t_models import loading
 
-    pair = (loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher), loading.tokenizer_hash(recipe.slm))
+    table, metadata = read_shards(folder)
+    slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
+    check_pair(metadata, slm, teacher, loading.tokenizer_hash(recipe.slm))
+    task = metadata["s2t.task"]
+    if task in TASKS and not task.endswith(NOT_TEST):
+        raise ShardError(f"{folder}: collected on {task}, a test split; train and calibrate on other rows")
+    return table, metadata
+
+
+def _check(recipe: Recipe, objective: Objective, shards: Path, calibration: Path | None) -> dict[str, Any]:
+    """Refuse shards of another pair, test prompts, and calibration on training prompts; returns the provenance."""
+    from pipelines.shards import ShardError, questions
+    from pipelines.tasks.splits import refuse_overlap
+
     hashes: dict[str, str] = {}
     rows: dict[str, list[str]] = {}
     divergences: dict[str, str] = {}
     for role, folder in (("training", shards), ("calibration", calibration)):
         if folder is None:
             continue
-        table, metadata, hashes[role] = _read(folder)
-        check_pair(metadata, *pair)
+        table, metadata = read_training(recipe, folder)
+        hashes[role] = _digest(folder, table)
         divergences[role] = metadata["s2t.divergence"]
-        task = metadata["s2t.task"]
-        if task in TASKS and not task.endswith(NOT_TEST):
-            raise ShardError(f"{folder}: collected on {task}, a test split; train and calibrate on other rows")
-        rows[f"{role} ({task})"] = _row_hashes(table, task, data)
+        rows[f"{role} ({metadata['s2t.task']})"] = questions(table)
     if len(set(divergences.values())) > 1:
         of = "; ".join(f"{role}: {divergence}" for role, divergence in divergences.items())
         raise ShardError(f"{calibration}: collected with another divergence than the training shards ({of})")
@@ -145,50 +157,41 @@ def _check(
         refuse_overlap(rows)
     except ValueError as error:
         raise ShardError(str(error)) from None
+    whole = recipe.model_dump(mode="json")
     return {
         "objective": objective,
         "recipe": recipe.digest(),
-        "base_weights": pair[0],
-        "teacher_weights": pair[1],
-        "tokenizer": pair[2],
+        "base_weights": metadata["s2t.slm"],
+        "teacher_weights": metadata["s2t.teacher"],
+        "tokenizer": metadata["s2t.tokenizer"],
         "divergence": divergences["training"],
         "shards": hashes,
         "rows": rows,
         "seeds": {"training": recipe.seed, "trigger_head": recipe.trigger_head.seed},
-        "steps": recipe.distil.steps,
+        "settings": {
+            **{f"distil.{key}": value for key, value in whole["distil"].items()},
+            **{f"trigger_head.{key}": value for key, value in whole["trigger_head"].items()},
+            **{f"reserved.{key}": value for key, value in whole["reserved"].items()},
+            "budget": whole["budget"],
+            "policies.local_prior_weight": whole["policies"]["local_prior_weight"],
+            "slm.dtype": whole["slm"]["dtype"],
+        },
     }
 
 
-def _row_hashes(table: pa.Table, task: str, data: Path | None) -> list[str]:
-    """Hashes of the rows' questions, by which benchmarks see that none of them is tested on; of the prompts, where they came
-    from a file."""
-    from pipelines import tasks
-    from pipelines.tasks.splits import fingerprint, text_hash
-
-    if task not in tasks.TASKS:
-        return sorted({text_hash(prompt) for prompt in table["prompt"].to_pylist() if prompt})
-    try:
-        items = {item.uid: item for item in tasks.task(task).load(data)}
-        return sorted(fingerprint(items[uid] for uid in table["uid"].to_pylist()))
-    except (KeyError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DistilError(f"task {task}: its rows are needed to keep test rows apart (--data): {reason}") from None
-
-
-def _read(folder: Path) -> tuple[pa.Table, dict[str, str], str]:
-    """A collection's rows, its metadata and the sha256 of its shard files."""
+def _digest(folder: Path, table: pa.Table) -> str:
+    """The sha256 of a collection's shard files. Raises ShardError where none of its rows has a step to learn from."""
     import pyarrow.compute as pc
 
-    from pipelines.shards import FOLDER, ShardError, read_shards
+    from pipelines.shards import FOLDER, ShardError
 
-    table, metadata = read_shards(folder)
     if not pc.sum(pc.list_value_length(table["kept"])).as_py():
         raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
     digest = hashlib.sha256()
     for path in sorted((folder / FOLDER).iterdir()):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return table, metadata, digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _train(
@@ -322,7 +325,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, help="the artifact directory, or with kd the checkpoint's"
     )
-    parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
     parser.add_argument("--objective", choices=("selector", "kd", "router"), default="selector")
     return parser.parse_args(argv)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.answers import base_url
 from pipelines.grading import judge
-from pipelines.grading.sandbox import SandboxUnavailable
 from pipelines.statistics import wilson
 from pipelines.tasks import TASKS, VERDICTS, Graded, Item, Task, humaneval, mt_bench, task
 from pipelines.tasks.answers import LETTERS, asks_percentage
+from s2t_models.errors import UserError
 
 Row = dict[str, Any]
 Grader = Callable[[list[str], Item, str], Graded]
@@ -172,8 +174,14 @@ def _grader(options: argparse.Namespace, chosen: Task) -> Grader:
     if chosen.judged:
         if not (options.judge and options.judge_model):
             raise ValueError("mt_bench is graded by a judge model: name one with --judge URL --judge-model NAME")
-        ask = judge.endpoint(options.judge, options.judge_model)
-        return lambda texts, item, finish: mt_bench.judged(texts, item, ask)
+        ask = judge.endpoint(base_url(options.judge), options.judge_model, os.environ.get("OPENAI_API_KEY", ""))
+
+        def judged(texts: list[str], item: Item, finish: str) -> Graded:
+            if len(texts) != chosen.turns:
+                raise MalformedLine(f"'response' must be a list of {chosen.turns} texts, one a turn")
+            return mt_bench.judged(texts, item, ask)
+
+        return judged
     graded_by = humaneval.unsandboxed() if chosen.name == "humaneval" and options.allow_unsandboxed else chosen
     return lambda texts, item, finish: _grade(texts, item, finish, graded_by)
 
@@ -207,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
                     graded.append(result)
         if options.output:
             options.output.write_text("".join(json.dumps(row) + "\n" for row in graded), encoding="utf-8")
-    except (ValueError, OSError, SandboxUnavailable) as error:
+    except (ValueError, OSError, UserError) as error:
         print(f"s2t grade: {error}", file=sys.stderr)
         return 2
     print(report(chosen.name, graded))

@@ -31,14 +31,21 @@ from s2t_models.reserved import reserved_rows
 #: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
 #: good.
 PROMPT = pa.schema(
-    [("uid", pa.string()), ("messages", pa.string()), ("seed", pa.int64()), ("temperature", pa.float64())]
+    [
+        ("uid", pa.string()),
+        ("messages", pa.string()),
+        SHARD.field("questions"),
+        ("seed", pa.int64()),
+        ("temperature", pa.float64()),
+    ]
 )
 
 #: Rolled out, not yet labelled: a shard row's first columns, and the SLM's support with the steps laid end to
 #: end.
 ROLLOUT = pa.schema(
     [
-        *(SHARD.field(name) for name in ("uid", "prompt", "prompt_ids", "output_ids", "seed", "temperature", "finish")),
+        *(SHARD.field(name) for name in ("uid", "questions", "prompt", "prompt_ids", "output_ids")),
+        *(SHARD.field(name) for name in ("seed", "temperature", "finish")),
         SHARD.field("entropy_T"),
         SHARD.field("error"),
         ("support_ids", pa.list_(pa.int32())),

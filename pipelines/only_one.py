@@ -10,8 +10,12 @@ from pathlib import Path
 
 @contextmanager
 def only_one(folder: Path, error: type[Exception]) -> Iterator[None]:
-    """Hold the folder, making it where it is missing. Raises `error` where another job holds it; the hold ends with the process."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold the folder, making it where it is missing. Raises `error` where it cannot be made or another job holds it; the hold
+    ends with the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise error(f"{folder}: not a folder to write to: {problem.strerror}; choose another --output") from None
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,34 +9,43 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.tasks.splits import question_hashes
+from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe
 
 Messages = list[dict[str, str]]
 
 
-class PromptError(ValueError):
+@dataclass(frozen=True)
+class Prompt:
+    """A chat to roll out; `question` is the bare question in it, where there is one."""
+
+    uid: str
+    messages: Messages
+    question: str | None = None
+
+
+class PromptError(UserError):
     """Prompts that cannot be used; the message is one line."""
 
 
-def from_task(name: str, data: Path | None, recipe: Recipe) -> list[tuple[str, Messages]]:
-    """The recipe's number of a task's items, drawn with its seed: (uid, messages).
+def from_task(name: str, data: Path | None, recipe: Recipe) -> list[Prompt]:
+    """The recipe's number of a task's items, drawn with its seed.
 
-    Raises PromptError where there is no such task or its files are missing or malformed.
+    Raises TaskError where there is no such task or its files are missing or malformed.
     """
-    from pipelines.tasks import task
+    from pipelines.tasks import load
 
-    try:
-        chosen = task(name)
-        items = chosen.sample(chosen.load(data), recipe.collect.prompts, recipe.seed)
-    except (KeyError, FileNotFoundError, ValueError) as error:
-        raise PromptError(f"task {name}: {error.args[0] if error.args else error}") from None
-    return [(item.uid, item.prompt) for item in items]
+    chosen, items = load(name, data)
+    items = chosen.sample(items, recipe.collect.prompts, recipe.seed)
+    return [Prompt(item.uid, item.prompt, item.question) for item in items]
 
 
-def from_file(path: Path) -> list[tuple[str, Messages]]:
+def from_file(path: Path) -> list[Prompt]:
     """Every line of a JSON-lines file with a `uid` and either `prompt`, a user's message, or `messages`, a
     chat.
 
@@ -44,8 +53,12 @@ def from_file(path: Path) -> list[tuple[str, Messages]]:
     """
     if not path.is_file():
         raise PromptError(f"{path}: no such file of prompts")
+    try:
+        lines = path.read_text().split("\n")  # a line break of another kind may stand inside a text
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: is not UTF-8 text: {error}") from None
     prompts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -60,7 +73,7 @@ def from_file(path: Path) -> list[tuple[str, Messages]]:
     return prompts
 
 
-def rows(prompts: list[tuple[str, Messages]], recipe: Recipe) -> list[dict[str, Any]]:
+def rows(prompts: list[Prompt], recipe: Recipe) -> list[dict[str, Any]]:
     """One row a prompt, greedy and sampled ones spread evenly in the recipe's share (D.2).
 
     Raises PromptError where a uid occurs twice: rows are told apart by it.
@@ -68,7 +81,8 @@ def rows(prompts: list[tuple[str, Messages]], recipe: Recipe) -> list[dict[str, 
     seen: set[str] = set()
     made = []
     share = recipe.collect.sampled
-    for index, (uid, messages) in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
+        uid = prompt.uid
         if uid in seen:
             raise PromptError(f"prompts: the uid {uid!r} occurs twice; every prompt needs its own")
         seen.add(uid)
@@ -76,7 +90,8 @@ def rows(prompts: list[tuple[str, Messages]], recipe: Recipe) -> list[dict[str, 
         made.append(
             {
                 "uid": uid,
-                "messages": json.dumps(messages),
+                "messages": json.dumps(prompt.messages),
+                "questions": question_hashes(prompt.messages, prompt.question),
                 "seed": _seed(recipe.seed, uid),
                 "temperature": recipe.collect.temperature if sampled else 0.0,
             }
@@ -84,12 +99,12 @@ def rows(prompts: list[tuple[str, Messages]], recipe: Recipe) -> list[dict[str, 
     return made
 
 
-def _read(line: dict[str, Any]) -> tuple[str, Messages]:
+def _read(line: dict[str, Any]) -> Prompt:
     chat = line["messages"] if "messages" in line else [{"role": "user", "content": line["prompt"]}]
     messages = [{"role": str(message["role"]), "content": message["content"]} for message in chat]
     if not all(isinstance(message["content"], str) for message in messages):
         raise TypeError("a message's content is text")
-    return str(line["uid"]), messages
+    return Prompt(str(line["uid"]), messages)
 
 
 def _seed(seed: int, uid: str) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.schema import SHARD
-from pipelines.shards import FOLDER, ShardError, shard_name, write_shard
+from pipelines.shards import FOLDER, ShardError, questions, shard_name, write_shard
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
 from s2t_models.trigger import calibrate
@@ -62,6 +62,7 @@ def publish(
         "kl": _by_budget(steps_S["kl_T"]),
         "entropy": _by_budget(steps_S["entropy_T"]),
         "steps": len(steps_S["kl_T"]),
+        "rows": questions(whole),
         **{name: metadata[f"s2t.{name}"] for name in ("task", "slm", "teacher", "tokenizer", "divergence")},
     }
     summary = _summary(whole, steps_S, thresholds["kl"]["0.01"]) | {

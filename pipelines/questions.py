@@ -14,27 +14,23 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.answers import Question
-from pipelines.tasks import Item, Task, task
+from pipelines.tasks import Item, Task, TaskError, load
 from pipelines.tasks.splits import fingerprint, refuse_overlap
-from s2t_models.artifact import Artifact
+from s2t_models.artifact import read_provenance
+from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe
+from serving.hosting import calibration
 
 
-class QuestionError(ValueError):
+class QuestionError(UserError):
     """Questions that cannot be asked; the message is one line."""
 
 
 def load_items(recipe: Recipe, data: Path | None) -> list[tuple[Task, list[Item]]]:
-    """The tasks of the recipe with the items drawn from each. Raises QuestionError where a task or its rows
-    are missing."""
+    """The tasks of the recipe with the items drawn from each. Raises TaskError where a task or its rows are missing."""
     chosen = []
     for name in recipe.benchmark.task:
-        try:
-            loaded = task(name)
-            items = loaded.load(data)
-        except (KeyError, ValueError, OSError) as error:
-            reason = error.args[0] if isinstance(error, KeyError) else error
-            raise QuestionError(f"task {name}: {' '.join(str(reason).split())}") from None
+        loaded, items = load(name, data)
         chosen.append((loaded, loaded.sample(items, recipe.benchmark.items, recipe.seed)))
     return chosen
 
@@ -42,8 +38,8 @@ def load_items(recipe: Recipe, data: Path | None) -> list[tuple[Task, list[Item]
 def check_splits(recipe: Recipe, chosen: Sequence[tuple[Task, list[Item]]], data: Path | None) -> dict[str, str]:
     """Refuse test rows that were trained or calibrated on; returns the sha256 of each set of rows, by name.
 
-    Training rows are those the artifact records; where it records none, those the recipe collects. Raises
-    QuestionError naming the sets and rows that overlap."""
+    Training rows are those that what the recipe names records; where nothing records any, those the recipe collects.
+    Raises QuestionError naming the sets and rows that overlap."""
     sets: dict[str, Mapping[str, str]] = {f"test ({test.name})": fingerprint(items) for test, items in chosen}
     training = recorded_rows(recipe) or {f"training ({recipe.collect.task})": _collected(recipe, data)}
     try:
@@ -56,22 +52,27 @@ def check_splits(recipe: Recipe, chosen: Sequence[tuple[Task, list[Item]]], data
     return {name: hashlib.sha256("".join(sorted(rows)).encode()).hexdigest() for name, rows in everything.items()}
 
 
-def recorded_rows(recipe: Recipe) -> dict[str, list[str]]:
-    """The row hashes (`splits.text_hash`) by split that the artifact's provenance holds as `rows`; none
-    without an artifact."""
-    if recipe.artifact is None:
-        return {}
-    return dict(Artifact.load(recipe.artifact).card.provenance.get("rows", {}))
+def recorded_rows(recipe: Recipe) -> dict[str, set[str]]:
+    """The row hashes (`splits.question_hashes`) by split that the artifact, the checkpoints, the router and the calibration of the
+    recipe say they were made with. Raises QuestionError where a record cannot be read."""
+    rows: dict[str, set[str]] = {}
+    for folder in (recipe.artifact, recipe.router.path, *recipe.checkpoints.values()):
+        for name, hashes in read_provenance(folder).get("rows", {}).items() if folder else ():
+            rows.setdefault(name, set()).update(hashes)
+    if recipe.trigger.calibration:
+        content = calibration(Path(recipe.trigger.calibration))
+        rows.setdefault(f"calibration ({content['task']})", set()).update(content["rows"])
+    return rows
 
 
-def _collected(recipe: Recipe, data: Path | None) -> list[str]:
+def _collected(recipe: Recipe, data: Path | None) -> set[str]:
     try:
-        return list(fingerprint(task(recipe.collect.task).load(data)[: recipe.collect.prompts]))
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+        chosen, items = load(recipe.collect.task, data)
+    except TaskError as error:
         raise QuestionError(
-            f"collect.task: the training rows are needed to see that no test row is among them: {reason}"
+            f"collect.task: the training rows are needed to see that no test row is among them: {error}"
         ) from None
+    return set(fingerprint(chosen.sample(items, recipe.collect.prompts, recipe.seed)))
 
 
 @dataclass(frozen=True)

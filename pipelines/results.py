@@ -19,12 +19,13 @@ import pyarrow.parquet as pq
 
 from pipelines.schema import RESULT, VERSION
 from pipelines.statistics import Paired, accuracy, over_seeds, paired
+from s2t_models.errors import UserError
 
 VERDICTS = ("correct", "wrong", "truncated", "errored")
 PAIR = ["item", "seed", "repeat"]
 
 
-class ResultsError(ValueError):
+class ResultsError(UserError):
     """A results file that cannot be used; the message is one line."""
 
 

@@ -7,6 +7,7 @@ and `s2t_models.router`. Axes: _T step, _F feature.
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +68,38 @@ class RouterLabels:
 def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
     """Label the first `router.prompts` prompts of the shards, train the router, write it to `output`; returns a report.
 
-    Raises ShardError, ClusterError or DistilError, each with one line."""
+    Raises ShardError, ClusterError, ArtifactError or DistilError, each with one line."""
+    from pipelines.distil import DistilError, beside, read_training
+    from pipelines.only_one import only_one
+    from pipelines.shards import questions
+    from s2t_models.artifact import refuse_foreign
+    from s2t_models.router import SETTINGS
+
+    refuse_foreign(output, SETTINGS)
+    table, metadata = read_training(recipe, shards)
+    provenance = {
+        "objective": "router",
+        "recipe": recipe.digest(),
+        "base_weights": metadata["s2t.slm"],
+        "teacher_weights": metadata["s2t.teacher"],
+        "rows": {f"training ({metadata['s2t.task']})": questions(table)},
+        "settings": recipe.router.model_dump(mode="json"),
+    }
+    training = beside(output)
+    with only_one(training, DistilError):
+        report = _label_and_train(recipe, table, output.resolve(), provenance)
+    shutil.rmtree(training)
+    return f"{report}\nwritten to   {output}"
+
+
+def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: dict[str, Any]) -> str:
     import ray
     from transformers import AutoConfig
 
     from pipelines import cluster, tracking
     from pipelines.distil import DistilError
-    from pipelines.shards import check_pair, read_shards
     from s2t_models import loading
 
-    table, metadata = read_shards(shards)
-    check_pair(
-        metadata,
-        loading.weights_hash(recipe.slm),
-        loading.weights_hash(recipe.teacher),
-        loading.tokenizer_hash(recipe.slm),
-    )
     cluster.start()
     stage = recipe.collect.label
     cluster.require(stage.actors * stage.num_cpus, stage.actors * stage.num_gpus, f"{recipe.name}: router labels")
@@ -106,7 +123,7 @@ def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
     tracking.use_store()
     with tracking.start_run("distil-router", params={"recipe": recipe.model_dump(), "objective": "router"}):
         try:
-            history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output.resolve()))
+            history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, provenance))
         except ray.exceptions.RayTaskError as error:
             raise DistilError(" ".join(str(error.cause).split())) from None
         for metrics in history:
@@ -115,15 +132,20 @@ def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
     return (
         f"labelled     {len(labels_T)} steps of {len(whole)} answers ({len(steps) - len(whole)} failed), "
         f"{labels_T.mean():.1%} divergent\n"
-        f"trained      the router, {len(history)} epochs; threshold {threshold:.3f} at recall {recipe.router.recall:g}\n"
-        f"written to   {output}"
+        f"trained      the router, {len(history)} epochs; threshold {threshold:.3f} at recall {recipe.router.recall:g}"
     )
 
 
 def _train(
-    inputs_TF: np.ndarray, labels_T: np.ndarray, hidden: int, recipe: Recipe, output: Path
+    inputs_TF: np.ndarray,
+    labels_T: np.ndarray,
+    hidden: int,
+    recipe: Recipe,
+    output: Path,
+    provenance: dict[str, Any],
 ) -> tuple[list[dict[str, float]], float]:
-    from s2t_models.router import RouterSettings, RouterTraining, save_router, train_router
+    from s2t_models.artifact import replacing, write_provenance
+    from s2t_models.router import SETTINGS, RouterSettings, RouterTraining, save_router, train_router
 
     router = recipe.router
     sizes = RouterSettings(hidden, router.support, router.width, router.blocks, router.expansion, router.dropout)
@@ -139,5 +161,7 @@ def _train(
     )
     history: list[dict[str, float]] = []
     trained = train_router(np.array(inputs_TF), np.array(labels_T), sizes, training, history.append)
-    save_router(trained, output)
+    with replacing(output, SETTINGS) as parts:
+        save_router(trained, parts)
+        write_provenance(parts, provenance)
     return history, trained.settings.threshold

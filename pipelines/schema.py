@@ -23,12 +23,14 @@ KEPT_STEP = pa.struct(
     ]
 )
 
-#: One trajectory. `teacher_rank_T` is the 0-based rank of the teacher's argmax in the SLM's order (support or
+#: One trajectory. `questions` are the hashes its prompt is known by (`splits.question_hashes`), by which test rows are kept
+#: out of training. `teacher_rank_T` is the 0-based rank of the teacher's argmax in the SLM's order (support or
 #: more: the value `support`). `error` is null where the row is whole; then the step columns are filled, and
 #: null where it is not. An error is "kind: detail"; the kinds are "empty prompt", "too long" and "failed".
 SHARD = pa.schema(
     [
         ("uid", pa.string()),
+        ("questions", pa.list_(pa.string())),
         ("prompt", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("output_ids", pa.list_(pa.int32())),

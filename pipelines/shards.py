@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipelines.schema import METADATA, SHARD, VERSION
+from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe
 
 FOLDER = "shards"
@@ -19,7 +20,7 @@ FOLDER = "shards"
 RECORD = "record.json"
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """Shards that cannot be used; the message is one line that says which file and what to do."""
 
 
@@ -75,6 +76,11 @@ def read_shards(collection: str | Path) -> tuple[pa.Table, dict[str, str]]:
         twice = next(uid for uid in uids if uids.count(uid) > 1)
         raise ShardError(f"{folder}: row {twice} occurs twice; delete {collection} and collect again")
     return whole, metadata
+
+
+def questions(table: pa.Table) -> list[str]:
+    """The hashes that the prompts of all rows are known by (`splits.question_hashes`)."""
+    return sorted(set(table["questions"].combine_chunks().flatten().to_pylist()))
 
 
 def check_pair(metadata: dict[str, str], slm: str, teacher: str, tokenizer: str) -> None:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2t_models.errors import UserError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -20,9 +22,13 @@ STORE = "sqlite:///runs/mlflow.db"
 EXPERIMENT = "s2t"
 
 
+class TrackingError(UserError):
+    """An MLflow store that cannot be used."""
+
+
 def use_store(uri: str | None = None) -> str:
     """Point MLflow at `uri` (default: $MLFLOW_TRACKING_URI, then STORE), make the experiment where it is
-    missing, and return the URI."""
+    missing, and return the URI. Raises TrackingError where there is no such store."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or STORE
     os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -35,10 +41,13 @@ def use_store(uri: str | None = None) -> str:
         folder = Path(uri.removeprefix("sqlite:///")).resolve().parent
         folder.mkdir(parents=True, exist_ok=True)
         location = (folder / "mlartifacts").as_uri()
-    mlflow.set_tracking_uri(uri)
-    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-        mlflow.create_experiment(EXPERIMENT, artifact_location=location)
-    mlflow.set_experiment(EXPERIMENT)
+    try:
+        mlflow.set_tracking_uri(uri)
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            mlflow.create_experiment(EXPERIMENT, artifact_location=location)
+        mlflow.set_experiment(EXPERIMENT)
+    except (mlflow.exceptions.MlflowException, OSError) as error:
+        raise TrackingError(f"MLflow store {uri}: {' '.join(str(error).split())[:300]}") from None
     return uri
 
 
@@ -86,10 +95,10 @@ def log_text(text: str, name: str) -> None:
     mlflow.log_text(text, name)
 
 
-def log_file(path: Path, folder: str | None = None) -> None:
+def log_file(path: Path) -> None:
     import mlflow
 
-    mlflow.log_artifact(str(path), folder)
+    mlflow.log_artifact(str(path))
 
 
 def log_figure(figure: Figure, name: str) -> None:

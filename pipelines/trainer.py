@@ -75,22 +75,27 @@ class Trainer:
         return self.objective == "selector"
 
     def advance(self) -> dict[str, float]:
-        """One optimiser step; returns the parts of this worker's loss."""
+        """One optimiser step; returns the parts of this worker's loss, whose mean over the workers is the batch's."""
         torch.manual_seed((self.seed * 1_000_003 + self.step) * self.world + self.rank)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         mine = self.order(self.step)[self.rank :: self.world]
         pieces = [mine[start : start + MICRO_BATCH] for start in range(0, len(mine), MICRO_BATCH)]
+        whole = self._count([self.training[i] for i in self.order(self.step)])
         self.wrapped.train()
         self.optimizer.zero_grad()
         total: dict[str, float] = {}
         for piece in pieces:
             items = [self.training[i] for i in piece]
-            loss, parts = self._loss(items, collate(items, self.device, self.leaves))
-            (loss / len(pieces)).backward()
+            groups, states = self._count(items)
+            # The gradient is that of the mean over the whole batch, however it is spread over pieces and workers: workers
+            # are averaged, so each one's share counts `world` times.
+            share = (self.world * groups / max(whole[0], 1), self.world * states / max(whole[1], 1))
+            loss, parts = self._loss(items, collate(items, self.device, self.leaves), *share)
+            loss.backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                total[name] = total.get(name, 0.0) + value.item() / len(pieces)
+                total[name] = total.get(name, 0.0) + float(value)
         norm = nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
         self.optimizer.step()
         self.step += 1
@@ -158,7 +163,17 @@ class Trainer:
             return peak * (self.step + 1) / warmup
         return peak * 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(total - warmup, 1)))
 
-    def _loss(self, items: list[Trajectory], labels: Labels) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _count(self, items: Sequence[Trajectory]) -> tuple[int, int]:
+        """The groups, and the states held to the base model: all of them, or with `kd` those without a label."""
+        groups = sum(len(item.tree.prefixes_G) for item in items)
+        states = sum(len(item.kl_T) for item in items)
+        return groups, states if self.leaves else states - groups
+
+    def _loss(
+        self, items: list[Trajectory], labels: Labels, groups: float = 1.0, states: float = 1.0
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a piece of the batch (Eqs. 6-8, 13, 14) and its parts: means over the piece's groups and states, by
+        the piece's share of the batch's `groups` and `states`."""
         settings, packed = self.settings, labels.packed
         base_SV = self._base_logits(items, labels)
         hidden_BLH = self.wrapped(**packed.inputs())
@@ -166,15 +181,16 @@ class Trainer:
         target_G, _ = losses.teacher_choice(labels.teacher_logprobs_GK, labels.valid_GK)
         if self.objective == "kd":
             token_G = labels.candidates_GK.gather(1, target_G[:, None])[:, 0]
-            loss, answer, drift = losses.distillation(base_SV, tuned_SV, packed.state_G, token_G, settings.kd_beta)
-            return loss, {"kd_loss": answer.detach(), "kl_loss": drift.detach()}
+            answer, drift = losses.distillation(base_SV, tuned_SV, packed.state_G, token_G)
+            answer, drift = groups * answer, states * drift
+            return answer + settings.kd_beta * drift, {"kd_loss": answer.detach(), "kl_loss": drift.detach()}
         scores_GK = self.selector.scores(packed.leaves(hidden_BLH))
         preference_GK = losses.preference(
             scores_GK, labels.slm_logprobs_GK, settings.temperature, settings.prior_weight
         )
-        selection = losses.selection(preference_GK, target_G, labels.valid_GK)
-        margin = losses.margin(preference_GK, scores_GK, target_G, labels.valid_GK, settings.temperature)
-        drift = losses.stability(base_SV, tuned_SV).mean()
+        selection = groups * losses.selection(preference_GK, target_G, labels.valid_GK)
+        margin = groups * losses.margin(preference_GK, scores_GK, target_G, labels.valid_GK, settings.temperature)
+        drift = states * losses.stability(base_SV, tuned_SV).mean()
         loss = selection + settings.margin * margin + settings.beta * drift
         return loss, {
             "selection_loss": selection.detach(),

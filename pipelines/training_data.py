@@ -58,7 +58,7 @@ def trajectories(table: pa.Table) -> list[Trajectory]:
 
 def _trajectory(row: dict) -> Trajectory:
     kept, prompt = row["kept"], len(row["prompt_ids"])
-    width = max((len(step["candidates_K"]) for step in kept), default=0)
+    width = max((len(step["candidates_K"]) for step in kept), default=1)
 
     def padded(key: str, filler: float, kind: type) -> np.ndarray:
         out: np.ndarray = np.full((len(kept), width), filler, dtype=kind)
@@ -97,16 +97,14 @@ def split_by_prompt(data: Sequence[Trajectory], share: float, seed: int) -> tupl
 
 def decisive(item: Trajectory, min_margin: float) -> Trajectory:
     """Without the groups whose teacher margin p(best) - p(second) is below `min_margin` (D.4, mode drop)."""
-    if not item.teacher_logprobs_GK.shape[1]:
-        return item
     ordered_GK = np.sort(np.exp(item.teacher_logprobs_GK), axis=1)
     second_G = ordered_GK[:, -2] if ordered_GK.shape[1] > 1 else 0.0
     return item.keeping(ordered_GK[:, -1] - second_G >= min_margin)
 
 
 class BatchOrder:
-    """Which trajectories make up the batch of a step: every one once an epoch, in batches of like length (little padding),
-    shuffled; the same for the same seed whoever asks."""
+    """Which trajectories make up the batch of a step: every one at most once an epoch (what fills no batch is left out), in batches
+    of like length (little padding), shuffled; the same for the same seed whoever asks."""
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
         self.lengths = np.asarray(lengths)

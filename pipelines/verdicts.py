@@ -22,7 +22,7 @@ Judge = Callable[[Sequence[str], Item], Graded]
 
 
 def kept(ask: Ask, name: str, folder: Path) -> Ask:
-    """`ask` with a memory: what the judge `name` answered once is read from `folder` from then on."""
+    """`ask` with a memory: what the judge known as `name` answered once is read from `folder` from then on."""
     known = read_answers(folder)
     log: AnswerLog | None = None
 
@@ -42,17 +42,15 @@ def grade(
     rows: Sequence[Row],
     answers: Mapping[str, Answer],
     unanswered: Mapping[str, str],
-    ask_judge: Ask,
+    ask_judge: Ask | None,
     concurrency: int = 2,
 ) -> list[dict[str, Any]]:
     """The graded rows (schema RESULT), in the order of `rows`. `unanswered` holds key -> reason for rows
-    without an answer; `concurrency` is how many rows the judge is asked about at once."""
+    without an answer; `concurrency` is how many rows the judge is asked about at once (None: no row needs one)."""
 
     def judged(outputs: Sequence[str], item: Item) -> Graded:
-        try:
-            return mt_bench.judged(outputs, item, ask_judge)
-        except OSError as error:
-            return Graded("errored", None, 0.0, f"the judge could not be asked: {' '.join(str(error).split())}")
+        assert ask_judge is not None
+        return mt_bench.judged(outputs, item, ask_judge)
 
     def one(row: Row) -> dict[str, Any]:
         judge = judged if row.task.judged else None

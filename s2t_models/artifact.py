@@ -10,13 +10,17 @@ an engine uses any of it.
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from s2t_models.errors import UserError
 from s2t_models.loading import TOKENIZER_FILES
 from s2t_models.recipe import Model
 
@@ -28,18 +32,20 @@ if TYPE_CHECKING:
 CARD, HEAD, MODEL = "artifact.json", "trigger_head.safetensors", "model"
 #: What tells a plain checkpoint directory.
 CHECKPOINT = "config.json"
+#: Where what was trained, but is no artifact, keeps its provenance.
+PROVENANCE = "provenance.json"
 
 
-class ArtifactError(ValueError):
+class ArtifactError(UserError):
     """A directory that is not a usable artifact; the message is one line."""
 
 
 class Card(BaseModel):
     """What artifact.json holds.
 
-    `prior_weight` is the one for decoding, `trained_prior_weight` the one of training; `thresholds` maps a trigger ("head",
-    on its logit; "kl" and "entropy", in nats) to budget -> threshold; `budget` is the one to use unless told otherwise.
-    `provenance`: recipe digest, base weights hash, shard hashes, seeds, validation metrics.
+    `temperature` and `prior_weight` are those of decoding, `trained_prior_weight` the one of training; `thresholds` maps a
+    trigger ("head", on its logit; "kl" and "entropy", in nats) to budget -> threshold. `provenance`: recipe digest, base weights
+    hash, shard hashes, hashes of the rows, settings, seeds, validation metrics.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,26 +53,11 @@ class Card(BaseModel):
     format: Literal["s2t-local/1"] = "s2t-local/1"
     reserved_ids: tuple[int, ...]
     bins: tuple[float, ...]
-    k: int
-    method: Literal["top_k", "multinomial"]
     temperature: float
     prior_weight: float
     trained_prior_weight: float
     thresholds: dict[str, dict[str, float]]
-    budget: float
     provenance: dict[str, Any]
-
-    def threshold(self, budget: float | None = None, trigger: str = "head") -> float:
-        """The threshold at a budget (None: the card's own). Raises ArtifactError where it was not calibrated."""
-        wanted = self.budget if budget is None else budget
-        calibrated = self.thresholds.get(trigger, {})
-        for tau, threshold in calibrated.items():
-            if abs(float(tau) - wanted) < 1e-9:
-                return threshold
-        known = ", ".join(calibrated) or "none"
-        raise ArtifactError(
-            f"the artifact has no {trigger} threshold for budget {wanted:g}; calibrated budgets: {known}"
-        )
 
 
 @dataclass(frozen=True)
@@ -119,22 +110,38 @@ def save(
     something else."""
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    parts = _fresh(folder, CARD)
-    _save_model(parts / MODEL, model, tokenizer)
-    save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, parts / HEAD)
-    (parts / CARD).write_text(card.model_dump_json(indent=2) + "\n")
-    _put_in_place(parts, folder)
+    with replacing(folder, CARD) as parts:
+        _save_model(parts / MODEL, model, tokenizer)
+        save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, parts / HEAD)
+        (parts / CARD).write_text(card.model_dump_json(indent=2) + "\n")
     return Artifact.load(folder)
 
 
-def save_checkpoint(folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Write a plain merged checkpoint (the `kd` control); one that is already there is replaced as a whole."""
+def save_checkpoint(
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]
+) -> Path:
+    """Write a plain merged checkpoint (the `kd` control); one that is already there is replaced as a whole. Raises
+    ArtifactError where `folder` holds something else."""
+    with replacing(folder, CHECKPOINT) as parts:
+        _save_model(parts, model, tokenizer)
+        write_provenance(parts, provenance)
+    return Path(folder)
+
+
+def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """Where an artifact, a checkpoint or a router comes from; nothing for what was not distilled here. Raises ArtifactError
+    where the file cannot be read."""
     folder = Path(folder)
-    parts = _fresh(folder, CHECKPOINT)
-    _save_model(parts, model, tokenizer)
-    _put_in_place(parts, folder)
-    return folder
+    if (folder / CARD).is_file():
+        return Artifact.load(folder).card.provenance
+    try:
+        return json.loads((folder / PROVENANCE).read_text()) if (folder / PROVENANCE).is_file() else {}
+    except ValueError as error:
+        raise ArtifactError(f"{folder / PROVENANCE}: not valid JSON: {error}") from None
 
 
 def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -153,23 +160,22 @@ def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def refuse_foreign(folder: str | Path, mark: str) -> None:
-    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark` (CARD or
-    CHECKPOINT), or nothing."""
+    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark`, or nothing."""
     folder = Path(folder)
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder}: exists and holds something else; give another --output")
 
 
-def _fresh(folder: Path, mark: str) -> Path:
-    """An empty folder beside `folder` to write into, so that `folder` is never half an artifact."""
+@contextmanager
+def replacing(folder: str | Path, mark: str) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` at the end, so that `folder` is never half of anything. Raises
+    ArtifactError as `refuse_foreign` does."""
+    folder = Path(folder)
     refuse_foreign(folder, mark)
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    return beside
-
-
-def _put_in_place(beside: Path, folder: Path) -> None:
+    yield beside
     if folder.exists():
         shutil.rmtree(folder)
     beside.rename(folder)

@@ -70,16 +70,13 @@ def distillation(
     tuned_logits_SV: torch.Tensor,
     state_G: torch.Tensor,
     token_G: torch.Tensor,
-    beta: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `kd` control: (loss, cross-entropy part, KL part).
-
-    Cross-entropy of the teacher's best candidate `token_G` on the text logits at the labelled states `state_G`, mean over
-    groups, plus `beta` times KL(base || tuned), mean over all other states.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The parts of the `kd` control: cross-entropy of the teacher's best candidate `token_G` on the text logits at the
+    labelled states `state_G`, mean over groups; KL(base || tuned), mean over all other states.
     """
     is_labelled_S = torch.zeros(len(base_logits_SV), dtype=torch.bool, device=state_G.device)
     is_labelled_S[state_G] = True
     answer = F.cross_entropy(tuned_logits_SV[state_G], token_G, reduction="sum") / max(len(token_G), 1)
     others = ~is_labelled_S
     drift = stability(base_logits_SV[others], tuned_logits_SV[others]).sum() / others.sum().clamp(min=1)
-    return answer + beta * drift, answer, drift
+    return answer, drift

@@ -16,11 +16,19 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from s2t_models.errors import UserError
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+#: Candidates of one step at most: an engine keeps room for as many leaves.
+MOST_CANDIDATES = 64
 
 
-class RecipeError(ValueError):
+#: What no further checkpoint can be called.
+ENGINES = {"slm", "teacher", "s2t-local"}
+
+
+class RecipeError(UserError):
     """A recipe that cannot be used; the message is one line naming the key."""
 
 
@@ -63,7 +71,7 @@ class Divergence(Settings):
 class Candidates(Settings):
     """How C_t is made (section 4.2, Table A15); `ratio` > 0 makes the set dynamic (Table A4)."""
 
-    k: Count = 8
+    k: int = Field(8, ge=1, le=MOST_CANDIDATES)
     method: Literal["top_k", "multinomial"] = "multinomial"
     ratio: Fraction = 0.0
 
@@ -97,7 +105,7 @@ class Collect(Settings):
     top_p: float = Field(1.0, gt=0, le=1)
     steps: Fraction = 0.10
     random_steps: Fraction = 0.10
-    k: Count = 16
+    k: int = Field(16, ge=1, le=MOST_CANDIDATES)
     method: Literal["top_k", "multinomial"] = "multinomial"
     rollout: Stage = Stage()
     label: Stage = Stage()
@@ -126,7 +134,7 @@ class Distil(Settings):
     weight_decay: float = Field(0.0, ge=0)
     steps: Count = 1200
     batch: Count = 64
-    validation: Fraction = 0.1
+    validation: float = Field(0.1, ge=0, lt=1)
     evaluate_every: Count = 200
     workers: Count = 1
     num_cpus: float = Field(1.0, ge=0)
@@ -154,7 +162,7 @@ class Policies(Settings):
     sample_top_k: int = Field(20, ge=0)
     llm_temperature: float = Field(0.6, gt=0)
     llm_top_p: float = Field(0.95, gt=0, le=1)
-    votes: Count = 8
+    votes: int = Field(8, ge=1, le=128)
     local_prior_weight: float = Field(0.0, ge=0)
     specreason_accept: int = Field(7, ge=0, le=9)
     specreason_delimiter: str = Field("\n\n", min_length=1)
@@ -199,10 +207,12 @@ class Serving(Settings):
 
 
 class Benchmark(Settings):
-    task: tuple[str, ...] = ("embedded",)
+    task: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedded",)
     items: Count = 600
-    policies: tuple[str, ...] = ("greedy", "maj@8", "takeover", "s2t", "s2t-local", "s2t-local-w0", "kd", "llm")
-    seeds: tuple[int, ...] = (0,)
+    policies: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("greedy", "maj@8", "takeover", "s2t", "s2t-local", "s2t-local-w0", "kd", "llm"),
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     concurrency: Count = 32
 
 
@@ -215,8 +225,8 @@ class Recipe(Settings):
     artifact: str | None = None
     checkpoints: dict[str, str] = {}
     budget: Annotated[float, Field(gt=0, le=1)] = 0.01
-    seed: int = 0
-    published: bool = False
+    seed: int = Field(0, ge=0)
+    published: Annotated[bool, Field(strict=True)] = False
     reserved: Reserved = Reserved()
     divergence: Divergence = Divergence()
     candidates: Candidates = Candidates()
@@ -241,7 +251,22 @@ class Recipe(Settings):
             "candidates": {"method": "top_k"},
             "trigger": {"warmup": 3},
         }
-        return values | {key: {**(values.get(key) or {}), **choice} for key, choice in forced.items()}
+        sections = {key: values.get(key) or {} for key in forced}
+        if not all(isinstance(section, dict) for section in sections.values()):
+            return values  # which validation refuses by name
+        return values | {key: {**sections[key], **choice} for key, choice in forced.items()}
+
+    @model_validator(mode="after")
+    def fits_together(self) -> Recipe:
+        """Raises ValueError where settings that are fine alone contradict each other."""
+        for section in ("candidates", "collect"):
+            if (k := getattr(self, section).k) > self.divergence.support:
+                raise ValueError(
+                    f"{section}.k = {k}: candidates come from the {self.divergence.support} tokens of divergence.support"
+                )
+        if taken := sorted(ENGINES & self.checkpoints.keys()):
+            raise ValueError(f"checkpoints.{taken[0]}: that is the name of an engine of every recipe; choose another")
+        return self
 
     def digest(self) -> str:
         """sha256 of the whole recipe, recorded with every result."""
@@ -258,7 +283,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: no such recipe file")
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of settings")
@@ -291,6 +316,8 @@ def _one_line(error: ValidationError) -> str:
         key = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             problems.append(f"unknown key {key}")
+        elif problem["type"] == "value_error" and not key:
+            problems.append(str(problem["ctx"]["error"]))
         elif problem["type"] == "missing":
             problems.append(f"missing key {key}")
         else:

@@ -33,7 +33,13 @@ def reserved_rows(recipe: Recipe) -> tuple[int, ...]:
     from transformers import AutoConfig
 
     rows = AutoConfig.from_pretrained(loading.resolve(recipe.slm), trust_remote_code=False).vocab_size
-    return reserved_ids(rows, len(loading.load_tokenizer(recipe.slm)), recipe.reserved)
+    tokenizer = loading.load_tokenizer(recipe.slm)
+    used = len(tokenizer)
+    # Tokens that a tokenizer itself holds in reserve (Llama 3's <|reserved_special_token_0|>, D.1) are no text either.
+    added = tokenizer.added_tokens_decoder
+    while (token := added.get(used - 1)) and token.special and "reserved" in token.content:
+        used -= 1
+    return reserved_ids(rows, used, recipe.reserved)
 
 
 def bins(count: int) -> torch.Tensor:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+SETTINGS, WEIGHTS = "router.json", "router.safetensors"
+
 
 @dataclass(frozen=True)
 class RouterSettings:
@@ -147,16 +149,16 @@ def train_router(
 
 
 def save_router(router: Router, folder: Path) -> None:
-    """Write `router.safetensors` and `router.json` into `folder`."""
+    """Write weights and settings into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(router.state_dict(), folder / "router.safetensors")
-    (folder / "router.json").write_text(json.dumps(asdict(router.settings), indent=2) + "\n")
+    save_file(router.state_dict(), folder / WEIGHTS)
+    (folder / SETTINGS).write_text(json.dumps(asdict(router.settings), indent=2) + "\n")
 
 
 def load_router(folder: Path) -> Router:
     """Read what `save_router` wrote. Raises FileNotFoundError with one line where there is no router."""
-    if not (folder / "router.json").is_file():
+    if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"{folder}: holds no router; train one with the distil pipeline")
-    router = Router(RouterSettings(**json.loads((folder / "router.json").read_text())))
-    router.load_state_dict(load_file(folder / "router.safetensors"))
+    router = Router(RouterSettings(**json.loads((folder / SETTINGS).read_text())))
+    router.load_state_dict(load_file(folder / WEIGHTS))
     return router.eval()

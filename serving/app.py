@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from serving.hosting import Hosted
 
+#: The application that answers at the root; one of another name answers below it.
 NAME = "s2t"
 # Batching is the engine's business: Serve passes every call on at once and holds none back.
 MAX_ONGOING_REQUESTS = 4096
@@ -72,9 +74,9 @@ def app(args: dict[str, Any]) -> Application:
     return build(load_recipe(args["recipe"], args.get("set", ())))
 
 
-def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = None) -> str:
+def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = None, name: str = NAME) -> str:
     """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `only` names
-    the engines that are wanted (all).
+    the engines that are wanted (all), `name` the application.
 
     Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
     cluster too small, an engine does not start, or the recipe's parts do not fit together.
@@ -104,11 +106,11 @@ def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = No
                 undo.callback(serve.shutdown)
             options = {"host": recipe.serving.host, "port": recipe.serving.port}
             serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
-        _deploy(application)
-        url = f"http://{recipe.serving.host}:{recipe.serving.port}/v1"
+        _deploy(application, name)
+        url = f"http://{recipe.serving.host}:{recipe.serving.port}{_prefix(name).rstrip('/')}/v1"
         if blocking:
             if serving_already:
-                undo.callback(serve.delete, NAME)
+                undo.callback(serve.delete, name)
             print(_screen(recipe, url), flush=True)
             _wait()
         else:
@@ -123,23 +125,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         run(load_recipe(options.recipe, options.set))
-    except RecipeError as error:
-        print(error, file=sys.stderr)
-        return 1
+    except UserError as error:
+        print(f"serve: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _deploy(application: Application) -> None:
+def _prefix(name: str) -> str:
+    return "/" if name == NAME else f"/{name}"
+
+
+def _deploy(application: Application, name: str) -> None:
     from ray import serve
 
     try:
-        serve.run(application, name=NAME, route_prefix="/")
+        serve.run(application, name=name, route_prefix=_prefix(name))
     except RuntimeError as error:
         failed = [
-            f"{name} does not start: {_last_line(deployment.message)}"
-            for name, deployment in serve.status().applications[NAME].deployments.items()
-            if deployment.status not in ("HEALTHY", "UPDATING")
+            f"{deployment} does not start: {_last_line(status.message)}"
+            for deployment, status in serve.status().applications[name].deployments.items()
+            if status.status not in ("HEALTHY", "UPDATING")
         ]
+        if name != NAME:
+            serve.delete(name)
         raise RecipeError("; ".join(failed) or _last_line(str(error))) from None
 
 

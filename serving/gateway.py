@@ -4,7 +4,6 @@ It tokenises with the SLM's chat template, runs the policy over the engines' han
 holds no model. A client that goes away cancels its request: Serve cancels the handler and the engine calls under it.
 """
 
-import asyncio
 import dataclasses
 import logging
 import time
@@ -73,7 +72,10 @@ def _failed(error: api.ApiError) -> Response:
 async def no_such_route(request: Request, error: HTTPException) -> Response:
     """A path or method the gateway does not serve."""
     message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase.lower()}"
-    return _failed(api.ApiError(error.status_code, message, code="unknown_url"))
+    code = "method_not_allowed" if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else "unknown_url"
+    response = _failed(api.ApiError(error.status_code, message, code=code))
+    response.headers.update(error.headers or {})
+    return response
 
 
 @serve.ingress(app)
@@ -203,17 +205,11 @@ class Gateway:
         limit = await self._limit(policy, len(prompt), request.limit(), field)
         seed = self._recipe.seed if request.seed is None else request.seed
         began = time.perf_counter()
-        decoded = await asyncio.gather(
-            *(
-                base.gather(
-                    policy.decode(
-                        self._engines,
-                        base.Request(prompt, limit, seed + choice, request.temperature, request.top_p),
-                    )
-                )
-                for choice in range(request.n or 1)
-            )
-        )
+        requests = [
+            base.Request(prompt, limit, seed + choice, request.temperature, request.top_p)
+            for choice in range(request.n or 1)
+        ]
+        decoded = await base.all_of(base.gather(policy.decode(self._engines, one)) for one in requests)
         seconds = time.perf_counter() - began
 
         texts: list[str] = []

@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from s2t_models import loading
-from s2t_models.artifact import Artifact, ArtifactError
+from s2t_models.artifact import Artifact, ArtifactError, read_provenance
 from s2t_models.engines.contract import Engine
 from s2t_models.policies import Thresholds
 from s2t_models.recipe import Model, Recipe, RecipeError
 from s2t_models.reserved import reserved_rows
+
+#: What tells a router's folder; the router's own module takes torch.
+ROUTER = "router.json"
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,6 @@ def hosted(recipe: Recipe) -> dict[str, Hosted]:
                 f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}; "
                 "models that work together share one"
             )
-    if recipe.router.path and not (Path(recipe.router.path) / "router.json").is_file():
-        raise RecipeError(
-            f"router.path: {recipe.router.path} holds no router; `s2t distil --objective router` trains one"
-        )
     if recipe.artifact:
         artifact = _artifact(recipe)
         engines.append(Hosted("s2t-local", slm, artifact=artifact.folder.resolve()))
@@ -85,8 +85,9 @@ def with_router(recipe: Recipe) -> Recipe:
     if recipe.router.path is None:
         return recipe
     path = Path(recipe.router.path)
-    if not path.is_dir():
-        raise RecipeError(f"router.path: {path}: no such folder; `s2t distil --objective router` trains one")
+    if not (path / ROUTER).is_file():
+        raise RecipeError(f"router.path: {path} holds no router; `s2t distil --objective router` trains one")
+    _same_weights("router.path", path, "SLM", read_provenance(path).get("base_weights"), recipe.slm)
     router = recipe.router.model_copy(update={"path": str(path.resolve())})
     return recipe.model_copy(update={"router": router})
 
@@ -96,15 +97,39 @@ def _artifact(recipe: Recipe) -> Artifact:
         artifact = Artifact.load(str(recipe.artifact))
     except ArtifactError as error:
         raise RecipeError(f"artifact: {error}") from None
-    _same_weights("artifact", artifact.folder, "SLM", artifact.card.provenance.get("base_weights"), recipe.slm)
+    card = artifact.card
+    _same_weights("artifact", artifact.folder, "SLM", card.provenance.get("base_weights"), recipe.slm)
+    for key, trained, here in (
+        ("distil.temperature", card.temperature, recipe.distil.temperature),
+        ("policies.local_prior_weight", card.prior_weight, recipe.policies.local_prior_weight),
+    ):
+        if trained != here:
+            raise RecipeError(
+                f"artifact: {artifact.folder} was made for {key} = {trained:g}, the recipe says {here:g}; set {key}={trained:g} "
+                "(a policy's name takes another prior weight, as in s2t-local-w0)"
+            )
     return artifact
 
 
-def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[str, float]]:
+def calibration(path: Path) -> dict[str, Any]:
+    """What `s2t collect` wrote as thresholds.json, in the folder or file `path`. Raises RecipeError where it is none."""
     path = path / "thresholds.json" if path.is_dir() else path
     if not path.is_file():
         raise RecipeError(f"trigger.calibration: {path}: no such file; `s2t collect` writes one")
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+        missing = [
+            key for key in ("kl", "entropy", "task", "rows", "slm", "teacher", "divergence") if key not in content
+        ]
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"trigger.calibration: {path}: not valid JSON: {error}") from None
+    if missing:
+        raise RecipeError(f"trigger.calibration: {path}: lacks {', '.join(missing)}; `s2t collect` writes such a file")
+    return content
+
+
+def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[str, float]]:
+    content = calibration(path)
     _same_weights("trigger.calibration", path, "SLM", content.get("slm"), recipe.slm)
     _same_weights("trigger.calibration", path, "teacher", content.get("teacher"), recipe.teacher)
     if content.get("divergence") != str(recipe.divergence):

@@ -102,9 +102,12 @@ class ChatRequest(CompletionSettings):
 
 
 class CompletionRequest(CompletionSettings):
-    """A text, or the prompt's token ids."""
+    """A text, or the prompt's token ids; 16 tokens unless told otherwise, as in OpenAI's API."""
 
     prompt: str | list[int]
+
+    def limit(self) -> int | None:
+        return 16 if self.max_tokens is None else self.max_tokens
 
 
 R = TypeVar("R", bound=CompletionSettings)
@@ -196,7 +199,9 @@ def read(kind: type[R], body: bytes) -> R:
 
 def _refusal(error: ValidationError) -> ApiError:
     problems = error.errors(include_url=False)
-    problem = problems[0]
+    # Of a union's members the one that got furthest is the one that was meant.
+    root = _field(problems[0]["loc"])
+    problem = max((p for p in problems if _field(p["loc"]).startswith(root)), key=lambda p: len(p["loc"]))
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']}", code="invalid_json")
     field = _field(problem["loc"])
@@ -213,7 +218,8 @@ def _refusal(error: ValidationError) -> ApiError:
 
 def _field(location: tuple[int | str, ...]) -> str:
     """`messages.0.content` of pydantic's location, which also names the union member tried ("str", "list[int]")."""
-    return ".".join(str(part) for part in location if part != "str" and not str(part).startswith("list["))
+    first, rest = location[:1], location[1:]
+    return ".".join(str(part) for part in (*first, *(p for p in rest if p != "str" and not str(p).startswith("list["))))
 
 
 def truncate(text: str, stops: list[str]) -> tuple[str, bool]:

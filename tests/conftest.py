@@ -60,13 +60,10 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
     card = artifact.Card(
         reserved_ids=reserved,
         bins=tuple(bins(len(reserved)).tolist()),
-        k=recipe.candidates.k,
-        method=recipe.candidates.method,
         temperature=recipe.distil.temperature,
         prior_weight=recipe.policies.local_prior_weight,
         trained_prior_weight=recipe.distil.prior_weight,
         thresholds={"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}},
-        budget=recipe.budget,
         provenance={
             "base_weights": loading.weights_hash(recipe.slm),
             "teacher_weights": loading.weights_hash(recipe.teacher),

@@ -20,13 +20,10 @@ from s2t_models.trigger import TriggerHead
 CARD = Card(
     reserved_ids=tuple(range(88, 96)),
     bins=tuple(bins(8).tolist()),
-    k=8,
-    method="top_k",
     temperature=0.1,
     prior_weight=2.0,
     trained_prior_weight=1.0,
     thresholds={"head": {"0.01": 2.5, "0.1": 0.25}},
-    budget=0.1,
     provenance={"recipe": "abc", "seed": 0},
 )
 
@@ -58,8 +55,8 @@ def test_what_is_saved_comes_back(tmp_path: Path, parts):
 def test_saving_replaces_an_artifact_as_a_whole_and_nothing_else(tmp_path: Path, parts):
     artifact.save(tmp_path / "a", *parts, CARD)
     (tmp_path / "a" / "left-over").touch()
-    artifact.save(tmp_path / "a", *parts, CARD.model_copy(update={"k": 4}))
-    assert Artifact.load(tmp_path / "a").card.k == 4
+    artifact.save(tmp_path / "a", *parts, CARD.model_copy(update={"temperature": 0.5}))
+    assert Artifact.load(tmp_path / "a").card.temperature == 0.5
     assert not (tmp_path / "a" / "left-over").exists()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").touch()
@@ -67,15 +64,6 @@ def test_saving_replaces_an_artifact_as_a_whole_and_nothing_else(tmp_path: Path,
         artifact.save(tmp_path / "b", *parts, CARD)
     assert (tmp_path / "b" / "thesis.tex").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
-
-
-def test_thresholds_by_budget():
-    assert CARD.threshold() == 0.25
-    assert CARD.threshold(0.01) == 2.5
-    with pytest.raises(ArtifactError, match=r"no head threshold for budget 0.05; calibrated budgets: 0.01, 0.1"):
-        CARD.threshold(0.05)
-    with pytest.raises(ArtifactError, match="no kl threshold"):
-        CARD.threshold(0.01, "kl")
 
 
 def test_missing_and_foreign_files_are_named_in_one_line(tmp_path: Path, parts):

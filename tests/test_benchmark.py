@@ -19,6 +19,8 @@ from pipelines.benchmark import Options
 from pipelines.questions import QuestionError, Row, check_splits, load_items, plan
 from pipelines.results import read_results, summarise
 from pipelines.tasks import Item, Task
+from pipelines.tasks.splits import fingerprint
+from s2t_models.artifact import write_provenance
 from s2t_models.recipe import Recipe, load_recipe
 from serving import app
 from serving.hosting import hosted
@@ -138,6 +140,17 @@ def test_refusals_are_answers_and_lasting_faults_are_asked_again_next_time(
     (again,) = summarise(run(recipe, tmp_path / "out", stub))
     assert again.errored == refused
     assert stub.asked.total() - sum(before.values()) == broken
+
+
+def test_an_endpoint_that_refuses_everything_gives_no_answers(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
+) -> None:
+    stub.fault = lambda body, before: (404, {"detail": "Path '/v1/chat/completions' not found"}, {})
+    with pytest.raises(answers.EndpointError, match=r"404: .*not found"):
+        run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)
+    assert not answers.read_answers(tmp_path / "out" / "answers")
+    stub.fault = lambda body, before: None
+    assert run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)["error"].isna().all()
 
 
 def test_a_prompt_near_the_context_gets_the_room_that_is_left(
@@ -272,6 +285,41 @@ def test_test_rows_among_the_training_rows_are_refused(recipe_path: Path) -> Non
         check_splits(recipe, load_items(recipe, None), None)
 
 
+def test_rows_that_anything_of_the_recipe_was_made_with_are_refused(recipe_path: Path, tmp_path: Path) -> None:
+    hashes = sorted(fingerprint(load_items(job(recipe_path), None)[0][1][:2]))
+    write_provenance(tmp_path, {"rows": {"training (file:mine.jsonl)": hashes}})
+    (tmp_path / "thresholds.json").write_text(
+        json.dumps(
+            {key: {} for key in ("kl", "entropy", "slm", "teacher", "divergence")} | {"task": "mine", "rows": hashes}
+        )
+    )
+    for setting, made_with in (
+        (f"checkpoints.kd={tmp_path}", r"training \(file:mine.jsonl\)"),
+        (f"router.path={tmp_path}", r"training \(file:mine.jsonl\)"),
+        (f"trigger.calibration={tmp_path}", r"calibration \(mine\)"),
+    ):
+        recipe = job(recipe_path, setting)
+        with pytest.raises(QuestionError, match=rf"{made_with} and test \(embedded\) share 2 rows"):
+            check_splits(recipe, load_items(recipe, None), None)
+
+
+def test_a_job_serves_beside_what_is_served_already(
+    endpoint: str, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ray import serve
+
+    port = endpoint.removesuffix("/v1").rpartition(":")[2]
+    few = ["--set", "slm.num_cpus=0.1", "--set", f"serving.port={port}", "--items", "3", "--seeds", "0"]
+    few += ["--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}"]
+    command = ["--recipe", str(recipe_path), "--output", str(tmp_path / "out"), *few]
+    assert benchmark.main([*command, "--policies", "grredy"]) == 2
+    assert capsys.readouterr().err.startswith("benchmark: no policy named 'grredy'")
+    assert benchmark.main([*command, "--policies", "greedy"]) == 0
+    assert "greedy" in capsys.readouterr().out
+    assert set(serve.status().applications) == {app.NAME}
+    assert answers.served_models(endpoint, ["greedy"]), "the endpoint of before still answers"
+
+
 def test_bad_calls_end_in_one_line(recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = ["--output", str(tmp_path / "out")]
     for arguments, words in (
@@ -279,8 +327,11 @@ def test_bad_calls_end_in_one_line(recipe_path: Path, tmp_path: Path, capsys: py
         (["--recipe", str(recipe_path), "--task", "nonesuch"], "there is no task 'nonesuch'"),
         (["--recipe", str(recipe_path), "--set", "benchmark.seed=1"], "unknown key benchmark.seed"),
         (["--recipe", str(recipe_path), "--items", "0"], "benchmark.items"),
+        (["--recipe", str(recipe_path), "--seeds", ""], "benchmark.seeds"),
+        (["--recipe", str(recipe_path), "--tracking", "nonesuch://x"], "MLflow store nonesuch://x"),
+        (["--recipe", str(recipe_path), "--output", str(recipe_path)], "not a folder to write to"),
     ):
-        assert benchmark.main([*arguments, *output]) == 2
+        assert benchmark.main([*output, *arguments]) == 2
         message = capsys.readouterr().err
         assert words in message
         assert message.count("\n") == 1

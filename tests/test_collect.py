@@ -20,9 +20,11 @@ import torch
 from pipelines import collect, publish
 from pipelines.labelling import PROMPT, ROLLOUT, Labels, Rollouts, propose_steps
 from pipelines.only_one import only_one
-from pipelines.prompts import PromptError, from_file, rows
+from pipelines.prompts import Prompt, PromptError, from_file, from_task, rows
 from pipelines.shards import read_shards
 from pipelines.sink import committed
+from pipelines.tasks import task
+from pipelines.tasks.splits import fingerprint
 from s2t_models import loading
 from s2t_models.embedded import generator
 from s2t_models.recipe import Recipe, load_recipe
@@ -74,7 +76,7 @@ def _whole(collection: Path) -> list[dict[str, Any]]:
 
 def test_one_row_a_prompt_in_their_order(collection: Path, prompts: Path) -> None:
     table, _ = read_shards(collection)
-    assert table["uid"].to_pylist() == [uid for uid, _ in from_file(prompts)]
+    assert table["uid"].to_pylist() == [prompt.uid for prompt in from_file(prompts)]
     assert not (collection / "work").exists()
 
 
@@ -266,7 +268,8 @@ def test_second_job_in_the_same_folder_is_refused(
 
 def test_failing_rows_cost_no_other_row(recipe: Recipe) -> None:
     prompts = [
-        (problem.uid, [{"role": "user", "content": problem.question}]) for problem in generator.problems("train", 4)
+        Prompt(problem.uid, [{"role": "user", "content": problem.question}])
+        for problem in generator.problems("train", 4)
     ]
     rollouts = Rollouts(recipe)
     generate = rollouts.engine.generate
@@ -322,4 +325,21 @@ def test_malformed_prompt_files_are_refused(tmp_path: Path, text: str, message: 
 
 def test_uid_that_occurs_twice_is_refused(recipe: Recipe) -> None:
     with pytest.raises(PromptError, match="'a' occurs twice"):
-        rows([("a", []), ("a", [])], recipe)
+        rows([Prompt("a", []), Prompt("a", [])], recipe)
+
+
+def test_a_line_break_inside_a_text_does_not_end_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"uid": "a", "prompt": "one\u2028two\x85three"}\n{"uid": "b", "prompt": "x"}\n')
+    assert [prompt.uid for prompt in from_file(path)] == ["a", "b"]
+
+
+def test_a_question_is_known_however_it_was_asked(recipe: Recipe, tmp_path: Path) -> None:
+    """What keeps test rows out of training finds a task's row in a file of prompts, too."""
+    (item,) = task("embedded").load()[:1]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"uid": "mine", "prompt": f" {item.question.upper()} "}) + "\n")
+    (row,) = rows(from_file(path), recipe)
+    assert set(row["questions"]) & fingerprint([item]).keys()
+    (own,) = rows(from_task("embedded", None, recipe)[:1], recipe)
+    assert own["questions"]

@@ -23,6 +23,14 @@ def test_overrides_are_typed_and_nested(recipe_path):
         ("candidates.method=best", "candidates.method"),
         ("budget", "expected a.b=value"),
         ("budget.x=1", "budget is not a section"),
+        ("published=1", "published = 1: input should be a valid boolean"),
+        ("published='true'", "published"),
+        ("seed=-1", "seed = -1"),
+        ("distil.validation=1.0", "distil.validation"),
+        ("candidates.k=65", "candidates.k = 65"),
+        ("divergence.support=4", "candidates.k = 8: candidates come from the 4 tokens of divergence.support"),
+        ("checkpoints.slm=there", "checkpoints.slm: that is the name of an engine"),
+        ("benchmark.policies=[]", "benchmark.policies"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_in_one_line(recipe_path, override, named):
@@ -30,6 +38,11 @@ def test_wrong_settings_are_refused_by_name_in_one_line(recipe_path, override, n
         load_recipe(recipe_path, [override])
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_published_choices_beside_a_section_that_is_none(recipe_path):
+    with pytest.raises(RecipeError, match="divergence = 3"):
+        load_recipe(recipe_path, ["divergence=3", "published=true"])
 
 
 def test_missing_and_broken_files_are_named(tmp_path):

@@ -19,7 +19,7 @@ import torch
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling
-from s2t_models.recipe import Model, load_recipe
+from s2t_models.recipe import Model, RecipeError, load_recipe
 from serving import app
 from serving.hosting import hosted, thresholds
 
@@ -138,6 +138,8 @@ def test_completions_take_a_text_or_token_ids(client, tokenizer):
     for prompt in (ids, tokenizer.decode(ids)):
         response = client.post("/completions", json={"model": "greedy", "prompt": prompt, "max_tokens": LONG})
         assert response.json()["choices"][0]["text"] == expected
+    few = client.post("/completions", json={"model": "greedy", "prompt": ids}).json()
+    assert few["usage"]["completion_tokens"] == 16, "OpenAI's default"
 
 
 def test_the_openai_client(endpoint: str):
@@ -185,7 +187,15 @@ def test_health_and_models_say_what_is_served(client, endpoint: str):
         (chat(n=2, s2t={"decisions": True}), 400, "s2t.decisions", None, "n = 1"),
         (chat("word " * 2000), 400, "messages", "context_length_exceeded", "context is 1024 tokens"),
         (chat(max_tokens=1024), 400, "messages", "context_length_exceeded", "may take 1024"),
-        (chat(model="s2t-local-k65"), 500, None, "internal_error", "at most 64"),
+        (chat(model="s2t-local-k65"), 404, "model", "model_not_found", "at most 64"),
+        (chat(model="s2t-k1000"), 404, "model", "model_not_found", "at most 64"),
+        (chat(model="maj@1000"), 404, "model", "model_not_found", "at most 128"),
+        (chat(model=f"maj@{'9' * 5000}"), 404, "model", "model_not_found", "no policy named"),
+        (
+            chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+            *(400, "messages.0.content.0.type", "invalid_value", "'text'"),
+        ),
+        (chat(str=1), 400, "str", "unknown_parameter", "unsupported"),
     ],
 )
 def test_every_error_has_openais_shape_and_names_what_is_wrong(client, body, status, param, code, words):
@@ -214,7 +224,7 @@ def test_prompts_that_are_no_prompts(client, tokenizer):
         ([], "empty"),
         ([len(tokenizer)], "outside the vocabulary"),
         ([-1], "outside"),
-        (["a"], "string"),
+        (["a"], "integer"),
     ):
         response = client.post("/completions", json={"model": "greedy", "prompt": prompt})
         assert response.status_code == 400
@@ -225,6 +235,8 @@ def test_prompts_that_are_no_prompts(client, tokenizer):
 def test_unknown_paths_and_methods_have_the_same_shape(client):
     assert (client.get("/nothing").status_code, client.get("/chat/completions").status_code) == (404, 405)
     assert client.get("/nothing").json()["error"]["code"] == "unknown_url"
+    assert client.get("/chat/completions").json()["error"]["code"] == "method_not_allowed"
+    assert client.get("/chat/completions").headers["allow"] == "POST"
     assert client.get("/models/nope").status_code == 404
 
 
@@ -255,7 +267,7 @@ def refusal(capsys, recipe: Path, *settings: str) -> str:
     arguments = ["--recipe", str(recipe)]
     for setting in settings:
         arguments += ["--set", setting]
-    assert app.main(arguments) == 1
+    assert app.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     return error
@@ -287,17 +299,41 @@ def test_a_calibration_gives_thresholds_to_the_pair_it_was_made_with(recipe_path
         "slm": loading.weights_hash(SLM),
         "teacher": loading.weights_hash(TEACHER),
         "divergence": "KL(SLM || teacher), top 64, bucket",
+        "task": "embedded-calibration",
+        "rows": [],
     }
     (tmp_path / "thresholds.json").write_text(json.dumps(content))
     recipe = load_recipe(recipe_path, [f"trigger.calibration={tmp_path}"])
     assert thresholds(recipe) == {"kl": {"0.1": 0.25}, "entropy": {"0.1": 0.5}}
     assert set(hosted(recipe)) == {"slm", "teacher"}
     (tmp_path / "thresholds.json").write_text(json.dumps(content | {"teacher": "0"}))
-    with pytest.raises(ValueError, match="made with another teacher"):
+    with pytest.raises(RecipeError, match="made with another teacher"):
         thresholds(recipe)
     (tmp_path / "thresholds.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"thresholds of .* bucket, the recipe's divergence is .* renormalised"):
+    with pytest.raises(RecipeError, match=r"thresholds of .* bucket, the recipe's divergence is .* renormalised"):
         thresholds(load_recipe(recipe_path, [f"trigger.calibration={tmp_path}", "published=true"]))
+
+
+def test_a_calibration_that_is_none_is_refused(recipe_path: Path, tmp_path: Path):
+    recipe = load_recipe(recipe_path, [f"trigger.calibration={tmp_path}"])
+    for content, words in (
+        (None, "no such file"),
+        ("{", "not valid JSON"),
+        ('{"kl": {}}', "lacks entropy, task, rows"),
+    ):
+        if content:
+            (tmp_path / "thresholds.json").write_text(content)
+        with pytest.raises(RecipeError, match=words):
+            thresholds(recipe)
+
+
+def test_an_artifact_is_served_as_it_was_made(recipe_path: Path, untrained_artifact: Path):
+    for setting, words in (
+        ("policies.local_prior_weight=0", r"made for policies.local_prior_weight = 2, the recipe says 0; set policies"),
+        ("distil.temperature=0.5", r"made for distil.temperature = 0.1, the recipe says 0.5"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            hosted(load_recipe(recipe_path, [f"artifact={untrained_artifact}", setting]))
 
 
 def test_an_artifacts_kl_thresholds_hold_for_its_divergence_only(recipe_path: Path, untrained_artifact: Path):
@@ -313,5 +349,5 @@ def test_a_port_that_is_taken_and_a_cluster_too_small_are_refused(capsys, endpoi
         taken.bind(("127.0.0.1", 0))
         free = taken.getsockname()[1]
         assert "Serve runs on this cluster already, and not at" in refusal(capsys, recipe_path, f"serving.port={free}")
-        with pytest.raises(ValueError, match="Address already in use"):
+        with pytest.raises(RecipeError, match="Address already in use"):
             app._check_port_is_free(load_recipe(recipe_path, [f"serving.port={free}"]))

@@ -13,6 +13,7 @@ from pipelines.shards import (
     RECORD,
     ShardError,
     check_pair,
+    questions,
     read_shards,
     shard_metadata,
     shard_name,
@@ -33,6 +34,7 @@ def _row(uid: str) -> dict:
     }
     return {
         "uid": uid,
+        "questions": [f"hash of {uid}", "shared"],
         "prompt": "p",
         "prompt_ids": [1, 2],
         "output_ids": [7, 9],
@@ -82,6 +84,7 @@ def _refused(collection: Path) -> str:
 def test_rows_and_metadata_come_back(collection: Path, recipe: Recipe) -> None:
     table, metadata = read_shards(collection)
     assert table.to_pylist() == [_row("a"), _row("b"), _row("c")]
+    assert questions(table) == ["hash of a", "hash of b", "hash of c", "shared"]
     assert metadata == _metadata(recipe)
     assert len(metadata) == METADATA_KEYS
     assert Recipe.model_validate_json(metadata["s2t.recipe"]) == recipe

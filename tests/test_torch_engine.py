@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import torch
 from s2t_models import loading
 from s2t_models.divergence import divergence
 from s2t_models.embedded.generator import problems
+from s2t_models.engines import torch_engine
 from s2t_models.engines.contract import ContextOverflow, Multiplex, Sampling, Selection
+from s2t_models.engines.sampling import pick
 from s2t_models.engines.torch_engine import TorchEngine
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Model, Reserved
@@ -135,6 +138,29 @@ def test_sampling_depends_on_seed_and_step_only(engine, prompts):
     assert head + run([engine.generate(prompts[4] + head, rest)])[0].ids == whole
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.7, 0.8, 20), (1.0, 1.0, 0), (0.6, 0.95, 0), (2.0, 0.5, 100), (1.3, 1.0, 5)]
+)
+def test_a_pick_inverts_the_distribution_of_transformers_warpers(temperature: float, top_p: float, top_k: int):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits_BV = 4 * torch.randn(40, 300, generator=torch.Generator().manual_seed(7))
+    warped_BV = TemperatureLogitsWarper(temperature)(None, logits_BV.double())
+    warped_BV = TopKLogitsWarper(top_k)(None, warped_BV) if top_k else warped_BV
+    p_BV = (TopPLogitsWarper(top_p)(None, warped_BV) if top_p < 1 else warped_BV).softmax(-1)
+    uniform_B = np.random.default_rng(3).random(40)
+    sorted_BV, ids_BV = p_BV.sort(descending=True)
+    expected = [
+        int(ids[(sorted_V.cumsum(0) <= u).sum()]) for sorted_V, ids, u in zip(sorted_BV, ids_BV, uniform_B, strict=True)
+    ]
+    assert pick(logits_BV, [temperature] * 40, [top_p] * 40, [top_k] * 40, uniform_B.tolist()) == expected
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(engine, prompts):
+    greedy, cold = run([engine.generate(prompts[0], Sampling(20, temperature=t)) for t in (0.0, 1e-320)])
+    assert greedy.ids == cold.ids
+
+
 def test_sampling_follows_the_distribution(engine, reference, reserved, prompts):
     prompt = prompts[6] + run([engine.generate(prompts[6], Sampling(3))])[0].ids
     drafts = run([engine.generate(prompt, Sampling(1, temperature=2.0, seed=seed)) for seed in range(600)])
@@ -152,6 +178,30 @@ def test_slot_reuse_changes_nothing(engine, prompts):
     assert [draft.ids for draft in first] == [draft.ids for draft in reversed(again)]
     # A call that goes on from a decode reads one token, not the prompt again.
     assert run([engine.generate(prompts[0] + first[0].ids[:-1], Sampling(1))])[0].usage.prefill <= len(prompts[0])
+
+
+def test_a_forward_takes_some_of_the_calls_and_then_the_others(engine, prompts, monkeypatch):
+    whole = run([engine.generate(prompt, Sampling(20)) for prompt in prompts])
+    monkeypatch.setattr(torch_engine, "TOKENS_A_FORWARD", 3)
+    assert [d.ids for d in run([engine.generate(prompt, Sampling(20)) for prompt in prompts])] == [d.ids for d in whole]
+
+
+def test_a_failed_forward_leaves_nothing_wrong_in_the_cache(reserved, prompts):
+    """The keys of the first layers are written over before the forward fails: nobody may read on from them."""
+    engine = TorchEngine.load(SLM.model_copy(update={"slots": 1}), "slm", reserved)
+    try:
+        (draft,) = run([engine.generate(prompts[0], Sampling(20))])
+        known = prompts[0] + draft.ids
+        at = len(prompts[0])
+        last_layer = engine._model.base_model.layers[-1]
+        with (
+            patch.object(last_layer, "forward", side_effect=RuntimeError("out of memory")),
+            pytest.raises(RuntimeError, match="out of memory"),
+        ):
+            run([engine.score(known[:at] + known[:10], at, np.zeros((10, 1)))])
+        assert run([engine.generate(known[: at + 10], Sampling(10))])[0].ids == draft.ids[10:20]
+    finally:
+        engine.close()
 
 
 def test_a_shared_template_costs_no_decode_its_slot(reserved, prompts):
@@ -181,8 +231,9 @@ def test_select_equals_separate_forwards(local, reference, reserved, prompts):
         np.testing.assert_allclose(reserved_KR, np.stack(expected_KR), atol=1e-4)
 
 
-def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, end_ids) -> tuple[list[int], list[int]]:
-    """Algorithm 1 with the reserved-row scorer, a whole forward for every step and every candidate."""
+def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, end_ids) -> tuple[list[int], list[tuple]]:
+    """Algorithm 1 with the reserved-row scorer, a whole forward for every step and every candidate: the ids, and (step,
+    trigger, candidates, log-probabilities, scores) of each decision."""
     from s2t_models.candidates import propose
 
     ids: list[int] = []
@@ -194,7 +245,6 @@ def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, en
         if float(hidden_H[0]) < selection.threshold or len(ids) < selection.warmup:
             ids.append(int(logprobs_V.argmax()))
             continue
-        triggered.append(len(ids))
         top_N, ids_N = logprobs_V.topk(64)
         chosen_K = propose(
             top_N.numpy(), selection.k, selection.method, 0.0, uniforms(seed, len(ids), selection.k, "candidates")
@@ -203,6 +253,7 @@ def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, en
         with torch.no_grad():
             logits_KV = reference(torch.tensor([prompt + ids + [c] for c in candidates_K])).logits[:, -1]
         scores_K = logits_KV[:, list(reserved)].softmax(-1) @ bins(len(reserved))
+        triggered.append((len(ids), float(hidden_H[0]), candidates_K, top_N[chosen_K].numpy(), scores_K.numpy()))
         best = (scores_K / selection.temperature + selection.prior_weight * top_N[chosen_K]).argmax()
         ids.append(candidates_K[int(best)])
     return ids, triggered
@@ -220,9 +271,19 @@ def test_the_selecting_loop_equals_separate_forwards(local, reference, reserved,
     for prompt, draft in zip(prompts, drafts, strict=True):
         ids, triggered = by_separate_forwards(reference, reserved, prompt, 30, selection, 5, local._card.end_ids)
         assert draft.ids == ids
-        assert [d.step for d in draft.decisions] == triggered
+        assert [(d.step, d.candidates_K) for d in draft.decisions] == [
+            (step, ids_K) for step, _, ids_K, _, _ in triggered
+        ]
+        for decision, (_, value, _, logprobs_K, scores_K) in zip(draft.decisions, triggered, strict=True):
+            assert decision.value == pytest.approx(value, abs=1e-4)
+            np.testing.assert_allclose(decision.logprobs_K, logprobs_K, atol=1e-3)
+            np.testing.assert_allclose(decision.scores_K, scores_K, atol=1e-4)
         rescues += sum(d.chosen != d.candidates_K[0] for d in draft.decisions)
     assert rescues > 0
+    # Asking for the support shows more and changes nothing.
+    shown = run([local.generate_selecting(p, Sampling(30, seed=5, support=4), selection) for p in prompts])
+    assert [draft.ids for draft in shown] == [draft.ids for draft in drafts]
+    assert {draft.top_ids_TN.shape for draft in shown} == {(len(draft.ids), 4) for draft in shown}
 
 
 def test_reserved_ids_are_never_generated(engine, reserved, prompts):
@@ -275,6 +336,15 @@ def test_what_does_not_fit_is_refused_and_harms_nobody(engine, prompts):
     assert len(good.ids) > 0
     assert isinstance(bad, ContextOverflow)
     assert "slm" in str(bad)
+    for wrong in (
+        engine.generate([5, engine._card.vocabulary], Sampling(5)),
+        engine.generate([-1], Sampling(5)),
+        engine.score([1, 2, 3], 1, np.full((3, 1), engine._card.vocabulary)),
+    ):
+        with pytest.raises(ValueError, match="outside the vocabulary, 0 to"):
+            run([wrong])
+    with pytest.raises(ValueError, match="at least one token"):
+        run([engine.generate([5], Sampling(0))])
     with pytest.raises(ValueError, match="no selector"):
         run([engine.select(prompts[0], [1, 2])])
 

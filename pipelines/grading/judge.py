@@ -14,6 +14,11 @@ from dataclasses import dataclass
 
 Ask = Callable[[list[dict[str, str]]], str]
 
+
+class JudgeError(Exception):
+    """A judge that gave no answer; the message is one line."""
+
+
 #: What a judge may write about one turn.
 MAX_TOKENS = 2048
 
@@ -73,26 +78,34 @@ def rate(
 def endpoint(url: str, model: str, api_key: str = "", seconds: float = 600.0) -> Ask:
     """A judge behind an OpenAI-compatible endpoint, `url` being its base such as http://127.0.0.1:8000/v1.
 
-    What it returns raises OSError with what the endpoint said."""
+    What it returns raises JudgeError with what the endpoint said."""
 
     def post(body: dict[str, object]) -> str:
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
         data = json.dumps(body).encode()
         request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=seconds) as response:
-            return str(json.loads(response.read())["choices"][0]["message"]["content"])
+            content = response.read()
+        try:
+            return str(json.loads(content)["choices"][0]["message"]["content"])
+        except (ValueError, LookupError, TypeError):
+            raise JudgeError(f"the judge's reply is not a chat completion: {_line(content)}") from None
 
     def ask(chat: list[dict[str, str]]) -> str:
         body: dict[str, object] = {"model": model, "messages": chat, "temperature": 0.0}
-        try:
-            return post(body | {"max_tokens": MAX_TOKENS})
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")
-            if "context_length_exceeded" not in said:
-                raise OSError(f"{error.code}: {' '.join(said.split())[:300]}") from None
-        try:
-            return post(body)  # with whatever room the context leaves
-        except urllib.error.HTTPError as error:
-            raise OSError(f"{error.code}: {' '.join(error.read().decode(errors='replace').split())[:300]}") from None
+        bodies = [body | {"max_tokens": MAX_TOKENS}, body]  # the second with whatever room the context leaves
+        while True:
+            try:
+                return post(bodies.pop(0))
+            except urllib.error.HTTPError as error:
+                said = error.read()
+                if not bodies or b"context_length_exceeded" not in said:
+                    raise JudgeError(f"the judge refused: {error.code}: {_line(said)}") from None
+            except (OSError, ValueError) as error:
+                raise JudgeError(f"the judge could not be asked: {_line(str(error).encode())}") from None
 
     return ask
+
+
+def _line(content: bytes) -> str:
+    return " ".join(content.decode(errors="replace").split())[:300]

@@ -20,12 +20,14 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from s2t_models.errors import UserError
+
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _START_SECONDS = 60.0  # a busy machine may take long to start three processes; the program's own time starts later
 _GRACE_SECONDS = 2.0
 
 
-class SandboxUnavailable(RuntimeError):
+class SandboxUnavailable(UserError):
     """The system allows no isolation, and running without it was not asked for."""
 
 

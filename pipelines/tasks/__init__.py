@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pipelines.tasks import arc_challenge, gsm8k, humaneval, math500, mmlu_pro, mt_bench, olympiadbench, truthfulqa
 from pipelines.tasks.aime import AIME24, AIME25
 from pipelines.tasks.base import VERDICTS, Graded, Item, Task, Verdict, sample
 from pipelines.tasks.embedded import EMBEDDED
 from pipelines.tasks.hendrycks_math import MATH_CALIBRATION, MATH_TRAIN
+from s2t_models.errors import UserError
 
-__all__ = ["TASKS", "VERDICTS", "Graded", "Item", "Task", "Verdict", "sample", "task"]
+__all__ = ["TASKS", "VERDICTS", "Graded", "Item", "Task", "TaskError", "Verdict", "load", "sample", "task"]
 
 _BY_NAME: dict[str, Task] = {
     entry.name: entry
@@ -29,6 +32,20 @@ _BY_NAME: dict[str, Task] = {
     )
 }
 TASKS: tuple[str, ...] = tuple(_BY_NAME)
+
+
+class TaskError(UserError):
+    """A task that there is not, or whose rows cannot be had."""
+
+
+def load(name: str, data: Path | None) -> tuple[Task, list[Item]]:
+    """The task of that name and all its rows. Raises TaskError."""
+    try:
+        chosen = task(name)
+        return chosen, chosen.load(data)
+    except (KeyError, ValueError, OSError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error
+        raise TaskError(f"task {name}: {' '.join(str(reason).split())}") from None
 
 
 def task(name: str) -> Task:

@@ -66,9 +66,13 @@ TASK = Task(
 
 
 def judged(answers: Sequence[str], item: Item, ask: judge.Ask) -> Graded:
-    """Grades both turns' answers with a judge. A turn without a rating makes the row errored."""
+    """Grades both turns' answers with a judge. A turn without a rating makes the row errored, and so does a judge that gives
+    no answer. Raises ValueError where there is not one answer a turn."""
     question = judge.Question(tuple(item.metadata["turns"]), tuple(item.answer))
-    ratings = judge.rate(question, answers, item.metadata["judge_prompts"], ask)
+    try:
+        ratings = judge.rate(question, answers, item.metadata["judge_prompts"], ask)
+    except judge.JudgeError as error:
+        return Graded("errored", None, 0.0, str(error))
     known = [value for value in ratings if value is not None]
     if len(known) < len(ratings):
         return Graded("errored", None, 0.0, "the judge gave no rating of the form [[n]] from 1 to 10")

@@ -1,6 +1,7 @@
 """Keeping training, calibration and test rows apart.
 
-A row is known by the hash of its question's text with case and spacing evened out, so the same problem is found under another identifier or prompt.
+A row is known by the hashes of its question and of what the user says in its prompt, with case and spacing evened out, so the same
+problem is found under another identifier, in another prompt, and in a file of prompts.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(plain.encode()).hexdigest()
 
 
+def question_hashes(messages: Iterable[Mapping[str, str]], question: str | None = None) -> list[str]:
+    """What a prompt is known by: the hashes of its users' messages, and of the bare question where that is known."""
+    texts = [message["content"] for message in messages if message["role"] == "user"]
+    return sorted({text_hash(text) for text in [*texts, *([question] if question else [])] if text.strip()})
+
+
 def fingerprint(items: Iterable[Item]) -> dict[str, str]:
-    """Hash of each row's question, with the row's uid."""
-    return {text_hash(item.question): item.uid for item in items}
+    """The `question_hashes` of each row, with the row's uid."""
+    return {key: item.uid for item in items for key in question_hashes(item.prompt, item.question)}
 
 
 def refuse_overlap(sets: Mapping[str, Mapping[str, str] | Iterable[str]]) -> None:

@@ -31,7 +31,8 @@ Embed = Callable[[list[int]], torch.Tensor]
 class Step:
     """The next-token distribution after what was fed: the token picked from it, the trigger head's logit where asked.
 
-    The support is filled for the whole batch where the feed asked for it; `look` fills it for this row alone."""
+    The support is filled for the whole batch where the feed asked for it; `look` fills it for this row alone. A step holds
+    the logits of its whole batch: it is for the step after it, not for keeping."""
 
     token: int
     logits_BV: torch.Tensor  # of the whole batch, of which this is `row`
@@ -46,10 +47,10 @@ class Step:
         return self.logits_BV[self.row]
 
     def look(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `count` most probable ids and their log-probabilities, [N] each."""
-        if self.top_ids_N is None or self.top_logprobs_N is None:
+        """The `count` most probable ids and their log-probabilities, best first, [N] each."""
+        if self.top_ids_N is None or self.top_logprobs_N is None or len(self.top_ids_N) < count:
             self.top_ids_N, self.top_logprobs_N = (part.cpu().numpy() for part in top(self.logits_V, count))
-        return self.top_ids_N, self.top_logprobs_N
+        return self.top_ids_N[:count], self.top_logprobs_N[:count]
 
 
 @dataclass
@@ -82,7 +83,7 @@ class _Drafting:
     ) -> None:
         self.cached, self.prefix, self.sampling, self.end_ids, self.asked = cached, prefix, sampling, end_ids, asked
         self.ids: list[int] = []
-        self.steps: list[Step] = []
+        self.supports: list[tuple[np.ndarray, np.ndarray, float]] = []  # of each step: ids, log-probabilities, entropy
         self.decisions: list[Decision] = []
         self.usage = Usage()
 
@@ -115,19 +116,19 @@ class _Drafting:
         self.ids.append(token)
         self.usage.decode += 1
         if self.sampling.support:
-            self.steps.append(step)
+            self.supports.append((*step.look(self.sampling.support), step.entropy))
         if token in self.end_ids:
             return "end"
-        return "length" if len(self.ids) == self.sampling.max_tokens else None
+        return "length" if len(self.ids) >= self.sampling.max_tokens else None
 
     def draft(self, finish: Finish) -> Draft:
         return Draft(
             ids=self.ids,
             finish=finish,
             usage=self.usage,
-            entropy_T=np.array([step.entropy for step in self.steps], dtype=np.float32),
-            top_ids_TN=np.stack([step.look(0)[0] for step in self.steps]) if self.steps else None,
-            top_logprobs_TN=np.stack([step.look(0)[1] for step in self.steps]) if self.steps else None,
+            entropy_T=np.array([entropy for _, _, entropy in self.supports], dtype=np.float32),
+            top_ids_TN=np.stack([ids_N for ids_N, _, _ in self.supports]) if self.supports else None,
+            top_logprobs_TN=np.stack([logprobs_N for _, logprobs_N, _ in self.supports]) if self.supports else None,
             decisions=self.decisions,
         )
 
@@ -162,7 +163,7 @@ def generate_selecting(
 
 def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[Feed, Any, tuple[Decision, Step]]:
     whole = selection.method == "multinomial" or selection.ratio > 0
-    ids_N, logprobs_N = step.look(max(drafting.sampling.support, SUPPORT if whole else 0, selection.k))
+    ids_N, logprobs_N = step.look(SUPPORT if whole else selection.k)
     noise_K = None
     if selection.method == "multinomial":
         noise_K = uniforms(drafting.sampling.seed, drafting.step, selection.k, "candidates")

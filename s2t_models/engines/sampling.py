@@ -35,8 +35,10 @@ def pick(
                 sorted_BN, order_BN = logits_BV[rows].topk(min(FEW, logits_BV.shape[-1]), dim=-1)
             else:
                 sorted_BN, order_BN = logits_BV[rows].sort(stable=True, dim=-1, descending=True)
-            # Double, so that it does not hang on the rounding of a long sum.
-            rank_B1 = _draw(sorted_BN.double() / temperature_B1, top_p_B1, top_k_B1, uniform_B1)
+            # Double, so that it does not hang on the rounding of a long sum; from the best one down, so that no
+            # temperature is too small to divide by.
+            below_best_BN = sorted_BN.double() - sorted_BN[:, :1].double()
+            rank_B1 = _draw(below_best_BN / temperature_B1, top_p_B1, top_k_B1, uniform_B1)
             picked_B[rows] = order_BN.gather(-1, rank_B1)[:, 0]
     return picked_B.tolist()
 

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from s2t_models.recipe import MOST_CANDIDATES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "s2t_slots"
 #: Cache columns past the context where leaves are written before one of them is kept.
-LEAF_ROOM = 64
+LEAF_ROOM = MOST_CANDIDATES
 
 
 @dataclass
@@ -108,7 +110,8 @@ class Slots:
     def forward(self, queries: list[Query]) -> tuple[torch.Tensor, list[int]]:
         """Run the queries; returns the last hidden states [T, H] and where each query begins among the T.
 
-        Chains are recorded in `tokens`; leaves are not until `keep`."""
+        Chains are recorded in `tokens`; leaves are not until `keep`. A forward that fails leaves the tokens before its
+        queries, and nothing that it may have written over."""
         count_B = np.array([len(query.ids) for query in queries])
         first_B = np.cumsum(count_B) - count_B
         start_B = np.array([query.start for query in queries])
@@ -123,6 +126,8 @@ class Slots:
         for first, query in zip(first_B, queries, strict=True):
             if query.embedding is not None:
                 embeds_TH[first] = query.embedding
+        for query in queries:
+            del self.tokens[query.slot][query.start :]
         hidden_TH = self.model.base_model(
             inputs_embeds=embeds_TH[None],
             position_ids=self._to_device(position_T)[None],
@@ -132,8 +137,7 @@ class Slots:
         ).last_hidden_state[0]
         for query in queries:
             if not query.leaves:
-                known = query.ids if query.embedding is None else [-1]
-                self.tokens[query.slot][query.start :] = known
+                self.tokens[query.slot] += query.ids if query.embedding is None else [-1]
         return hidden_TH, first_B.tolist()
 
     def _lay_out(
@@ -185,7 +189,7 @@ class Slots:
         for query, leaf in kept:
             if leaf > 0:
                 self.cache[:, :, query.slot, :, query.start] = self.cache[:, :, query.slot, :, query.start + leaf]
-            self.tokens[query.slot][query.start :] = [query.ids[leaf]]
+            self.tokens[query.slot].append(query.ids[leaf])
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None

@@ -104,11 +104,11 @@ class TorchEngine:
         return self._card
 
     async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
-        self._check(prefix, sampling.max_tokens)
+        self._check_draft(prefix, sampling)
         return await self._call(prefix, lambda cached: rows.generate(cached, prefix, sampling, self._card.end_ids))
 
     async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
-        self._check(prefix, sampling.max_tokens)
+        self._check_draft(prefix, sampling)
         self._check_selector(selection.k)
         return await self._call(
             prefix,
@@ -116,7 +116,7 @@ class TorchEngine:
         )
 
     async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: Multiplex) -> Draft:
-        self._check(prefix, sampling.max_tokens)
+        self._check_draft(prefix, sampling)
         return await self._call(
             prefix,
             lambda cached: rows.generate_multiplex(
@@ -128,11 +128,13 @@ class TorchEngine:
         self._check(tokens, 0)
         if not 1 <= start <= start + len(ids_TN) - 1 <= len(tokens):
             raise ValueError(f"score: {len(ids_TN)} rows from position {start} do not fit {len(tokens)} tokens")
+        self._check_ids(int(ids_TN.min(initial=0)), int(ids_TN.max(initial=0)))
         return await self._call(tokens, lambda cached: rows.score(cached, tokens, start, ids_TN))
 
     async def select(self, prefix: list[int], candidates_K: list[int]) -> np.ndarray:
         self._check(prefix, 1)
         self._check_selector(len(candidates_K))
+        self._check_ids(min(candidates_K), max(candidates_K))
         return await self._call(prefix, lambda cached: rows.select(cached, prefix, candidates_K))
 
     async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
@@ -155,6 +157,20 @@ class TorchEngine:
             raise ContextOverflow(
                 f"{len(prefix)} tokens and {new} to generate do not fit {self._card.name}'s context of "
                 f"{self._card.context}"
+            )
+        self._check_ids(min(prefix), max(prefix))
+
+    def _check_draft(self, prefix: list[int], sampling: Sampling) -> None:
+        if sampling.max_tokens < 1:
+            raise ValueError(f"max_tokens = {sampling.max_tokens}: a draft has at least one token")
+        self._check(prefix, sampling.max_tokens)
+
+    def _check_ids(self, lowest: int, highest: int) -> None:
+        """Here, because in the forward a wrong id would cost every call in it its answer, and a GPU its state."""
+        if lowest < 0 or highest >= self._card.vocabulary:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"{self._card.name}: token id {wrong} lies outside the vocabulary, 0 to {self._card.vocabulary - 1}"
             )
 
     def _check_selector(self, k: int) -> None:

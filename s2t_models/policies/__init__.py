@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from s2t_models.engines.contract import Multiplex, Selection
+from s2t_models.errors import UserError
 from s2t_models.policies.base import Policy, Tokens
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.greedy import Alone
@@ -23,19 +24,21 @@ from s2t_models.policies.multiplex import MultiplexThinking
 from s2t_models.policies.r2r import RouterTrigger
 from s2t_models.policies.specreason import SpecReason
 from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, RandomTrigger, Trigger
-from s2t_models.recipe import Recipe
+from s2t_models.recipe import MOST_CANDIDATES, Recipe
 
 #: metric ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of calibration steps.
 Thresholds = Mapping[str, Mapping[str, float]]
 
 _NAME = re.compile(
     r"(?P<stem>s2t-local|s2t|takeover)(?:-(?P<metric>kl|entropy|random))?(?:-dynamic-(?P<percent>\d\d?))?"
-    r"(?:-k(?P<k>[1-9]\d*))?(?:-w(?P<weight>\d+(?:\.\d+)?))?(?:@(?P<budget>\d*\.?\d+))?"
+    r"(?:-k(?P<k>[1-9]\d{0,3}))?(?:-w(?P<weight>\d{1,4}(?:\.\d+)?))?(?:@(?P<budget>\d*\.?\d+))?"
 )
-_MAJORITY = re.compile(r"maj@([1-9]\d*)")
+_MAJORITY = re.compile(r"maj@([1-9]\d{0,3})")
+#: Samples of one answer at most.
+MOST_VOTES = 128
 
 
-class PolicyError(ValueError):
+class PolicyError(UserError):
     """A policy that cannot be had; the message is one line saying which and why."""
 
 
@@ -103,6 +106,8 @@ def policy(name: str, recipe: Recipe, thresholds: Thresholds) -> Policy:
     if name == "kd" or name in recipe.checkpoints:
         return Alone(name, name)
     if found := _MAJORITY.fullmatch(name):
+        if int(found[1]) > MOST_VOTES:
+            raise PolicyError(f"{name}: at most {MOST_VOTES} samples vote")
         return Majority(name, int(found[1]), own)
     if (found := _NAME.fullmatch(name)) and (built := _triggered(name, found, recipe, thresholds)):
         return built
@@ -115,6 +120,8 @@ def policy(name: str, recipe: Recipe, thresholds: Thresholds) -> Policy:
 def _triggered(name: str, found: re.Match[str], recipe: Recipe, thresholds: Thresholds) -> Policy | None:
     stem, metric, percent, k, weight = found["stem"], found["metric"], found["percent"], found["k"], found["weight"]
     candidates = recipe.candidates
+    if k and int(k) > MOST_CANDIDATES:
+        raise PolicyError(f"{name}: a step has at most {MOST_CANDIDATES} candidates")
     if k:
         candidates = candidates.model_copy(update={"k": int(k)})
     if percent:

@@ -7,12 +7,14 @@ HTTP, tasks or grading.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
 
+T = TypeVar("T")
 Source = Literal["slm", "teacher", "selected"]
 
 
@@ -103,16 +105,16 @@ class Tokens:
 GREEDY = Tokens()
 
 
-async def check_fits(engines: Engines, names: Iterable[str], request: Request, extra: int = 0) -> None:
+async def check_fits(engines: Engines, names: Iterable[str], request: Request) -> None:
     """Refuse at the start what a policy of many calls would only find out halfway.
 
-    Raises ContextOverflow where the prompt, `max_tokens` and `extra` tokens exceed an engine's context."""
-    needed = len(request.prompt) + request.max_tokens + extra
+    Raises ContextOverflow where the prompt and `max_tokens` exceed an engine's context."""
+    needed = len(request.prompt) + request.max_tokens
     for name in names:
         context = (await engines[name].card()).context
         if needed > context:
             raise ContextOverflow(
-                f"the prompt's {len(request.prompt)} tokens and {request.max_tokens + extra} more do not fit the "
+                f"the prompt's {len(request.prompt)} tokens and {request.max_tokens} more do not fit the "
                 f"{context} tokens of {name}; shorten the prompt or lower max_tokens"
             )
 
@@ -141,3 +143,13 @@ async def gather(events: AsyncIterator[Event]) -> Decoded:
         else:
             out.finish, out.usage, out.samples = event.finish, event.usage, event.samples
     return out
+
+
+async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """What the calls return, run at once; where one fails the others are cancelled, for nobody waits for them any more."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from s2t_models.engines.contract import Usage
 from s2t_models.policies.answers import answer_key
-from s2t_models.policies.base import Done, Engines, Event, Request, Span, Tokens
+from s2t_models.policies.base import Done, Engines, Event, Request, Span, Tokens, all_of
 
 
 def vote(answers: Sequence[str | None]) -> int:
@@ -34,7 +33,7 @@ class Majority:
         # Requests with neighbouring seeds share no sample.
         seeds = [request.seed * self.n + i for i in range(self.n)]
         samplings = [self.tokens.sampling(request, request.max_tokens, seed) for seed in seeds]
-        drafts = await asyncio.gather(*(slm.generate(request.prompt, sampling) for sampling in samplings))
+        drafts = await all_of(slm.generate(request.prompt, sampling) for sampling in samplings)
         winner = drafts[vote([self.key(engines.decode(draft.ids)) for draft in drafts])]
         usage = sum((draft.usage for draft in drafts), Usage())
         yield Span(winner.ids, "slm")

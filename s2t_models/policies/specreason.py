@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from s2t_models.engines.contract import Decision, Engine, Finish, Sampling, Usage
+from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
 from s2t_models.policies.answers import boxed
 from s2t_models.policies.base import Done, Engines, Event, Request, Source, Span, Tokens, check_fits
 from s2t_models.policies.segments import generate_segment
@@ -43,17 +43,23 @@ class SpecReason:
         question = engines.encode(self.verify)
         digits_N = np.array([engines.encode(str(digit))[-1] for digit in range(10)])
         await check_fits(engines, ("slm",), request)
-        await check_fits(engines, ("teacher",), request, extra=len(question))
         teacher = engines["teacher"]
-        end_ids = (await teacher.card()).end_ids
+        card = await teacher.card()
+        # The text ends where the teacher's context leaves no room to be asked about it.
+        most = min(request.max_tokens, card.context - len(request.prompt) - len(question))
+        if most < 1:
+            raise ContextOverflow(
+                f"the prompt's {len(request.prompt)} tokens and the {len(question)} of the question to the judge do not fit "
+                f"the {card.context} tokens of teacher; shorten the prompt"
+            )
         usage: dict[str, Usage] = defaultdict(Usage)
         tokens, before, finish = list(request.prompt), "", None
-        while finish is None and (step := len(tokens) - len(request.prompt)) < request.max_tokens:
-            limit = min(self.step_tokens, request.max_tokens - step)
+        while finish is None and (step := len(tokens) - len(request.prompt)) < most:
+            limit = min(self.step_tokens, most - step)
             sampling = self.tokens.sampling(request, limit, first_step=step)
             ids, finish = await self._write("slm", engines, tokens, sampling, usage)
             source: Source = "slm"
-            shown = ids[:-1] if ids[-1] in end_ids else ids
+            shown = ids[:-1] if ids[-1] in card.end_ids else ids
             value = await self._verify(teacher, tokens + shown + question, digits_N, usage)
             if value < self.accept:
                 sampling = self.tokens.sampling(request, limit, request.seed + TEACHER_SEED, first_step=step)
