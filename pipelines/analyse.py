@@ -114,20 +114,20 @@ def _write(output: Path, tables: dict[str, list[dict[str, Any]]], figures: dict[
 def _track(
     inputs: list[Path], tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure], tracking: str | None
 ) -> None:
-    from pipelines import tracking as mlflow
+    from pipelines import tracking as store
 
-    mlflow.use_store(tracking)
+    store.use_store(tracking)
     names = " ".join(path.name if path.is_dir() else path.parent.name for path in inputs)
-    with mlflow.start_run(
+    with store.start_run(
         f"analyse {names}", {"inputs": json.dumps([str(i) for i in inputs])}, {"s2t.stage": "analyse"}
     ):
         for name, rows in tables.items():
-            mlflow.log_table(rows, f"tables/{name}.json")
+            store.log_table(rows, f"tables/{name}.json")
         for name, figure in figures.items():
-            mlflow.log_figure(figure, f"figures/{name}")
+            store.log_figure(figure, f"figures/{name}")
         for row in tables.get("hit", ()):
             if row["k"] in (1, 2, 4, 8):
-                mlflow.log_metrics({f"hit_{row['k']}_at_{100 * row['tau']:g}pct": row["hit"]})
+                store.log_metrics({f"hit_{row['k']}_at_{100 * row['tau']:g}pct": row["hit"]})
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:

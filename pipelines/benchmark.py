@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.names import triggered
 from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe, load_recipe
 
@@ -177,6 +176,8 @@ def policy_settings(recipe: Recipe, url: str) -> dict[str, dict[str, Any]]:
 def local_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """The parts of the recipe that decide what a policy writes, and hashes of the files that its thresholds, or R2R's router,
     come from."""
+    from pipelines.names import triggered
+
     parts = ("budget", "published", "reserved", "divergence", "candidates", "trigger", "policies")
     whole = recipe.model_dump(mode="json")
     models = {key: {k: whole[key][k] for k in ("path", "revision", "dtype")} for key in ("slm", "teacher")}

@@ -28,9 +28,8 @@ class ClusterError(UserError):
     """The cluster cannot hold what a recipe asks for; the message is one line."""
 
 
-def start(num_cpus: int | None = None) -> None:
-    """Join or start a cluster, unless this process is already on one. `num_cpus` counts only where one is
-    started."""
+def start() -> None:
+    """Join or start a cluster, unless this process is already on one."""
     # Ray's own complaints about what is meant here: actors that ask for no GPU, and more actors than cores.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(LOCAL_CPUS))
@@ -44,7 +43,7 @@ def start(num_cpus: int | None = None) -> None:
             if os.environ.get("RAY_ADDRESS"):
                 ray.init(**quiet)
             else:
-                cpus = num_cpus or max(LOCAL_CPUS, os.cpu_count() or 1)
+                cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
                 ray.init(address="local", num_cpus=cpus, include_dashboard=True, **quiet)
     _quieten()
 

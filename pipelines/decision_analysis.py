@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from pipelines.names import triggered, variant
+from pipelines.names import setting, triggered
 from pipelines.results import summarise
 from pipelines.statistics import wilson
 from pipelines.sufficiency import alignment, entropy, error_split
@@ -52,11 +52,11 @@ def tables(results: Results) -> Tables:
         recipe = Recipe.model_validate_json(metadata["s2t.recipe"])
         for summary in summarise(frame):
             if triggered(summary.policy):
-                found = variant(summary.policy, recipe)
+                found = setting(summary.policy, recipe)
                 out["accuracy"].append(
                     {
                         "task": summary.task,
-                        "policy": found.stem,
+                        "policy": found.kind,
                         "k": found.k,
                         "tau": found.budget,
                         "accuracy": summary.accuracy,

@@ -231,7 +231,9 @@ def _train(
             name=name,
             storage_path=str(training),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="agree_at_1"),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute="selection_loss", checkpoint_score_order="min"
+            ),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -240,7 +242,7 @@ def _train(
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from None
-    best, metrics = max(result.best_checkpoints or [], key=lambda pair: (pair[1]["agree_at_1"], pair[1]["step"]))
+    best, metrics = min(result.best_checkpoints or [], key=lambda pair: (pair[1]["selection_loss"], -pair[1]["step"]))
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     return read_state(best)["trained"], numbers, follower.begun
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+_EVERY_S = 1.0
 _LOG_EVERY_S = 30.0
 
 
@@ -19,8 +20,8 @@ class Progress:
             dataset.write_datasink(sink)
     """
 
-    def __init__(self, name: str, unit: str, total: int, count: Callable[[], int], every_s: float = 1.0) -> None:
-        self.name, self.unit, self.total, self.count, self.every_s = name, unit, total, count, every_s
+    def __init__(self, name: str, unit: str, total: int, count: Callable[[], int]) -> None:
+        self.name, self.unit, self.total, self.count = name, unit, total, count
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -38,7 +39,7 @@ class Progress:
         self._show(last=True)
 
     def _watch(self) -> None:
-        while not self._done.wait(self.every_s):
+        while not self._done.wait(_EVERY_S):
             self._show()
 
     def _show(self, last: bool = False) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from pipelines.names import triggered, variant
+from pipelines.names import setting, triggered
 from pipelines.results import Summary, as_rows, comparisons, markdown, read_results, summarise
 from s2t_models.recipe import Recipe
 
@@ -90,9 +90,9 @@ def _sweep(summaries: Sequence[Summary], recipe: Recipe, axis: str) -> dict[str,
     lines: dict[str, list[Any]] = {}
     for summary in summaries:
         if triggered(summary.policy):
-            found = variant(summary.policy, recipe)
+            found = setting(summary.policy, recipe)
             held = f", K = {found.k}" if axis == "budget" else f", tau = {100 * found.budget:g}%"
-            lines.setdefault(found.stem + held, []).append(_point(summary, float(getattr(found, axis))))
+            lines.setdefault(found.kind + held, []).append(_point(summary, float(getattr(found, axis))))
     return {label: points for label, points in lines.items() if len({point.x for point in points}) > 1}
 
 
@@ -108,9 +108,9 @@ def _track(
     figures: Mapping[str, Figure],
     results: Path,
 ) -> None:
-    from pipelines import tracking as mlflow
+    from pipelines import tracking as store
 
-    mlflow.use_store(tracking)
+    store.use_store(tracking)
     job = {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest(),
@@ -120,25 +120,25 @@ def _track(
         "policies": ",".join(dict.fromkeys(frame["policy"])),
         "seeds": ",".join(str(seed) for seed in sorted(frame["seed"].unique())),
     }
-    with mlflow.start_run(f"benchmark {recipe.name}", job, {"s2t.stage": "benchmark"}):
-        mlflow.log_text(json.dumps(recipe.model_dump(mode="json"), indent=2), "recipe.json")
-        mlflow.log_text(metadata.get("s2t.splits", "{}"), "splits.json")
-        mlflow.log_text(tables, TABLES)
-        mlflow.log_table(as_rows(summaries), "tables/policies.json")
-        mlflow.log_table(pairs, "tables/comparisons.json")
-        mlflow.log_table(flips.to_dict("records"), "tables/flips.json")
-        mlflow.log_file(results)
+    with store.start_run(f"benchmark {recipe.name}", job, {"s2t.stage": "benchmark"}):
+        store.log_text(json.dumps(recipe.model_dump(mode="json"), indent=2), "recipe.json")
+        store.log_text(metadata.get("s2t.splits", "{}"), "splits.json")
+        store.log_text(tables, TABLES)
+        store.log_table(as_rows(summaries), "tables/policies.json")
+        store.log_table(pairs, "tables/comparisons.json")
+        store.log_table(flips.to_dict("records"), "tables/flips.json")
+        store.log_file(results)
         for name, figure in figures.items():
-            mlflow.log_figure(figure, f"{FIGURES}/{name}")
+            store.log_figure(figure, f"{FIGURES}/{name}")
         for summary in summaries:
             _track_policy(frame, recipe, summary, pairs)
 
 
 def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: Sequence[Mapping[str, Any]]) -> None:
-    from pipelines import tracking as mlflow
+    from pipelines import tracking as store
 
     rows = frame[(frame["task"] == summary.task) & (frame["policy"] == summary.policy)]
-    found = variant(summary.policy, recipe)
+    found = setting(summary.policy, recipe)
     params = {"policy": summary.policy, "task": summary.task, "recipe": recipe.name, "items": summary.items}
     if triggered(summary.policy):
         params |= {"budget": found.budget, "k": found.k}
@@ -163,10 +163,10 @@ def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: 
     for pair in pairs:
         if pair["task"] == summary.task and pair["a"] == summary.policy and pair["b"] == frame["policy"].iloc[0]:
             metrics |= {f"difference{end}": pair[f"{name}"] for end, name in _DIFFERENCE.items()}
-    with mlflow.start_run(f"{summary.policy} on {summary.task}", params, {"s2t.stage": "policy"}):
-        mlflow.log_metrics(metrics)
+    with store.start_run(f"{summary.policy} on {summary.task}", params, {"s2t.stage": "policy"}):
+        store.log_metrics(metrics)
         columns = ["item", "seed", "repeat", "verdict", "extracted", "answer", "tokens", "seconds", "error", "output"]
-        mlflow.log_table(rows[columns].to_dict("records"), "tables/results.json")
+        store.log_table(rows[columns].to_dict("records"), "tables/results.json")
 
 
 #: Suffix of the metric -> column of the comparison with the task's first policy.

@@ -1,7 +1,7 @@
 """The optimisation itself: one `Trainer` a worker, for the selector (Eqs. 6-8, 13, 14) and the `kd` control.
 
 Both objectives get the same trajectories, labelled groups, LoRA and batches. A step depends on (seed, step, rank) alone,
-so a trainer that takes up a saved state goes on as if it had never stopped. The module knows nothing of Ray: data
+so a trainer that takes up a saved state goes on where it stopped (but for rounding). The module knows nothing of Ray: data
 parallelism comes in through `wrap` and torch.distributed.
 
 Axes: _S decoding state, _G group, _K candidate, _V text vocabulary, _H hidden.
@@ -105,13 +105,15 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Figures on the held-out prompts, over all workers.
 
-        `agree_at_1`: how often the choice is the teacher's, on the top steps by KL; `agree_at_1_random` on the random ones;
-        `agree_at_1_slm` for the SLM's own ranking on the top steps; `spearman` between preferences and the teacher's
-        log-probabilities, mean over all groups; `kl_to_base` in nats, mean over steps.
+        `selection_loss`: cross-entropy of the teacher's choice among the candidates (Eq. 7), mean over the top steps by KL; the
+        best checkpoint has the lowest. `agree_at_1`: how often the choice is the teacher's, on the top steps by KL;
+        `agree_at_1_random` on the random ones; `agree_at_1_slm` for the SLM's own ranking on the top steps; `spearman` between
+        preferences and the teacher's log-probabilities, mean over all groups; `kl_to_base` in nats, mean over steps.
         """
         self.wrapped.eval()
         by_length = sorted(self.validation, key=lambda item: item.tree.length)[self.rank :: self.world]
-        sums = torch.zeros(8, dtype=torch.float64, device=self.device)
+        names = ("tops", "loss", "right", "slm", "randoms", "right_random", "ranked", "spearman", "steps", "drift")
+        sums = dict.fromkeys(names, 0.0)
         for start in range(0, len(by_length), MICRO_BATCH):
             items = by_length[start : start + MICRO_BATCH]
             labels = collate(items, self.device, self.leaves)
@@ -124,25 +126,31 @@ class Trainer:
             spearman_G = _spearman(preference_GK, labels.teacher_logprobs_GK, labels.valid_GK)[several]
             drift_S = losses.stability(self._base_logits(items, labels), tuned_SV)
             agree_G = choice_G == token_G
-            sums += torch.stack(
-                [
-                    torch.stack(
-                        [(agree_G & top).sum(), (agree_G & ~top).sum(), (slm_G == token_G)[top].sum(), top.sum()]
-                    ),
-                    torch.stack([(~top).sum(), several.sum(), spearman_G.sum(), drift_S.sum()]),
-                ]
-            ).flatten()
-        steps = torch.tensor(float(sum(len(item.kl_T) for item in by_length)), dtype=torch.float64, device=self.device)
+            for name, value in (
+                ("tops", top.sum()),
+                ("loss", losses.selection(preference_GK[top], target_G[top], labels.valid_GK[top]) * top.sum()),
+                ("right", (agree_G & top).sum()),
+                ("slm", (slm_G == token_G)[top].sum()),
+                ("randoms", (~top).sum()),
+                ("right_random", (agree_G & ~top).sum()),
+                ("ranked", several.sum()),
+                ("spearman", spearman_G.sum()),
+                ("steps", len(drift_S)),
+                ("drift", drift_S.sum()),
+            ):
+                sums[name] += float(value)
         if self.world > 1:
-            dist.all_reduce(sums)
-            dist.all_reduce(steps)
-        right, right_random, slm, tops, randoms, ranked, spearman, drift = sums.tolist()
+            together = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
+            dist.all_reduce(together)
+            sums = dict(zip(sums, together.tolist(), strict=True))
+        tops = max(sums["tops"], 1)
         return {
-            "agree_at_1": right / max(tops, 1),
-            "agree_at_1_random": right_random / max(randoms, 1),
-            "agree_at_1_slm": slm / max(tops, 1),
-            "spearman": spearman / max(ranked, 1),
-            "kl_to_base": drift / max(steps.item(), 1),
+            "selection_loss": sums["loss"] / tops,
+            "agree_at_1": sums["right"] / tops,
+            "agree_at_1_random": sums["right_random"] / max(sums["randoms"], 1),
+            "agree_at_1_slm": sums["slm"] / tops,
+            "spearman": sums["spearman"] / max(sums["ranked"], 1),
+            "kl_to_base": sums["drift"] / max(sums["steps"], 1),
         }
 
     def state(self) -> dict[str, Any]:

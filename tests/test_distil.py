@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from scipy import stats
 
 from pipelines import distil
 from pipelines.schema import SHARD
@@ -29,6 +30,7 @@ from s2t_models.artifact import Artifact
 from s2t_models.divergence import divergence
 from s2t_models.loading import load_model, load_tokenizer, tokenizer_hash, weights_hash
 from s2t_models.recipe import Divergence, Model, Recipe, load_recipe
+from s2t_models.reserved import reserved_rows
 
 SETTINGS = [
     "distil.batch=4",
@@ -203,6 +205,38 @@ def test_the_gradient_is_the_batch_mean_however_it_is_spread(recipe: Recipe, tab
     assert left_loss != pytest.approx(right_loss, rel=0.05)
     assert (left_loss + right_loss) / 2 == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close((left + right) / 2, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-3)
+
+
+def test_validation_figures_equal_a_forward_a_candidate(recipe: Recipe, table: pa.Table):
+    """The untrained selector is the SLM with its reserved rows, so plain transformers can say what it should find."""
+    trainer = Trainer(recipe, "selector", trajectories(table))
+    found = trainer.evaluate()
+    model, ids = load_model(recipe.slm), list(reserved_rows(recipe))
+    settings = recipe.distil
+    losses, agree, random, slm, spearman = [], [], [], [], []
+    for item in trainer.validation:
+        for group, prefix in enumerate(item.tree.prefixes_G):
+            tokens = item.tree.tokens[:prefix].tolist()
+            candidates_K = item.tree.candidates_GK[group].tolist()
+            with torch.no_grad():
+                logits_KV = model(torch.tensor([[*tokens, token] for token in candidates_K])).logits[:, -1]
+            scores_K = logits_KV[:, ids].softmax(-1) @ torch.linspace(0, 1, len(ids))
+            prior_K, teacher_K = item.slm_logprobs_GK[group], item.teacher_logprobs_GK[group]
+            preference_K = scores_K.numpy() / settings.temperature + settings.prior_weight * prior_K
+            best = int(teacher_K.argmax())
+            spearman.append(stats.spearmanr(preference_K, teacher_K).statistic)
+            if item.by_kl_G[group]:
+                losses.append(np.log(np.exp(preference_K - preference_K[best]).sum()))
+                agree.append(preference_K.argmax() == best)
+                slm.append(prior_K.argmax() == best)
+            else:
+                random.append(preference_K.argmax() == best)
+    assert found["selection_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert found["agree_at_1"] == pytest.approx(np.mean(agree))
+    assert found["agree_at_1_random"] == pytest.approx(np.mean(random))
+    assert found["agree_at_1_slm"] == pytest.approx(np.mean(slm))
+    assert found["spearman"] == pytest.approx(np.mean(spearman), abs=1e-3)
+    assert len(agree) > 5
 
 
 def test_trajectories_without_a_labelled_step_are_trained_and_evaluated_with(recipe: Recipe, table: pa.Table):

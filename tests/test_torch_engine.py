@@ -204,6 +204,28 @@ def test_a_failed_forward_leaves_nothing_wrong_in_the_cache(reserved, prompts):
         engine.close()
 
 
+def test_samples_of_one_prompt_read_it_once(reserved, prompts):
+    """Those asked together wait for the first, a later one copies from a busy slot; the texts are those of calls alone."""
+    engine = TorchEngine.load(SLM, "slm", reserved)
+    prompt = prompts[2]
+    samplings = [Sampling(30, temperature=0.7, seed=seed) for seed in range(6)]
+    try:
+        alone = [run([engine.generate(prompt, sampling)])[0].ids for sampling in samplings]
+        run([engine.generate(other, Sampling(1)) for other in prompts[3:] + prompts[:2]])  # which take all slots
+
+        async def late():
+            first = asyncio.create_task(engine.generate(prompt, samplings[0]))
+            others = [asyncio.create_task(engine.generate(prompt, sampling)) for sampling in samplings[1:-1]]
+            await asyncio.sleep(0.02)
+            return await asyncio.gather(first, *others, engine.generate(prompt, samplings[-1]))
+
+        drafts = asyncio.run(late())
+        assert [draft.ids for draft in drafts] == alone
+        assert sorted(draft.usage.prefill for draft in drafts)[:-1] == [1] * 5
+    finally:
+        engine.close()
+
+
 def test_a_shared_template_costs_no_decode_its_slot(reserved, prompts):
     engine = TorchEngine.load(SLM.model_copy(update={"slots": 2}), "slm", reserved)
     template = prompts[0][:20]

@@ -184,6 +184,11 @@ class Slots:
             return _Plan(self._to_device(slot_T), self._to_device(write_T), groups, None)
         return _Plan(self._to_device(slot_T), self._to_device(write_T), groups, self._to_device(place_T))
 
+    def copy(self, source: int, slot: int, length: int) -> None:
+        """Make the first `length` tokens of slot `source` those of `slot`, with their keys and values."""
+        self.cache[:, :, slot, :, :length] = self.cache[:, :, source, :, :length]
+        self.tokens[slot] = self.tokens[source][:length]
+
     def keep(self, kept: list[tuple[Query, int]]) -> None:
         """Make one leaf of each query the next token of its slot: its keys and values move behind the prefix."""
         for query, leaf in kept:

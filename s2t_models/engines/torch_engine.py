@@ -2,7 +2,8 @@
 
 A thread steps all running calls together: each call is a row (see `rows`) that says what to feed next, all feeds go
 through one forward (see `slots`), and every row gets its outcome. A new call takes the free slot with the longest common
-prefix, so nothing computed for an earlier call of the same decode is computed again.
+prefix, so nothing computed for an earlier call of the same decode is computed again; what a busy slot holds of its prefix is
+copied, so the samples of one prompt read it once.
 
 Axes: _B row, _T token, _K candidate, _R reserved row, _V vocabulary, _N support, _H hidden.
 """
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 #: Tokens one forward takes at most, beyond its first feed; further feeds wait for the next.
 TOKENS_A_FORWARD = 2048
+#: Tokens of a prefix that another slot has to hold beyond the own one for a copy.
+WORTH_COPYING = 16
 
 
 @dataclass
@@ -200,8 +203,7 @@ class TorchEngine:
                     for call in [*self._running, *self._waiting]:
                         call.future.cancel()
                     return
-                while self._waiting and self._free:
-                    self._admit(self._waiting.popleft())
+                self._admit_waiting()
             self._drop_cancelled()
             taken = self._take()
             if not taken:
@@ -215,12 +217,39 @@ class TorchEngine:
             for call, outcome in zip(taken, outcomes, strict=True):
                 self._advance(call, outcome)
 
+    def _admit_waiting(self) -> None:
+        """Give the free slots to calls in their order; one whose prefix another call is about to read waits for that."""
+        postponed: list[_Call] = []
+        while self._waiting and self._free:
+            call = self._waiting.popleft()
+            if self._is_about_to_be_read(call.tokens):
+                postponed.append(call)
+            else:
+                self._admit(call)
+        self._waiting.extendleft(reversed(postponed))
+
+    def _is_about_to_be_read(self, tokens: list[int]) -> bool:
+        """Whether a running call has half of the tokens still to read, and no slot holds them yet."""
+        half = max(len(tokens) // 2, WORTH_COPYING)
+        beginning = tokens[:half]
+        is_held = any(held[:half] == beginning for held in self._slots.tokens)
+        return not is_held and any(call.tokens[:half] == beginning for call in self._running)
+
     def _admit(self, call: _Call) -> None:
         if call.future.cancelled():
             return
         call.slot = self._choose_slot(call.tokens)
         del self._free[call.slot]
-        call.row = call.make_row(_common(self._slots.tokens[call.slot], call.tokens))
+        cached = _common(self._slots.tokens[call.slot], call.tokens)
+        # A template that all prompts share is not worth the look at every slot: half of the tokens are.
+        worth = max(cached + WORTH_COPYING, len(call.tokens) // 2)
+        if worth < len(call.tokens):
+            beginning = call.tokens[:worth]
+            source = next((slot for slot, held in enumerate(self._slots.tokens) if held[:worth] == beginning), None)
+            if source is not None:
+                cached = _common(self._slots.tokens[source], call.tokens)
+                self._slots.copy(source, call.slot, cached)
+        call.row = call.make_row(cached)
         self._running.append(call)
         self._advance(call, None)
 

@@ -24,15 +24,12 @@ from s2t_models.policies.multiplex import MultiplexThinking
 from s2t_models.policies.r2r import RouterTrigger
 from s2t_models.policies.specreason import SpecReason
 from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, RandomTrigger, Trigger
+from s2t_models.policies.variants import Variant, variant
 from s2t_models.recipe import MOST_CANDIDATES, Recipe
 
 #: metric ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of calibration steps.
 Thresholds = Mapping[str, Mapping[str, float]]
 
-_NAME = re.compile(
-    r"(?P<stem>s2t-local|s2t|takeover)(?:-(?P<metric>kl|entropy|random))?(?:-dynamic-(?P<percent>\d\d?))?"
-    r"(?:-k(?P<k>[1-9]\d{0,3}))?(?:-w(?P<weight>\d{1,4}(?:\.\d+)?))?(?:@(?P<budget>\d*\.?\d+))?"
-)
 _MAJORITY = re.compile(r"maj@([1-9]\d{0,3})")
 #: Samples of one answer at most.
 MOST_VOTES = 128
@@ -109,7 +106,7 @@ def policy(name: str, recipe: Recipe, thresholds: Thresholds) -> Policy:
         if int(found[1]) > MOST_VOTES:
             raise PolicyError(f"{name}: at most {MOST_VOTES} samples vote")
         return Majority(name, int(found[1]), own)
-    if (found := _NAME.fullmatch(name)) and (built := _triggered(name, found, recipe, thresholds)):
+    if (said := variant(name)) and (built := _triggered(name, said, recipe, thresholds)):
         return built
     known = ", ".join(names(recipe, thresholds))
     raise PolicyError(
@@ -117,38 +114,38 @@ def policy(name: str, recipe: Recipe, thresholds: Thresholds) -> Policy:
     )
 
 
-def _triggered(name: str, found: re.Match[str], recipe: Recipe, thresholds: Thresholds) -> Policy | None:
-    stem, metric, percent, k, weight = found["stem"], found["metric"], found["percent"], found["k"], found["weight"]
+def _triggered(name: str, found: Variant, recipe: Recipe, thresholds: Thresholds) -> Policy | None:
+    """None where the name asks for what its kind of policy has not got."""
     candidates = recipe.candidates
-    if k and int(k) > MOST_CANDIDATES:
+    if found.k and found.k > MOST_CANDIDATES:
         raise PolicyError(f"{name}: a step has at most {MOST_CANDIDATES} candidates")
-    if k:
-        candidates = candidates.model_copy(update={"k": int(k)})
-    if percent:
+    if found.k:
+        candidates = candidates.model_copy(update={"k": found.k})
+    if found.ratio is not None:
         # As far as the support reaches: the ratio alone sizes the set (Table A4).
-        dynamic = {"ratio": int(percent) / 100, "method": "top_k", "k": int(k or recipe.divergence.support)}
+        dynamic = {"ratio": found.ratio, "method": "top_k", "k": found.k or recipe.divergence.support}
         candidates = candidates.model_copy(update=dynamic)
-    if stem == "s2t-local":
-        if metric or percent:
+    if found.stem == "s2t-local":
+        if found.metric or found.ratio is not None:
             return None
         return Local(
             name,
             Selection(
-                threshold=_threshold(name, "head", found["budget"], recipe, thresholds),
+                threshold=_threshold(name, "head", found.budget, recipe, thresholds),
                 k=candidates.k,
                 method=candidates.method,
                 ratio=candidates.ratio,
-                prior_weight=recipe.policies.local_prior_weight if weight is None else float(weight),
+                prior_weight=recipe.policies.local_prior_weight if found.weight is None else found.weight,
                 temperature=recipe.distil.temperature,
                 warmup=recipe.trigger.warmup,
             ),
         )
-    if weight or (stem == "takeover" and (k or percent)):
+    if found.weight is not None or (found.stem == "takeover" and (found.k or found.ratio is not None)):
         return None
     return Collaborate(
         name,
-        _trigger(name, metric or recipe.trigger.metric, found["budget"], recipe, thresholds),
-        "candidates" if stem == "s2t" else "vocabulary",
+        _trigger(name, found.metric or recipe.trigger.metric, found.budget, recipe, thresholds),
+        "candidates" if found.stem == "s2t" else "vocabulary",
         candidates,
         recipe.divergence.support,
         recipe.policies.chunk,
@@ -156,21 +153,21 @@ def _triggered(name: str, found: re.Match[str], recipe: Recipe, thresholds: Thre
     )
 
 
-def _trigger(name: str, metric: str, budget: str | None, recipe: Recipe, thresholds: Thresholds) -> Trigger:
+def _trigger(name: str, metric: str, budget: float | None, recipe: Recipe, thresholds: Thresholds) -> Trigger:
     if metric == "random":
         return RandomTrigger(_budget(name, budget, recipe))
     threshold = _threshold(name, metric, budget, recipe, thresholds)
     return EntropyTrigger(threshold) if metric == "entropy" else DivergenceTrigger(threshold, recipe.divergence.tail)
 
 
-def _budget(name: str, budget: str | None, recipe: Recipe) -> float:
-    value = recipe.budget if budget is None else float(budget)
+def _budget(name: str, budget: float | None, recipe: Recipe) -> float:
+    value = recipe.budget if budget is None else budget
     if not 0 < value <= 1:
         raise PolicyError(f"{name}: a budget is a share of the steps above 0 and up to 1")
     return value
 
 
-def _threshold(name: str, metric: str, budget: str | None, recipe: Recipe, thresholds: Thresholds) -> float:
+def _threshold(name: str, metric: str, budget: float | None, recipe: Recipe, thresholds: Thresholds) -> float:
     if budget is None and metric == recipe.trigger.metric and recipe.trigger.threshold is not None:
         return recipe.trigger.threshold
     wanted = _budget(name, budget, recipe)
