@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipelines.trainer import Objective
 
 RECIPE = Path(__file__).resolve().parent.parent / "cluster" / "recipes" / "embedded.yaml"
-BUDGETS = (0.01, 0.02, 0.05, 0.10, 0.20)
+BUDGETS = (0.01, 0.02, 0.05, 0.10)
 CALIBRATION_PROMPTS = 400
 VALIDATION_ITEMS = 200
 MEANING = """\

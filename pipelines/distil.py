@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -231,9 +232,7 @@ def _train(
             name=name,
             storage_path=str(training),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2, checkpoint_score_attribute="selection_loss", checkpoint_score_order="min"
-            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="agree_at_1"),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -242,9 +241,18 @@ def _train(
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from None
-    best, metrics = min(result.best_checkpoints or [], key=lambda pair: (pair[1]["selection_loss"], -pair[1]["step"]))
+    best, metrics = _best(result.best_checkpoints or [])
     numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     return read_state(best)["trained"], numbers, follower.begun
+
+
+def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
+    """The latest checkpoint whose Agree@1 is within one standard error of the highest: a difference that the held-out steps are
+    too few to tell is no reason to leave a training early."""
+    highest = max(metrics["agree_at_1"] for _, metrics in checkpoints)
+    steps = max(metrics["top_steps"] for _, metrics in checkpoints)
+    enough = highest - math.sqrt(highest * (1 - highest) / max(steps, 1))
+    return max((pair for pair in checkpoints if pair[1]["agree_at_1"] >= enough), key=lambda pair: pair[1]["step"])
 
 
 def _build(

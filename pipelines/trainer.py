@@ -105,9 +105,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Figures on the held-out prompts, over all workers.
 
-        `selection_loss`: cross-entropy of the teacher's choice among the candidates (Eq. 7), mean over the top steps by KL; the
-        best checkpoint has the lowest. `agree_at_1`: how often the choice is the teacher's, on the top steps by KL;
-        `agree_at_1_random` on the random ones; `agree_at_1_slm` for the SLM's own ranking on the top steps; `spearman` between
+        `agree_at_1`: how often the choice is the teacher's, on the `top_steps` steps kept by KL; `selection_loss` the cross-entropy
+        of that choice among the candidates (Eq. 7), mean over them; `agree_at_1_random` on the random ones; `agree_at_1_slm` for the SLM's own ranking on the top steps; `spearman` between
         preferences and the teacher's log-probabilities, mean over all groups; `kl_to_base` in nats, mean over steps.
         """
         self.wrapped.eval()
@@ -145,8 +144,9 @@ class Trainer:
             sums = dict(zip(sums, together.tolist(), strict=True))
         tops = max(sums["tops"], 1)
         return {
-            "selection_loss": sums["loss"] / tops,
+            "top_steps": sums["tops"],
             "agree_at_1": sums["right"] / tops,
+            "selection_loss": sums["loss"] / tops,
             "agree_at_1_random": sums["right_random"] / max(sums["randoms"], 1),
             "agree_at_1_slm": sums["slm"] / tops,
             "spearman": sums["spearman"] / max(sums["ranked"], 1),

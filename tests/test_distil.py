@@ -246,6 +246,15 @@ def test_trajectories_without_a_labelled_step_are_trained_and_evaluated_with(rec
     assert trainer.evaluate()["agree_at_1"] == 0.0
 
 
+def test_the_latest_of_the_checkpoints_that_are_as_good_as_the_best_is_taken():
+    def at(step: int, agree: float) -> tuple[None, dict[str, float]]:
+        return None, {"step": step, "agree_at_1": agree, "top_steps": 400}
+
+    assert distil._best([at(200, 0.89), at(320, 0.88)])[1]["step"] == 320  # 0.016 is one standard error
+    assert distil._best([at(200, 0.89), at(320, 0.87)])[1]["step"] == 200
+    assert distil._best([at(320, 0.9), at(200, 0.9)])[1]["step"] == 320
+
+
 def kill_a_worker(after: Path, done: threading.Event) -> None:
     """SIGKILL one Ray Train worker as soon as Ray's record of checkpoints in the folder `after` names one."""
     import ray
