@@ -32,6 +32,7 @@ MEANING = """\
 What it means: `s2t-local` is the SLM alone, choosing among its own candidates at the steps its trigger head picks; the budget
 ({budget:.0%} of steps) was chosen on validation problems, not on these. `takeover` and `s2t` ask the teacher at the same budget;
 `llm` is the teacher writing everything. `kd` spends the same labels on plain distillation: the control an honest table shows.
+`s2t-local-w0` is the same artifact choosing by its scores alone, without the SLM's ranking that it was trained beside.
 The pair is tiny and was made for this task, so the table shows the method at work; it proves nothing about large models."""
 
 

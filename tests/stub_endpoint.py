@@ -24,6 +24,8 @@ class Stub(ThreadingHTTPServer):
     headers) instead of an answer, or raise ConnectionError to hang up."""
 
     daemon_threads = True
+    # The default of 5 drops connections where this process is slow to accept them, and a dropped one waits for minutes.
+    request_queue_size = 1024
 
     def __init__(self, gold: dict[str, str]) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
