@@ -154,8 +154,8 @@ def test_the_judge_takes_the_room_there_is_and_says_why_it_cannot_answer():
         server.fault = lambda body, asked: (400, overflow, {}) if "max_tokens" in body else None
         assert ask(chat) == server.answer(server.bodies[-1])["choices"][0]["message"]["content"]
         server.fault = lambda body, asked: (400, overflow, {})
-        with pytest.raises(OSError, match=r"400: .*the prompt is too long"):
+        with pytest.raises(judge.JudgeError, match=r"400: .*the prompt is too long"):
             ask(chat)
         server.fault = lambda body, asked: (404, {"error": {"message": "no such model"}}, {})
-        with pytest.raises(OSError, match=r"404: .*no such model"):
+        with pytest.raises(judge.JudgeError, match=r"404: .*no such model"):
             ask(chat)
