@@ -20,7 +20,7 @@ import torch
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Sampling, Usage
-from s2t_models.engines.torch_engine import TorchEngine
+from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.policies import policy
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
 from s2t_models.policies.collaborate import Collaborate

@@ -31,7 +31,7 @@ def _start(kind: str, recipe: Recipe) -> None:
     global _actor
     import torch
 
-    from pipelines import labelling
+    from pipelines.collect import actors as labelling
 
     torch.set_num_threads(1)
     _actor = getattr(labelling, kind)(recipe)
@@ -57,7 +57,7 @@ def main() -> None:
     import torch
     from transformers import DynamicCache, PreTrainedModel
 
-    from pipelines.labelling import PROMPT
+    from pipelines.collect.actors import PROMPT
     from s2t_models import loading
     from s2t_models.divergence import divergence
     from s2t_models.embedded.generator import problems

@@ -22,7 +22,7 @@ from s2t_models import loading
 from s2t_models.artifact import Artifact
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Decision, Draft, Sampling, Selection
-from s2t_models.engines.torch_engine import TorchEngine
+from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.recipe import Model, Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
 from s2t_models.trigger import TriggerHead

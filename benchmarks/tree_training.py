@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from s2t_models.loading import load_model
 from s2t_models.recipe import Lora, Model
-from s2t_models.selector import Selector
-from s2t_models.tree import Tree, pack
+from s2t_models.training.selector import Selector
+from s2t_models.training.tree import Tree, pack
 
 
 def main(argv: list[str] | None = None) -> None:

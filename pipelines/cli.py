@@ -6,10 +6,13 @@ import importlib
 import sys
 
 COMMANDS = {
-    "collect": ("pipelines.collect", "SLM rollouts and teacher labels into Arrow shards"),
-    "distil": ("pipelines.distil", "shards into an S2T-Local artifact (selector and trigger head), or the kd control"),
-    "benchmark": ("pipelines.benchmark", "policies x tasks x seeds over an endpoint, graded, into MLflow"),
-    "analyse": ("pipelines.analyse", "the paper's curves and tables from shards or results"),
+    "collect": ("pipelines.collect.__main__", "SLM rollouts and teacher labels into Arrow shards"),
+    "distil": (
+        "pipelines.distil.__main__",
+        "shards into an S2T-Local artifact (selector and trigger head), or the kd control",
+    ),
+    "benchmark": ("pipelines.benchmark.__main__", "policies x tasks x seeds over an endpoint, graded, into MLflow"),
+    "analyse": ("pipelines.analyse.__main__", "the paper's curves and tables from shards or results"),
     "grade": ("pipelines.grade", "grade recorded responses"),
     "serve": ("serving.app", "the OpenAI endpoint: every policy is a model"),
     "demo": ("pipelines.demo", "all of it in order on the embedded pair"),

@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2t_models.errors import UserError
+from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from pipelines.trainer import Objective
+    from s2t_models.training.trainer import Objective
 
 RECIPE = Path(__file__).resolve().parent.parent / "cluster" / "recipes" / "embedded.yaml"
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
@@ -37,18 +37,17 @@ The pair is tiny and was made for this task, so the table shows the method at wo
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parse(argv)
-    try:
-        demo(arguments.recipe, arguments.set, arguments.output, arguments.items)
-    except UserError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = _parse(argv)
+
+    def work() -> None:
+        demo(options.recipe, options.set, options.output, options.items)
+
+    return run_command("demo", work, options.output)
 
 
 def demo(recipe_path: Path, overrides: list[str], output: Path, items: int) -> dict[str, Any]:
     """Run what is missing of the loop in `output`; returns the summary. Raises the stages' own errors (UserError)."""
-    from pipelines import cluster
+    from serving import cluster
 
     began = time.monotonic()
     recipe = load_recipe(recipe_path, overrides)
@@ -74,14 +73,14 @@ def demo(recipe_path: Path, overrides: list[str], output: Path, items: int) -> d
 
 
 def _collect(recipe: Recipe, folder: Path) -> None:
-    from pipelines import collect
+    from pipelines.collect import job as collect
 
     _say(f"collect {recipe.collect.prompts} trajectories of {recipe.collect.task} into {folder}")
     print(collect.report(collect.collect(recipe, folder), folder))
 
 
 def _distil(recipe: Recipe, train: Path, output: Path, objective: Objective, calibration: Path | None = None) -> None:
-    from pipelines import distil
+    from pipelines.distil import job as distil
 
     what = "the selector and the trigger head" if objective == "selector" else "the kd control, the same labels,"
     _say(f"distil {what} into {output}")
@@ -90,8 +89,8 @@ def _distil(recipe: Recipe, train: Path, output: Path, objective: Objective, cal
 
 def _choose_budget(recipe: Recipe, folder: Path) -> float:
     """The smallest budget whose accuracy on validation problems is within one standard error of the best one's."""
-    from pipelines.benchmark import RESULTS, Options, benchmark
-    from pipelines.results import read_results, summarise
+    from pipelines.benchmark.job import RESULTS, Options, benchmark
+    from pipelines.results.summary import read_results, summarise
 
     policies = tuple(f"s2t-local@{budget:g}" for budget in BUDGETS)
     _say(f"choose the budget on {VALIDATION_ITEMS} validation problems")
@@ -110,9 +109,9 @@ def _choose_budget(recipe: Recipe, folder: Path) -> float:
 
 
 def _compare(recipe: Recipe, calibration: Path, output: Path) -> dict[str, Any]:
-    from pipelines.benchmark import RESULTS, Options, benchmark
-    from pipelines.publish import SUMMARY
-    from pipelines.results import demo_summary, read_results
+    from pipelines.benchmark.job import RESULTS, Options, benchmark
+    from pipelines.collect.publish import SUMMARY
+    from pipelines.results.summary import demo_summary, read_results
 
     policies = ", ".join(recipe.benchmark.policies)
     _say(f"benchmark {policies} on {recipe.benchmark.items} test problems through the endpoint")
@@ -137,8 +136,8 @@ def _against(summary: dict[str, Any]) -> str:
 
 
 def _analyse(calibration: Path, output: Path) -> None:
-    from pipelines.analyse import analyse
-    from pipelines.benchmark import RESULTS
+    from pipelines.analyse.job import analyse
+    from pipelines.benchmark.job import RESULTS
 
     _say(f"analyse: Hit@K, accuracy against budget and the error split, as tables and figures in {output / 'analysis'}")
     results = [output / stage / RESULTS for stage in ("benchmark", "validation")]
@@ -147,7 +146,7 @@ def _analyse(calibration: Path, output: Path) -> None:
 
 def _is_done(recipe: Recipe, results: Path) -> bool:
     """Whether the results are whole, of this job and of this artifact."""
-    from pipelines.results import read_results
+    from pipelines.results.summary import read_results
     from s2t_models import loading
     from s2t_models.artifact import Artifact
 

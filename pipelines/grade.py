@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.answers import base_url
 from pipelines.grading import judge
-from pipelines.statistics import wilson
+from pipelines.results.statistics import wilson
 from pipelines.tasks import TASKS, VERDICTS, Graded, Item, Task, humaneval, mt_bench, task
 from pipelines.tasks.answers import LETTERS, asks_percentage
 from s2t_models.errors import UserError
@@ -174,6 +173,8 @@ def _grader(options: argparse.Namespace, chosen: Task) -> Grader:
     if chosen.judged:
         if not (options.judge and options.judge_model):
             raise ValueError("mt_bench is graded by a judge model: name one with --judge URL --judge-model NAME")
+        from pipelines.benchmark.client import base_url
+
         ask = judge.endpoint(base_url(options.judge), options.judge_model, os.environ.get("OPENAI_API_KEY", ""))
 
         def judged(texts: list[str], item: Item, finish: str) -> Graded:

@@ -19,6 +19,8 @@ from torch import nn
 from s2t_models import recipe
 
 BATCH = 4096
+#: The budgets tau that thresholds are set for.
+BUDGETS = (0.01, 0.02, 0.05, 0.10, 0.20)
 
 
 class TriggerHead(nn.Module):

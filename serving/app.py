@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -22,13 +21,14 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from s2t_models.errors import UserError
+from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
+from serving import cluster
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
-    from serving.hosting import Hosted
+    from s2t_models.hosting import Hosted
 
 #: The application that answers at the root; one of another name answers below it.
 NAME = "s2t"
@@ -43,9 +43,9 @@ def build(recipe: Recipe, only: Collection[str] | None = None) -> Application:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
+    from s2t_models.hosting import hosted, thresholds, with_router
     from serving.engine_deployment import EngineDeployment
     from serving.gateway import Gateway
-    from serving.hosting import hosted, thresholds, with_router
 
     quiet = LoggingConfig(**QUIET)
 
@@ -84,7 +84,7 @@ def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = No
     import ray
     from ray import serve
 
-    from serving.hosting import hosted
+    from s2t_models.hosting import hosted
 
     application = build(recipe, only)
     demand = _demand(_chosen(hosted(recipe), only))
@@ -93,8 +93,7 @@ def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = No
     if own_cluster:
         _check_port_is_free(recipe)
     with ExitStack() as undo:
-        _join_ray(demand["CPU"], own_cluster)
-        if own_cluster:
+        if cluster.start(demand["CPU"]):
             undo.callback(ray.shutdown)
         _check_resources(demand, ray.cluster_resources())
         serving_already = bool(serve.status().proxies)
@@ -123,12 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--recipe", required=True, help="recipe file (YAML)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
         run(load_recipe(options.recipe, options.set))
-    except UserError as error:
-        print(f"serve: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command("serve", work, resumes=False)
 
 
 def _prefix(name: str) -> str:
@@ -158,8 +156,8 @@ def _last_line(message: str) -> str:
 
 def _screen(recipe: Recipe, url: str) -> str:
     """What a user needs to know once it runs."""
+    from s2t_models.hosting import hosted, thresholds
     from serving.gateway import servable
-    from serving.hosting import hosted, thresholds
 
     names = list(servable(recipe, thresholds(recipe), set(hosted(recipe))))
     body = {"model": names[0], "messages": [{"role": "user", "content": "What is 3 + 4 * 5?"}]}
@@ -171,22 +169,6 @@ def _screen(recipe: Recipe, url: str) -> str:
             f"            -d '{json.dumps(body)}'",
         ]
     )
-
-
-def _join_ray(cpus: float, own_cluster: bool) -> None:
-    """Join the cluster this process is on or RAY_ADDRESS names, or start one here with `cpus` CPUs at the least."""
-    import ray
-
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if own_cluster:
-        # CPUs are Ray's bookkeeping: small engines share cores, and one's own machine need not refuse that.
-        logical = max(os.cpu_count() or 1, math.ceil(cpus))
-        quiet |= {"address": "local", "num_cpus": logical, "include_dashboard": False}
-    ray.init(**quiet)
 
 
 def _chosen(engines: Mapping[str, Hosted], only: Collection[str] | None) -> dict[str, Hosted]:

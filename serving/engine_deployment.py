@@ -20,7 +20,7 @@ from s2t_models.engines.contract import (
     Scores,
     Selection,
 )
-from serving.hosting import Hosted
+from s2t_models.hosting import Hosted
 
 
 class EngineDeployment:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.results import write_results
-from pipelines.schema import SHARD
-from pipelines.shards import FOLDER, shard_metadata, shard_name, write_shard
+from pipelines.data.schema import SHARD
+from pipelines.data.shards import FOLDER, shard_metadata, shard_name, write_shard
+from pipelines.results.summary import write_results
 from s2t_models.recipe import Recipe, load_recipe
 
 RECIPE = Path(__file__).resolve().parent.parent / "cluster" / "recipes" / "embedded.yaml"

@@ -27,7 +27,7 @@ from s2t_models.engines.contract import (
     Selection,
     Usage,
 )
-from s2t_models.engines.torch_engine import TorchEngine
+from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.noise import uniforms
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
 

@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 from recorded import RECIPE, recorded_results, recorded_shards
 
-from pipelines import analyse
-from pipelines.audit import judge
-from pipelines.decision_analysis import scores_by_rank, tables
-from pipelines.results import read_results
-from pipelines.shard_analysis import hits, read_steps
-from pipelines.shards import read_shards
+from pipelines.analyse.__main__ import main
+from pipelines.analyse.audit import judge
+from pipelines.analyse.decisions import scores_by_rank, tables
+from pipelines.analyse.shard_tables import hits, read_steps
+from pipelines.data.shards import read_shards
+from pipelines.results.summary import read_results
 from s2t_models.recipe import load_recipe
 
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> str:
 def test_shards_give_hit_rates_curves_and_alignment(store: str, tmp_path: Path) -> None:
     recorded_shards(tmp_path / "shards")
     output = tmp_path / "analysis"
-    assert analyse.main([str(tmp_path / "shards"), "--output", str(output), "--tracking", store]) == 0
+    assert main([str(tmp_path / "shards"), "--output", str(output), "--tracking", store]) == 0
     table, metadata = read_shards(tmp_path / "shards")
     steps = read_steps(table, metadata)
     assert len(steps.kl_T) == 12 * 60, "rows with an error have no steps"
@@ -55,7 +55,7 @@ def test_shards_give_hit_rates_curves_and_alignment(store: str, tmp_path: Path) 
 def test_results_give_the_error_split_alignment_and_agreement(store: str, tmp_path: Path) -> None:
     results = recorded_results(tmp_path / "results.parquet")
     output = tmp_path / "analysis"
-    assert analyse.main([str(results), "--output", str(output), "--tracking", store]) == 0
+    assert main([str(results), "--output", str(output), "--tracking", store]) == 0
     frame, _ = read_results(results)
     table = pd.read_csv(output / "decisions.csv").set_index("policy")
     for policy in ("s2t", "s2t-local", "takeover"):
@@ -91,7 +91,7 @@ def test_several_results_make_curves_over_k(tmp_path: Path) -> None:
 def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from s2t_models.engines.torch_engine import TorchEngine
+    from s2t_models.engines.torch.engine import TorchEngine
     from s2t_models.loading import load_tokenizer
 
     recipe = load_recipe(RECIPE)
@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (noise, "not a results file"),
         (tmp_path, "no such folder"),
     ):
-        assert analyse.main([str(path), "--output", str(tmp_path / "out")]) == 2
+        assert main([str(path), "--output", str(tmp_path / "out")]) == 2
         message = capsys.readouterr().err
         assert words in message
         assert message.count("\n") == 1

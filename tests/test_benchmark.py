@@ -14,16 +14,17 @@ import pandas as pd
 import pytest
 from stub_endpoint import Stub, stub_endpoint
 
-from pipelines import answers, benchmark
-from pipelines.benchmark import Options
-from pipelines.questions import QuestionError, Row, check_splits, load_items, plan
-from pipelines.results import read_results, summarise
+from pipelines.benchmark import client as answers
+from pipelines.benchmark.__main__ import main
+from pipelines.benchmark.job import RESULTS, BenchmarkError, Options, _engines, benchmark
+from pipelines.benchmark.questions import QuestionError, Row, check_splits, load_items, plan
+from pipelines.results.summary import read_results, summarise
 from pipelines.tasks import Item, Task
 from pipelines.tasks.splits import fingerprint
 from s2t_models.artifact import write_provenance
+from s2t_models.hosting import hosted
 from s2t_models.recipe import Recipe, load_recipe
 from serving import app
-from serving.hosting import hosted
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 POLICIES = ("greedy", "maj@8", "s2t", "s2t-local", "llm")
@@ -52,8 +53,8 @@ def job(recipe_path: Path, *overrides: str) -> Recipe:
 
 def run(recipe: Recipe, output: Path, stub: Stub) -> pd.DataFrame:
     store = f"sqlite:///{output.parent / 'mlflow.db'}"
-    benchmark.benchmark(recipe, output, Options(endpoint=stub.url, tracking=store))
-    return read_results(output / benchmark.RESULTS)[0]
+    benchmark(recipe, output, Options(endpoint=stub.url, tracking=store))
+    return read_results(output / RESULTS)[0]
 
 
 def test_every_question_is_asked_once_and_graded(
@@ -179,9 +180,9 @@ def test_a_dead_endpoint_ends_the_job_in_one_line(
         "--items",
         "30",
     ]
-    assert benchmark.main([*arguments, "--endpoint", "http://127.0.0.1:9"]) == 2
+    assert main([*arguments, "--endpoint", "http://127.0.0.1:9"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert benchmark.main([*arguments, "--endpoint", stub.url, "--policies", "nonesuch"]) == 2
+    assert main([*arguments, "--endpoint", stub.url, "--policies", "nonesuch"]) == 2
     assert "does not serve nonesuch" in capsys.readouterr().err
 
 
@@ -312,9 +313,9 @@ def test_a_job_serves_beside_what_is_served_already(
     few = ["--set", "slm.num_cpus=0.1", "--set", f"serving.port={port}", "--items", "3", "--seeds", "0"]
     few += ["--tracking", f"sqlite:///{tmp_path / 'mlflow.db'}"]
     command = ["--recipe", str(recipe_path), "--output", str(tmp_path / "out"), *few]
-    assert benchmark.main([*command, "--policies", "grredy"]) == 2
+    assert main([*command, "--policies", "grredy"]) == 2
     assert capsys.readouterr().err.startswith("benchmark: no policy named 'grredy'")
-    assert benchmark.main([*command, "--policies", "greedy"]) == 0
+    assert main([*command, "--policies", "greedy"]) == 0
     assert "greedy" in capsys.readouterr().out
     assert set(serve.status().applications) == {app.NAME}
     assert answers.served_models(endpoint, ["greedy"]), "the endpoint of before still answers"
@@ -331,7 +332,7 @@ def test_bad_calls_end_in_one_line(recipe_path: Path, tmp_path: Path, capsys: py
         (["--recipe", str(recipe_path), "--tracking", "nonesuch://x"], "MLflow store nonesuch://x"),
         (["--recipe", str(recipe_path), "--output", str(recipe_path)], "not a folder to write to"),
     ):
-        assert benchmark.main([*output, *arguments]) == 2
+        assert main([*output, *arguments]) == 2
         message = capsys.readouterr().err
         assert words in message
         assert message.count("\n") == 1
@@ -350,8 +351,8 @@ def test_the_served_pair_answers_the_embedded_task(
         "benchmark.items=6",
     )
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    benchmark.benchmark(recipe, tmp_path / "out", Options(endpoint=endpoint, tracking=store))
-    frame = read_results(tmp_path / "out" / benchmark.RESULTS)[0]
+    benchmark(recipe, tmp_path / "out", Options(endpoint=endpoint, tracking=store))
+    frame = read_results(tmp_path / "out" / RESULTS)[0]
     assert frame["error"].isna().all()
     assert (frame["tokens"] > 0).all()
     assert all(json.loads(models) for models in frame["models"])
@@ -360,11 +361,11 @@ def test_the_served_pair_answers_the_embedded_task(
 
 def test_a_job_serves_the_engines_its_policies_call_and_no_others(recipe_path: Path, untrained_artifact: Path):
     recipe = load_recipe(recipe_path, [f"artifact={untrained_artifact}"])
-    assert benchmark._engines(recipe, ["greedy", "maj@3"]) == {"slm"}
-    assert benchmark._engines(recipe, ["s2t-local"]) == {"s2t-local"}
-    assert benchmark._engines(recipe, ["greedy", "s2t"]) == {"slm", "teacher"}
-    with pytest.raises(benchmark.BenchmarkError, match="no policy named 'grredy'"):
-        benchmark._engines(recipe, ["grredy"])
+    assert _engines(recipe, ["greedy", "maj@3"]) == {"slm"}
+    assert _engines(recipe, ["s2t-local"]) == {"s2t-local"}
+    assert _engines(recipe, ["greedy", "s2t"]) == {"slm", "teacher"}
+    with pytest.raises(BenchmarkError, match="no policy named 'grredy'"):
+        _engines(recipe, ["grredy"])
     everything = hosted(recipe)
     assert set(everything) == {"slm", "teacher", "s2t-local"}
     assert set(app._chosen(everything, {"slm"})) == {"slm"}

@@ -17,12 +17,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipelines import collect, publish
-from pipelines.labelling import PROMPT, ROLLOUT, Labels, Rollouts, propose_steps
-from pipelines.only_one import only_one
-from pipelines.prompts import Prompt, PromptError, from_file, from_task, rows
-from pipelines.shards import read_shards
-from pipelines.sink import committed
+from pipelines.collect import publish
+from pipelines.collect.__main__ import main
+from pipelines.collect.actors import PROMPT, ROLLOUT, Labels, Rollouts, propose_steps
+from pipelines.collect.job import collect
+from pipelines.collect.prompts import Prompt, PromptError, from_file, from_task, rows
+from pipelines.collect.sink import committed
+from pipelines.data.shards import read_shards
+from pipelines.runtime.folders import only_one
 from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models import loading
@@ -61,13 +63,13 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def collection(ray_cluster: None, recipe: Recipe, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("collection")
-    collect.collect(recipe, output, prompts)
+    collect(recipe, output, prompts)
     return output
 
 
 def _main(recipe_path: Path, output: Path, prompts: Path, *settings: str) -> int:
     overrides = [part for setting in (*SETTINGS, *settings) for part in ("--set", setting)]
-    return collect.main(["--recipe", str(recipe_path), "--output", str(output), "--prompts", str(prompts), *overrides])
+    return main(["--recipe", str(recipe_path), "--output", str(output), "--prompts", str(prompts), *overrides])
 
 
 def _whole(collection: Path) -> list[dict[str, Any]]:
@@ -188,8 +190,8 @@ def test_killed_and_started_again_gives_the_same_rows(
         return original(files, *arguments)
 
     original = publish.publish
-    monkeypatch.setattr(publish, "publish", spy)
-    collect.collect(recipe, tmp_path, prompts)
+    monkeypatch.setattr("pipelines.collect.job.publish", spy)
+    collect(recipe, tmp_path, prompts)
     assert first < set(used)  # what was done was not done again, and something was left to do
 
     exact = (

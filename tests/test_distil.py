@@ -18,19 +18,20 @@ import pytest
 import torch
 from scipy import stats
 
-from pipelines import distil
-from pipelines.schema import SHARD
-from pipelines.shards import FOLDER, read_shards, shard_metadata, shard_name, write_shard
+from pipelines.data.schema import SHARD
+from pipelines.data.shards import FOLDER, read_shards, shard_metadata, shard_name, write_shard
+from pipelines.distil import job
+from pipelines.distil.__main__ import main
 from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
-from pipelines.trainer import Trainer
-from pipelines.training_data import BatchOrder, collate, decisive, split_by_prompt, trajectories
-from s2t_models import losses
 from s2t_models.artifact import Artifact
 from s2t_models.divergence import divergence
 from s2t_models.loading import load_model, load_tokenizer, tokenizer_hash, weights_hash
 from s2t_models.recipe import Divergence, Model, Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
+from s2t_models.training import losses
+from s2t_models.training.batches import BatchOrder, collate, decisive, split_by_prompt, trajectories
+from s2t_models.training.trainer import Trainer
 
 SETTINGS = [
     "distil.batch=4",
@@ -250,9 +251,9 @@ def test_the_latest_of_the_checkpoints_that_are_as_good_as_the_best_is_taken():
     def at(step: int, agree: float) -> tuple[None, dict[str, float]]:
         return None, {"step": step, "agree_at_1": agree, "top_steps": 400}
 
-    assert distil._best([at(200, 0.89), at(320, 0.88)])[1]["step"] == 320  # 0.016 is one standard error
-    assert distil._best([at(200, 0.89), at(320, 0.87)])[1]["step"] == 200
-    assert distil._best([at(320, 0.9), at(200, 0.9)])[1]["step"] == 320
+    assert job._best([at(200, 0.89), at(320, 0.88)])[1]["step"] == 320  # 0.016 is one standard error
+    assert job._best([at(200, 0.89), at(320, 0.87)])[1]["step"] == 200
+    assert job._best([at(320, 0.9), at(200, 0.9)])[1]["step"] == 320
 
 
 def kill_a_worker(after: Path, done: threading.Event) -> None:
@@ -278,7 +279,7 @@ def run(command: list[str], output: Path, meanwhile: Callable[[Path, threading.E
     beside = threading.Thread(target=meanwhile, args=(output.with_name(output.name + ".training"), done))
     if meanwhile:
         beside.start()
-    status = distil.main([*command, "--output", str(output)])
+    status = main([*command, "--output", str(output)])
     done.set()
     if meanwhile:
         beside.join()
@@ -363,14 +364,14 @@ def test_the_same_command_goes_on_after_the_job_failed(
 ):
     output = tmp_path / "kd"
     command = [*command, "--objective", "kd"]
-    monkeypatch.setattr(distil, "MAX_FAILURES", 0)
+    monkeypatch.setattr(job, "MAX_FAILURES", 0)
     assert run(command, output, meanwhile=kill_a_worker) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distil: ")]
     assert "the same command goes on" in line
     assert not output.exists()
 
     begun: list[list[int]] = []
-    monkeypatch.setattr(distil, "report", lambda summary, _: begun.append(summary["begun_at_steps"]) or "")
+    monkeypatch.setattr(job, "report", lambda summary, _: begun.append(summary["begun_at_steps"]) or "")
     assert run(command, output) == 0
     assert begun[0][0] == 0
     assert begun[0][1] >= 4

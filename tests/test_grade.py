@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.grade import main
 from pipelines.grading import sandbox
-from pipelines.statistics import wilson
+from pipelines.results.statistics import wilson
 from pipelines.tasks import task
 
 Row = dict[str, Any]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from s2t_models import losses
+from s2t_models.training import losses
 
 T, W = 0.1, 0.7
 

@@ -12,8 +12,8 @@ import pytest
 from nbclient import NotebookClient
 from recorded import recorded_results
 
-from pipelines.analyse import analyse
-from pipelines.report import report
+from pipelines.analyse.job import analyse
+from pipelines.results.report import report
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 

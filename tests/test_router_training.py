@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from pipelines.collect import collect
-from pipelines.distil import main
+from pipelines.collect.job import collect
+from pipelines.distil.__main__ import main
 from s2t_models import loading
-from s2t_models.engines.torch_engine import TorchEngine
+from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.policies import policy
 from s2t_models.policies.base import Engines, Request, gather
 from s2t_models.recipe import load_recipe

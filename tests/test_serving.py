@@ -19,9 +19,9 @@ import torch
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling
+from s2t_models.hosting import hosted, thresholds
 from s2t_models.recipe import Model, RecipeError, load_recipe
 from serving import app
-from serving.hosting import hosted, thresholds
 
 SLM = Model(path="embedded:slm", dtype="float32", device="cpu")
 TEACHER = Model(path="embedded:teacher", dtype="float32", device="cpu")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.schema import SHARD, VERSION
-from pipelines.shards import (
+from pipelines.data.schema import SHARD, VERSION
+from pipelines.data.shards import (
     FOLDER,
     RECORD,
     ShardError,

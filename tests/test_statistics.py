@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import rankdata
 
-from pipelines.statistics import accuracy, over_seeds, paired, sign_flip_p, wilson
-from pipelines.sufficiency import alignment, entropy, error_split, hit_at, rank_cdf, top_steps
+from pipelines.analyse.sufficiency import alignment, entropy, error_split, hit_at, rank_cdf, top_steps
+from pipelines.results.statistics import accuracy, over_seeds, paired, sign_flip_p, wilson
 
 
 @pytest.mark.parametrize(("correct", "total"), [(0, 7), (3, 7), (7, 7), (171, 500), (1, 1)])

@@ -13,10 +13,10 @@ import torch
 from s2t_models import loading
 from s2t_models.divergence import divergence
 from s2t_models.embedded.generator import problems
-from s2t_models.engines import torch_engine
 from s2t_models.engines.contract import ContextOverflow, Multiplex, Sampling, Selection
-from s2t_models.engines.sampling import pick
-from s2t_models.engines.torch_engine import TorchEngine
+from s2t_models.engines.torch import engine as torch_engine
+from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.engines.torch.sampling import pick
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Model, Reserved
 from s2t_models.reserved import bins, reserved_ids

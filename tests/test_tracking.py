@@ -9,8 +9,8 @@ import mlflow
 import pytest
 from recorded import recorded_results
 
-from pipelines import tracking
-from pipelines.report import report
+from pipelines.results.report import report
+from pipelines.runtime import tracking
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_flips_name_the_items(store: str, tmp_path: Path) -> None:
 
 
 def test_the_summary_has_the_names_and_figures_the_demo_promises(tmp_path: Path) -> None:
-    from pipelines.results import demo_summary, read_results
+    from pipelines.results.summary import demo_summary, read_results
 
     frame, metadata = read_results(recorded_results(tmp_path / "r.parquet", {"s2t@0.05": "s2t-local-w0"}))
     summary = json.loads(json.dumps(demo_summary(frame, {1: 0.1, 8: 0.9}, 0.1, json.loads(metadata["s2t.splits"]))))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from s2t_models.tree import Tree, pack
+from s2t_models.training.tree import Tree, pack
 
 SIZES = {
     "vocab_size": 96,

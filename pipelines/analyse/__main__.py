@@ -1,0 +1,41 @@
+"""`s2t analyse`: the options of an analysis. What it does is in `job`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from pipelines.runtime.arguments import add_tracking
+from s2t_models.commands import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parse(argv)
+    output = options.output or options.inputs[0].parent / "analysis"
+
+    def work() -> None:
+        from pipelines.analyse.job import analyse
+
+        print(analyse(options.inputs, output, options.tracking, options.audit, options.data))
+        print(f"tables and figures: {output}")
+
+    return run_command("analyse", work, output)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="s2t analyse", description="The paper's curves and tables from shards or results."
+    )
+    parser.add_argument("inputs", nargs="+", type=Path, metavar="SHARDS|RESULTS", help="a collection, or results files")
+    parser.add_argument(
+        "--output", type=Path, help="folder for tables and figures (default: analysis, beside the input)"
+    )
+    add_tracking(parser)
+    parser.add_argument("--audit", action="store_true", help="ask the recipe's teacher about the choices of s2t-local")
+    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files, for --audit")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

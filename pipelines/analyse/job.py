@@ -1,0 +1,118 @@
+"""Analyse: the paper's curves, tables and figures that shards or results can give, as CSV and PNG files and
+in MLflow.
+
+    python -m pipelines.analyse runs/train --output runs/analysis
+    python -m pipelines.analyse runs/benchmark/results.parquet runs/k4/results.parquet --output runs/analysis
+    python -m pipelines.analyse runs/benchmark/results.parquet --audit --output runs/analysis
+
+A folder is a collection of shards, a .parquet file a benchmark's results; several results files (of other
+budgets, other K) make curves. `--audit` asks the recipe's teacher about the choices of s2t-local: one forward
+an answer, here in this process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pipelines.analyse import decisions as decision_analysis
+from pipelines.analyse import shard_tables as shard_analysis
+from pipelines.analyse.audit import audit
+from pipelines.analyse.decisions import Results
+from pipelines.data.shards import read_shards
+from pipelines.results.summary import markdown_table, read_results
+from pipelines.runtime import tracking as store
+from s2t_models.errors import UserError
+from s2t_models.recipe import Recipe
+
+RESULTS = "results.parquet"
+
+
+class AnalysisError(UserError):
+    """Input that cannot be analysed; the message is one line."""
+
+
+def analyse(
+    inputs: list[Path], output: Path, tracking: str | None = None, audited: bool = False, data: Path | None = None
+) -> str:
+    """Write the tables (CSV) and figures (PNG) of `inputs` to `output`, log them to MLflow, and return the
+    tables as Markdown.
+
+    Raises UserError: the inputs are none, cannot be read, or what an audit needs is missing.
+    """
+    tables: dict[str, list[dict[str, Any]]] = {}
+    figures: dict[str, Figure] = {}
+    collections, files = _sort(inputs)
+    if collections:
+        table, metadata = read_shards(collections[0])
+        tables |= shard_analysis.tables(table, metadata)
+        figures |= shard_analysis.figures(table, metadata, tables)
+    if files:
+        results: Results = [read_results(path) for path in files]
+        if audited:
+            results = [(_audited(frame, metadata, data), metadata) for frame, metadata in results]
+        tables |= decision_analysis.tables(results)
+        figures |= decision_analysis.figures(results, tables)
+    _write(output, tables, figures)
+    _track(inputs, tables, figures, tracking)
+    return "\n\n".join(f"### {name.replace('_', ' ')}\n\n{_markdown(rows)}" for name, rows in tables.items() if rows)
+
+
+def _sort(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
+    """(collections of shards, results files). Raises AnalysisError for what is neither, or for two
+    collections."""
+    collections, files = [], []
+    for path in inputs:
+        if path.is_dir() and (path / RESULTS).is_file():
+            files.append(path / RESULTS)
+        elif path.is_dir():
+            collections.append(path)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise AnalysisError(f"{path}: no such collection of shards or results file")
+    if len(collections) > 1:
+        raise AnalysisError(f"{collections[1]}: one collection of shards at a time; analyse it by itself")
+    return collections, files
+
+
+def _audited(frame: Any, metadata: Mapping[str, str], data: Path | None) -> Any:
+    return audit(frame, Recipe.model_validate_json(metadata["s2t.recipe"]), data)
+
+
+def _write(output: Path, tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        if rows:
+            pd.DataFrame(rows).to_csv(output / f"{name}.csv", index=False)
+    for name, figure in figures.items():
+        figure.savefig(output / name)
+
+
+def _track(
+    inputs: list[Path], tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure], tracking: str | None
+) -> None:
+    store.use_store(tracking)
+    names = " ".join(path.name if path.is_dir() else path.parent.name for path in inputs)
+    with store.start_run(
+        f"analyse {names}", {"inputs": json.dumps([str(i) for i in inputs])}, {"s2t.stage": "analyse"}
+    ):
+        for name, rows in tables.items():
+            store.log_table(rows, f"tables/{name}.json")
+        for name, figure in figures.items():
+            store.log_figure(figure, f"figures/{name}")
+        for row in tables.get("hit", ()):
+            if row["k"] in (1, 2, 4, 8):
+                store.log_metrics({f"hit_{row['k']}_at_{100 * row['tau']:g}pct": row["hit"]})
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    def cell(value: Any) -> str:
+        return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+    return markdown_table(list(rows[0]), [[cell(value) for value in row.values()] for row in rows])

@@ -1,0 +1,200 @@
+"""Benchmark: policies x tasks x seeds over a served endpoint, graded, with intervals and paired differences.
+
+    python -m pipelines.benchmark --recipe cluster/recipes/embedded.yaml --output runs/benchmark
+    python -m pipelines.benchmark --recipe FILE --output DIR --task gsm8k,math500 --data ../shared/data \\
+        --policies greedy,maj@8,s2t,s2t@0.05 --seeds 0,1,2 --items 200 --endpoint http://127.0.0.1:8000
+
+Without --endpoint the recipe is served for the length of the job. The job can be killed at any moment: the
+same command asks only what was not answered yet, and ends with the same results. The output folder, which all
+nodes of a cluster must share, holds
+
+    answers/*.jsonl     every answer as it came, by key (`answers.py`)
+    results.parquet     one graded row an answer (schema RESULT), with the job's recipe and item hashes
+    tables.md, figures  what the rows say (`report.py`); MLflow gets the same
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from pipelines.benchmark.client import ask, base_url, read_answers, served_models
+from pipelines.benchmark.questions import Row, check_splits, load_items, plan
+from pipelines.benchmark.verdicts import grade, kept
+from pipelines.grading import sandbox
+from pipelines.grading.judge import Ask, endpoint
+from pipelines.results import report
+from pipelines.results.names import triggered
+from pipelines.results.summary import write_results
+from pipelines.runtime import tracking
+from pipelines.runtime.folders import only_one
+from pipelines.runtime.progress import Progress
+from pipelines.tasks import Item, Task, humaneval
+from s2t_models.errors import UserError
+from s2t_models.hosting import thresholds, with_router
+from s2t_models.policies import PolicyError, policy
+from s2t_models.recipe import Recipe
+from serving import cluster
+from serving.app import run
+
+RESULTS = "results.parquet"
+ANSWERS = "answers"
+
+
+class BenchmarkError(UserError):
+    """A job that cannot begin or go on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a job takes beside its recipe. `endpoint` None: serve the recipe; `judge` None: the endpoint's own
+    `judge_model`. `tracking` is the MLflow store. `unsandboxed` lets model-written code run where the system
+    isolates none."""
+
+    data: Path | None = None
+    endpoint: str | None = None
+    tracking: str | None = None
+    repeats: int = 1
+    judge: str | None = None
+    judge_model: str = "llm"
+    unsandboxed: bool = False
+
+
+def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
+    """Run or finish the job in `output`; returns its tables as Markdown.
+
+    Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster is too
+    small, or the endpoint stopped answering."""
+    with only_one(output, BenchmarkError):
+        chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
+        splits = check_splits(recipe, chosen, options.data)
+        tracking.use_store(options.tracking)  # before the first question: a store that is not there must not cost them
+        cluster.start()
+        with _endpoint(recipe, chosen, options, output) as url:
+            settings = policy_settings(recipe, url)
+            rows = plan(recipe, chosen, settings, options.repeats)
+            unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency)
+            answers = read_answers(output / ANSWERS)
+            judged = any(task.judged for task, _ in chosen)
+            judge = _judge(options, url, output) if judged else None
+            graded = grade(rows, answers, unanswered, judge, recipe.benchmark.concurrency)
+        metadata = {
+            "s2t.recipe": recipe.model_dump_json(),
+            "s2t.settings": json.dumps(settings, sort_keys=True, default=str),
+            "s2t.splits": json.dumps(splits),
+        }
+        write_results(output / RESULTS, graded, metadata)
+        tables = report.report(output / RESULTS, output, options.tracking)
+    if unanswered:
+        reason = next(iter(unanswered.values()))
+        print(
+            f"benchmark: {len(unanswered)} questions got no answer (the first: {reason}); run the same command again to ask them",
+            file=sys.stderr,
+        )
+    return tables
+
+
+def _engines(recipe: Recipe, names: Sequence[str]) -> set[str]:
+    """The engines that the policies call. Raises BenchmarkError where there is no such policy."""
+    known, recipe = thresholds(recipe), with_router(recipe)
+    try:
+        return {engine for name in names for engine in policy(name, recipe, known).needs}
+    except PolicyError as error:
+        raise BenchmarkError(str(error)) from None
+
+
+def _sandboxed(chosen: list[tuple[Task, list[Item]]], allowed: bool) -> list[tuple[Task, list[Item]]]:
+    """The tasks, with HumanEval's as this system can grade it. Raises BenchmarkError, before anything is
+    asked, where model-written code cannot be isolated and that was not allowed."""
+    if all(task.name != humaneval.TASK.name for task, _ in chosen) or (reason := sandbox.unavailable()) is None:
+        return chosen
+    if not allowed:
+        raise BenchmarkError(
+            f"humaneval: model-written code cannot be isolated on this system ({reason}); allow user namespaces, or pass "
+            "--allow-unsandboxed to run it with your own rights"
+        )
+    return [(humaneval.unsandboxed() if task.name == humaneval.TASK.name else task, items) for task, items in chosen]
+
+
+def _judge(options: Options, url: str, output: Path) -> Ask:
+    """The judge of MT-Bench: another endpoint, or a model of this one; what it said is kept in the output
+    folder."""
+    judge = base_url(options.judge or url)
+    # Another judge, or the same one with other weights, is asked anew.
+    identity = options.judge or json.dumps(served_models(url, [options.judge_model]), sort_keys=True)
+    key = os.environ.get("OPENAI_API_KEY", "") if options.judge else ""
+    return kept(endpoint(judge, options.judge_model, key), f"{options.judge_model} {identity}", output / "judgements")
+
+
+def policy_settings(recipe: Recipe, url: str) -> dict[str, dict[str, Any]]:
+    """What is known of each policy: the endpoint's entry (with weight hashes) and the recipe's settings of
+    it. It goes into the cache keys, so that no answer outlives a change of weights, thresholds or
+    settings."""
+    served = served_models(url, recipe.benchmark.policies)
+    return {
+        name: {"served": served[name], "recipe": local_settings(recipe, name)} for name in recipe.benchmark.policies
+    }
+
+
+def local_settings(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The parts of the recipe that decide what a policy writes, and hashes of the files that its thresholds, or R2R's router,
+    come from."""
+    parts = ("budget", "published", "reserved", "divergence", "candidates", "trigger", "policies")
+    whole = recipe.model_dump(mode="json")
+    models = {key: {k: whole[key][k] for k in ("path", "revision", "dtype")} for key in ("slm", "teacher")}
+    files = [Path(recipe.artifact) / "artifact.json"] if recipe.artifact else []
+    files += [Path(recipe.trigger.calibration)] if recipe.trigger.calibration else []
+    files = [path / "thresholds.json" if path.is_dir() else path for path in files]
+    if name == "r2r" and recipe.router.path:
+        files = sorted(path for path in Path(recipe.router.path).iterdir() if path.is_file())
+    thresholds = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
+    checkpoint = {
+        "checkpoint": recipe.checkpoints.get(name),
+        "thresholds": thresholds if triggered(name) or name == "r2r" else [],
+    }
+    return {key: whole[key] for key in parts} | models | checkpoint
+
+
+def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) -> dict[str, str]:
+    """Ask what has no answer in `folder` yet; returns key -> reason for what still has none."""
+    folder.mkdir(exist_ok=True)
+    known = read_answers(folder)
+    missing = [question for row in rows if (question := row.question())["key"] not in known]
+    if not missing:
+        return {}
+    done = len(rows) - len(missing)
+    asked = 0
+
+    def count(number: int) -> None:
+        nonlocal asked
+        asked = number
+
+    with Progress("benchmark", "answers", total=len(rows), count=lambda: done + asked):
+        return ask(missing, url, folder, concurrency, count)
+
+
+@contextmanager
+def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path) -> Iterator[str]:
+    """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
+    if options.endpoint is not None:
+        yield options.endpoint
+        return
+    asks_here = options.judge is None and any(task.judged for task, _ in chosen)
+    names = [*recipe.benchmark.policies, *([options.judge_model] if asks_here else [])]
+    engines = _engines(recipe, names)
+    # A name of this job's own: what else the cluster serves is left alone, and what a killed job left is replaced.
+    name = f"benchmark-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
+    url = run(recipe, blocking=False, only=engines, name=name)
+    try:
+        yield url
+    finally:
+        serve.delete(name)

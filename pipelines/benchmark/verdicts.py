@@ -1,0 +1,106 @@
+"""From answers to graded rows (schema RESULT): each a pure function of its answer, and of the judge's ratings
+where a task has one.
+
+What a judge said is kept beside the answers, so that it is not asked again either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipelines.benchmark.client import Answer, AnswerLog, read_answers
+from pipelines.benchmark.questions import Row
+from pipelines.grading.judge import Ask
+from pipelines.tasks import Graded, Item, mt_bench
+
+Judge = Callable[[Sequence[str], Item], Graded]
+
+
+def kept(ask: Ask, name: str, folder: Path) -> Ask:
+    """`ask` with a memory: what the judge known as `name` answered once is read from `folder` from then on."""
+    known = read_answers(folder)
+    log: AnswerLog | None = None
+
+    def remembering(chat: list[dict[str, str]]) -> str:
+        nonlocal log
+        key = hashlib.sha256(json.dumps([name, chat]).encode()).hexdigest()
+        if key not in known:
+            known[key] = {"key": key, "text": ask(chat)}
+            log = log or AnswerLog(folder)
+            log.append(known[key])
+        return str(known[key]["text"])
+
+    return remembering
+
+
+def grade(
+    rows: Sequence[Row],
+    answers: Mapping[str, Answer],
+    unanswered: Mapping[str, str],
+    ask_judge: Ask | None,
+    concurrency: int = 2,
+) -> list[dict[str, Any]]:
+    """The graded rows (schema RESULT), in the order of `rows`. `unanswered` holds key -> reason for rows
+    without an answer; `ask_judge` may be None where no row has a judge; `concurrency` is how many rows the judge is
+    asked about at once."""
+
+    def judged(outputs: Sequence[str], item: Item) -> Graded:
+        assert ask_judge is not None
+        return mt_bench.judged(outputs, item, ask_judge)
+
+    def one(row: Row) -> dict[str, Any]:
+        judge = judged if row.task.judged else None
+        return graded_row(row, answers.get(row.key), unanswered.get(row.key), judge)
+
+    # Graders wait for worker processes of their own, a judge for its endpoint: threads are enough to keep those busy.
+    with ThreadPoolExecutor(2) as graders, ThreadPoolExecutor(concurrency) as judges:
+        pending = [(judges if row.task.judged else graders).submit(one, row) for row in rows]
+        return [graded.result() for graded in pending]
+
+
+def graded_row(row: Row, answer: Answer | None, reason: str | None, judged: Judge | None) -> dict[str, Any]:
+    """One graded row. Without an answer it is errored for `reason`; several samples are voted over
+    (maj@n)."""
+    answer = answer or {"outputs": [], "finish": None, "tokens": 0, "s2t": {}, "seconds": None, "error": reason}
+    cost = answer["s2t"]
+    outputs, samples = answer["outputs"], cost.get("samples") or []
+    finish = "length" if answer["finish"] == "length" else "end"
+    if answer["error"]:
+        graded = Graded("errored", None, 0.0, answer["error"])
+    elif judged is not None:
+        graded = judged(outputs, row.item)
+    elif samples:
+        graded = row.task.grade_vote(samples, row.item, finish)
+    else:
+        graded = row.task.grade(outputs[-1], row.item, finish)
+    gold = row.item.answer
+    return {
+        "key": row.key,
+        "task": row.task.name,
+        "item": row.item.uid,
+        "category": row.item.metadata.get(row.task.stratify) if row.task.stratify else None,
+        "policy": row.policy,
+        "seed": row.seed,
+        "repeat": row.repeat,
+        "request_seed": row.request_seed,
+        "output": outputs[-1] if outputs else None,
+        "turns": outputs if row.turns else None,
+        "samples": samples,
+        "extracted": graded.extracted,
+        "answer": gold if isinstance(gold, str) else json.dumps(gold),
+        "verdict": graded.verdict,
+        "score": graded.score,
+        "error": graded.detail if graded.verdict == "errored" else None,
+        "finish": finish,
+        "tokens": answer["tokens"],
+        "usage": json.dumps(cost.get("usage", {})),
+        "decisions": json.dumps(cost.get("decisions", [])),
+        "models": json.dumps(cost.get("models", {})),
+        "seconds": cost.get("seconds", answer["seconds"]),
+        "client_seconds": answer["seconds"],
+    }

@@ -1,0 +1,186 @@
+"""The two kinds of actor of a collection: the SLM rolls prompts out, the teacher labels what came of them.
+
+One row in is one row out: a prompt that cannot be used, or whose call fails, becomes a row with an `error`
+and costs no other row. All rows of a batch are called at once, so that the engine batches them. The actors
+are plain classes and know nothing of Ray, files or which rows of the collection there are.
+
+Axes: _T step, _N the SLM's top-N support, _K candidate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipelines.data.schema import SHARD
+from s2t_models import loading
+from s2t_models.candidates import Method
+from s2t_models.divergence import divergence
+from s2t_models.engines.contract import ContextOverflow, Engine, Sampling
+from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.noise import uniforms
+from s2t_models.recipe import Recipe
+from s2t_models.reserved import reserved_rows
+
+#: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
+#: good.
+PROMPT = pa.schema(
+    [
+        ("uid", pa.string()),
+        ("messages", pa.string()),
+        SHARD.field("questions"),
+        ("seed", pa.int64()),
+        ("temperature", pa.float64()),
+    ]
+)
+
+#: Rolled out, not yet labelled: a shard row's first columns, and the SLM's support with the steps laid end to
+#: end.
+ROLLOUT = pa.schema(
+    [
+        *(SHARD.field(name) for name in ("uid", "questions", "prompt", "prompt_ids", "output_ids")),
+        *(SHARD.field(name) for name in ("seed", "temperature", "finish")),
+        SHARD.field("entropy_T"),
+        SHARD.field("error"),
+        ("support_ids", pa.list_(pa.int32())),
+        ("support_logprobs", pa.list_(pa.float32())),
+    ]
+)
+
+Row = dict[str, Any]
+
+
+class UnusablePrompt(ValueError):
+    """A prompt that cannot be rolled out; the message is the row's error."""
+
+
+class Rollouts:
+    """SLM rollouts of a batch of prompts."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.tokenizer = loading.load_tokenizer(recipe.slm)
+        self.engine: Engine = TorchEngine.load(recipe.slm, "slm", reserved_rows(recipe))
+        self.recipe = recipe
+        self.loop = asyncio.new_event_loop()
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        rows = self.loop.run_until_complete(_each(prompts.to_pylist(), self.roll_out))
+        return pa.Table.from_pylist(rows, ROLLOUT)
+
+    async def roll_out(self, row: Row) -> Row:
+        prompt = _render(self.tokenizer, json.loads(row["messages"]))
+        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        collect = self.recipe.collect
+        sampling = Sampling(
+            max_tokens=collect.max_new_tokens,
+            temperature=row["temperature"],
+            top_p=collect.top_p if row["temperature"] else 1.0,
+            seed=row["seed"],
+            support=self.recipe.divergence.support,
+        )
+        draft = await self.engine.generate(prompt_ids, sampling)
+        assert draft.top_ids_TN is not None
+        assert draft.top_logprobs_TN is not None
+        return {
+            "prompt": prompt,
+            "prompt_ids": prompt_ids,
+            "output_ids": draft.ids,
+            "finish": draft.finish,
+            "entropy_T": draft.entropy_T,
+            "support_ids": draft.top_ids_TN.ravel(),
+            "support_logprobs": draft.top_logprobs_TN.ravel(),
+        }
+
+
+class Labels:
+    """The teacher's view of a batch of rollouts: one forward a trajectory, and every step's candidates.
+
+    Which steps are worth keeping is decided over the whole collection, once all of it is there (see
+    `publish`)."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.engine: Engine = TorchEngine.load(recipe.teacher, "teacher", reserved_rows(recipe))
+        self.recipe = recipe
+        self.loop = asyncio.new_event_loop()
+
+    def __call__(self, rollouts: pa.Table) -> pa.Table:
+        support = {name: rollouts[name] for name in ("support_ids", "support_logprobs")}
+        rows = rollouts.drop_columns(list(support)).to_pylist()
+        for name, column in support.items():  # as arrays: they are most of what a rollout weighs
+            for row, scalar in zip(rows, column, strict=True):
+                row[name] = scalar.values.to_numpy() if scalar.is_valid else None
+        return pa.Table.from_pylist(self.loop.run_until_complete(_each(rows, self.label)), SHARD)
+
+    async def label(self, row: Row) -> Row:
+        steps = len(row["output_ids"])
+        ids_TN = row["support_ids"].reshape(steps, -1)
+        slm_TN = row["support_logprobs"].reshape(steps, -1)
+        scores = await self.engine.score(row["prompt_ids"] + row["output_ids"], len(row["prompt_ids"]), ids_TN)
+        kl_T = divergence(torch.tensor(slm_TN), torch.from_numpy(scores.logprobs_TN), self.recipe.divergence.tail)
+        chosen_TK = propose_steps(slm_TN, self.recipe.collect.k, self.recipe.collect.method, row["seed"])
+        candidates = [np.take_along_axis(of_TN, chosen_TK, -1) for of_TN in (ids_TN, slm_TN, scores.logprobs_TN)]
+        return {
+            "kl_T": kl_T.numpy(),
+            "teacher_argmax_T": scores.argmax_T,
+            "teacher_rank_T": teacher_rank(ids_TN, scores.argmax_T),
+            "kept": [
+                {
+                    "step": step,
+                    "by_kl": False,
+                    "candidates_K": ids_K,
+                    "slm_logprobs_K": slm_K,
+                    "teacher_logprobs_K": teacher_K,
+                }
+                for step, (ids_K, slm_K, teacher_K) in enumerate(zip(*candidates, strict=True))
+            ],
+        }
+
+
+def propose_steps(logprobs_TN: np.ndarray, k: int, method: Method, seed: int) -> np.ndarray:
+    """Indices into the support of every step's candidates, best first, [T, min(K, N)] (D.2): what `candidates.propose` draws from,
+    for a whole trajectory at once and with noise of its own. The top K of log p plus Gumbel noise are K draws without
+    replacement."""
+    steps, support = logprobs_TN.shape
+    if method == "top_k":
+        return np.tile(np.arange(min(k, support)), (steps, 1))
+    uniform_TN = uniforms(seed, 0, steps * support, "candidates").reshape(steps, support)
+    keys_TN = logprobs_TN - np.log(-np.log(np.maximum(uniform_TN, np.finfo(float).tiny)))
+    return np.sort(np.argsort(-keys_TN, axis=-1)[:, :k], axis=-1)
+
+
+def teacher_rank(ids_TN: np.ndarray, argmax_T: np.ndarray) -> np.ndarray:
+    """0-based rank of the teacher's argmax in the SLM's order, [T]; N where it is not in the support."""
+    hit_TN = ids_TN == argmax_T[:, None]
+    return np.where(hit_TN.any(-1), hit_TN.argmax(-1), ids_TN.shape[1])
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    if not any(message["content"].strip() for message in messages):
+        raise UnusablePrompt("empty prompt: no message has any text")
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+async def _each(rows: list[Row], work: Callable[[Row], Awaitable[Row]]) -> list[Row]:
+    """All rows at once. A row that fails keeps what it had and says why; a row that had failed before is
+    passed on."""
+
+    async def one(row: Row) -> Row:
+        if row.get("error"):
+            return row
+        try:
+            return row | await work(row)
+        except UnusablePrompt as error:
+            reason = str(error)
+        except ContextOverflow as error:
+            reason = f"too long: {error}"
+        except Exception as error:  # one row's fault is one row's error, counted and named at the end
+            reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+        return row | {"entropy_T": None, "error": reason}
+
+    return list(await asyncio.gather(*(one(row) for row in rows)))

@@ -1,0 +1,176 @@
+"""Collect: prompts -> SLM rollouts -> teacher labels -> Arrow shards, on Ray Data (section 4.3, D.2).
+
+    python -m pipelines.collect --recipe cluster/recipes/embedded.yaml --output runs/train
+    python -m pipelines.collect --recipe cluster/recipes/embedded.yaml --output runs/calibration \\
+        --task embedded-calibration --set collect.sampled=0 --set collect.prompts=600
+
+Rollout actors hold an SLM engine, labelling actors a teacher engine; both are pools sized by the recipe. The
+job can be killed at any moment: the same command goes on where it stopped and ends with the same shards.
+`work` in the output folder holds what a running collection needs and is gone at the end; the folder must be
+on a file system that all nodes share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import ray
+from ray.data import ActorPoolStrategy
+from ray.data.checkpoint import CheckpointConfig
+
+from pipelines.collect import prompts as sources
+from pipelines.collect.actors import PROMPT, Labels, Rollouts
+from pipelines.collect.publish import SUMMARY, publish
+from pipelines.collect.sink import ArrowSink, committed
+from pipelines.data.shards import FOLDER, RECORD, shard_metadata
+from pipelines.runtime.folders import only_one
+from pipelines.runtime.progress import Progress
+from s2t_models import loading
+from s2t_models.errors import UserError
+from s2t_models.recipe import Recipe, Stage
+from serving import cluster
+
+
+class CollectError(UserError):
+    """A collection that cannot begin or go on; the message is one line."""
+
+
+def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Path | None = None) -> dict[str, Any]:
+    """Run or finish the collection in `output`; returns its summary, as in `collect.json`.
+
+    Prompts come from the file `prompts` or, without one, from the recipe's task. Raises RecipeError,
+    PromptError, ShardError, ClusterError or CollectError.
+    """
+    task = f"file:{prompts.name}" if prompts else recipe.collect.task
+    chosen = sources.from_file(prompts) if prompts else sources.from_task(task, data, recipe)
+    rows = sources.rows(chosen, recipe)
+    with only_one(output, CollectError):
+        metadata = _claim(recipe, output, task, rows)
+        if not (output / FOLDER).is_dir():
+            work = output / "work"
+            files = _run(recipe, work, rows)
+            publish(files, [row["uid"] for row in rows], output, metadata, recipe)
+            shutil.rmtree(work)
+        return json.loads((output / SUMMARY).read_text())
+
+
+def report(summary: dict[str, Any], output: Path) -> str:
+    """What came out, in a few lines."""
+    errors = ", ".join(f"{count} {kind}" for kind, count in summary["errors"].items()) or "none"
+    hits = "  ".join(f"@{k} {100 * share:.1f}%" for k, share in summary["hit"].items())
+    return "\n".join(
+        [
+            f"collected    {summary['rows']} rows, {summary['steps']} steps, {summary['kept_steps']} kept",
+            f"errors       {errors}",
+            f"agreement    teacher's choice is the SLM's at {100 * summary['agreement']:.1f}% of steps",
+            f"hit          {hits}  at the top 1% of steps by KL",
+            f"written to   {output}",
+        ]
+    )
+
+
+def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Note whose collection this is, or check that it is this one; returns the shards' metadata, as first
+    noted.
+
+    Settings that change no row (actors, batches, serving, training) may differ from those it was begun with.
+    """
+    slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
+    tokenizer = loading.tokenizer_hash(recipe.slm)
+    if loading.tokenizer_hash(recipe.teacher) != tokenizer:
+        raise CollectError(
+            f"{recipe.name}: the tokenizers of {recipe.slm.path} and {recipe.teacher.path} differ; a pair shares one"
+        )
+    metadata = shard_metadata(recipe, slm, teacher, tokenizer, task)
+    settings = {
+        **{f"collect.{key}": value for key, value in recipe.collect.model_dump(exclude={"rollout", "label"}).items()},
+        **{f"divergence.{key}": value for key, value in recipe.divergence.model_dump().items()},
+        **{f"reserved.{key}": value for key, value in recipe.reserved.model_dump().items()},
+        **{
+            f"{name}.{key}": getattr(getattr(recipe, name), key)
+            for name in ("slm", "teacher")
+            for key in ("dtype", "context")
+        },
+        "seed": recipe.seed,
+        "SLM weights": slm,
+        "teacher weights": teacher,
+        "tokenizer": tokenizer,
+        "task": task,
+        "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
+    path = output / RECORD
+    if not path.is_file():
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"settings": settings, "metadata": metadata}, indent=2) + "\n")
+        part.rename(path)
+    record = json.loads(path.read_text())
+    different = [key for key, value in settings.items() if record["settings"].get(key) != value]
+    if different:
+        raise CollectError(
+            f"{output}: holds a collection with other settings ({', '.join(different)}); "
+            "give the same ones to go on with it, or choose another --output"
+        )
+    return record["metadata"]
+
+
+def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
+    """Roll out and label what is not done yet; returns the files that hold all labelled rows."""
+    work = work.resolve()
+    labelled, checkpoint = work / "labelled", work / "checkpoint"
+    labelled.mkdir(parents=True, exist_ok=True)
+    checkpoint.mkdir(exist_ok=True)
+
+    def rows_done() -> int:
+        records = [checkpoint / f"{path.stem}.parquet" for path in committed(labelled, checkpoint)]
+        return sum(parquet.read_metadata(record).num_rows for record in records)
+
+    if rows_done() < len(rows):
+        cluster.start()
+        collect = recipe.collect
+        # One CPU more reads and writes, and one filters out what an earlier run has done.
+        pools = [collect.rollout, collect.label]
+        cpus, gpus = (sum(getattr(pool, kind) * pool.actors for pool in pools) for kind in ("num_cpus", "num_gpus"))
+        cluster.require(
+            cpus + 2,
+            gpus,
+            f"{recipe.name}: collect with {pools[0].actors} rollout and {pools[1].actors} labelling actors",
+        )
+        parquet.write_table(pa.Table.from_pylist(rows, PROMPT), work / "prompts.parquet")
+        context = ray.data.DataContext.get_current()
+        context.checkpoint_config = CheckpointConfig("uid", str(checkpoint), delete_checkpoint_on_success=False)
+        context.checkpoint_config.checkpoint_actor_memory_bytes = 64 * 1024**2
+        context.checkpoint_config.checkpoint_actor_pool_max_size = 1
+        try:
+            dataset = ray.data.read_parquet(str(work / "prompts.parquet"))
+            # A block is written, committed, and at most lost where something is killed, as one.
+            dataset = dataset.repartition(target_num_rows_per_block=collect.rollout.batch)
+            for actor, stage in ((Rollouts, collect.rollout), (Labels, collect.label)):
+                dataset = dataset.map_batches(actor, fn_constructor_args=(recipe,), **_pool(stage))
+            with Progress("collect", "rows", len(rows), rows_done):
+                dataset.write_datasink(ArrowSink(labelled))
+        except ray.exceptions.RayError as error:
+            last = str(error).strip().rsplit("\n", 1)[-1]
+            raise CollectError(
+                f"{recipe.name}: an actor failed: {last}; the same command goes on from {work}"
+            ) from None
+        finally:
+            context.checkpoint_config = None
+    return committed(labelled, checkpoint)
+
+
+def _pool(stage: Stage) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of actors."""
+    return {
+        "compute": ActorPoolStrategy(size=stage.actors),
+        "batch_size": stage.batch,
+        "batch_format": "pyarrow",
+        "num_cpus": stage.num_cpus,
+        "num_gpus": stage.num_gpus,
+        "udf_modifying_row_count": False,
+    }

@@ -1,0 +1,158 @@
+"""R2R's router for the baseline of its name: labels on Ray Data, then one short training (`distil --objective router`).
+
+The prompts are those of the training shards. What R2R's labels and router are is in `s2t_models.policies.r2r_labels`
+and `s2t_models.router`. Axes: _T step, _F feature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from transformers import AutoConfig
+
+from pipelines.data.shards import questions
+from pipelines.distil.job import DistilError, beside, read_training
+from pipelines.runtime import tracking
+from pipelines.runtime.folders import only_one
+from s2t_models import loading
+from s2t_models.artifact import refuse_foreign, replacing, write_provenance
+from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.policies import r2r_labels
+from s2t_models.policies.base import Engines
+from s2t_models.policies.r2r_labels import label
+from s2t_models.recipe import Recipe
+from s2t_models.reserved import reserved_rows
+from s2t_models.router import SETTINGS, RouterSettings, RouterTraining, save_router, train_router
+from serving import cluster
+
+#: One prompt's labelled steps, laid end to end; `error` where the row failed, which costs no other row.
+LABELLED = pa.schema(
+    [("uid", pa.string()), ("inputs", pa.list_(pa.float32())), ("labels", pa.list_(pa.int8())), ("error", pa.string())]
+)
+
+
+class RouterLabels:
+    """An actor that holds both engines and labels batches of prompts."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        tokenizer = loading.load_tokenizer(recipe.slm)
+        reserved = reserved_rows(recipe)
+        slm = TorchEngine.load(recipe.slm, "slm", reserved)
+        teacher = TorchEngine.load(recipe.teacher, "teacher", reserved)
+
+        def encode(text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False)
+
+        self.engines = Engines(
+            {"slm": slm, "teacher": teacher}, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), encode
+        )
+        by_teacher = recipe.router.judge == "teacher"
+        self.judge = r2r_labels.ask(teacher, encode) if by_teacher else r2r_labels.numbers_differ
+        self.settings = recipe.router
+        self.loop = asyncio.new_event_loop()
+
+    def __call__(self, prompts: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(self.loop.run_until_complete(self._label(prompts.to_pylist())), LABELLED)
+
+    async def _label(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return list(await asyncio.gather(*(self._row(row) for row in rows)))
+
+    async def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        settings = self.settings
+        try:
+            steps = await label(self.engines, row["prompt_ids"], self.judge, settings.max_new_tokens, settings.support)
+        except Exception as error:  # a row that fails is counted, not fatal
+            return {"uid": row["uid"], "error": f"{type(error).__name__}: {error}"}
+        return {"uid": row["uid"], "inputs": steps.inputs_TF.ravel(), "labels": steps.labels_T}
+
+
+def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
+    """Label the first `router.prompts` prompts of the shards, train the router, write it to `output`; returns a report.
+
+    Raises ShardError, ClusterError, ArtifactError or DistilError, each with one line."""
+    refuse_foreign(output, SETTINGS)
+    table, metadata = read_training(recipe, shards)
+    provenance = {
+        "objective": "router",
+        "recipe": recipe.digest(),
+        "base_weights": metadata["s2t.slm"],
+        "teacher_weights": metadata["s2t.teacher"],
+        "rows": {f"training ({metadata['s2t.task']})": questions(table)},
+        "settings": recipe.router.model_dump(mode="json"),
+    }
+    training = beside(output)
+    with only_one(training, DistilError):
+        report = _label_and_train(recipe, table, output.resolve(), provenance)
+    shutil.rmtree(training)
+    return f"{report}\nwritten to   {output}"
+
+
+def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: dict[str, Any]) -> str:
+    cluster.start()
+    stage = recipe.collect.label
+    cluster.require(stage.actors * stage.num_cpus, stage.actors * stage.num_gpus, f"{recipe.name}: router labels")
+    prompts = table.filter(table["error"].is_null()).select(["uid", "prompt_ids"]).slice(0, recipe.router.prompts)
+    labelled = ray.data.from_arrow(prompts).repartition(max(stage.actors, -(-len(prompts) // stage.batch)))
+    rows = labelled.map_batches(
+        RouterLabels,
+        fn_constructor_args=(recipe,),
+        batch_size=stage.batch,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=stage.actors),
+        num_cpus=stage.num_cpus,
+        num_gpus=stage.num_gpus,
+    ).to_arrow_refs()
+    steps = pa.concat_tables([part for part in ray.get(rows) if len(part)])
+    whole = steps.filter(steps["error"].is_null())
+    hidden = AutoConfig.from_pretrained(loading.resolve(recipe.slm)).hidden_size
+    inputs_TF = whole["inputs"].combine_chunks().flatten().to_numpy().reshape(-1, 2 * hidden + recipe.router.support)
+    labels_T = whole["labels"].combine_chunks().flatten().to_numpy()
+    train = ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus)(_train)
+    tracking.use_store()
+    with tracking.start_run("distil-router", params={"recipe": recipe.model_dump(), "objective": "router"}):
+        try:
+            history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, provenance))
+        except ray.exceptions.RayTaskError as error:
+            raise DistilError(" ".join(str(error.cause).split())) from None
+        for metrics in history:
+            tracking.log_metrics({f"router/{name}": value for name, value in metrics.items()}, int(metrics["epoch"]))
+        tracking.log_metrics({"router/threshold": threshold, "router/divergent": float(labels_T.mean())})
+    return (
+        f"labelled     {len(labels_T)} steps of {len(whole)} answers ({len(steps) - len(whole)} failed), "
+        f"{labels_T.mean():.1%} divergent\n"
+        f"trained      the router, {len(history)} epochs; threshold {threshold:.3f} at recall {recipe.router.recall:g}"
+    )
+
+
+def _train(
+    inputs_TF: np.ndarray,
+    labels_T: np.ndarray,
+    hidden: int,
+    recipe: Recipe,
+    output: Path,
+    provenance: dict[str, Any],
+) -> tuple[list[dict[str, float]], float]:
+    router = recipe.router
+    sizes = RouterSettings(hidden, router.support, router.width, router.blocks, router.expansion, router.dropout)
+    training = RouterTraining(
+        router.learning_rate,
+        router.weight_decay,
+        router.batch,
+        router.epochs,
+        router.patience,
+        router.validation,
+        router.recall,
+        router.seed,
+    )
+    history: list[dict[str, float]] = []
+    trained = train_router(np.array(inputs_TF), np.array(labels_T), sizes, training, history.append)
+    with replacing(output, SETTINGS) as parts:
+        save_router(trained, parts)
+        write_provenance(parts, provenance)
+    return history, trained.settings.threshold

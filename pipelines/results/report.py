@@ -1,0 +1,166 @@
+"""What a results file says, for people: tables, figures and the MLflow runs of a job, all from the file
+alone.
+
+The parent run is the job: recipe, tables of results and flips, figures. Under it is a child run a (policy,
+task), whose metrics answer "which policy, at what cost" in MLflow's comparison view.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from pipelines.results import figures
+from pipelines.results.figures import Point
+from pipelines.results.names import setting, triggered
+from pipelines.results.summary import Summary, as_rows, comparisons, markdown, read_results, summarise
+from pipelines.runtime import tracking as store
+from s2t_models.recipe import Recipe
+
+TABLES = "tables.md"
+FIGURES = "figures"
+
+
+def report(results: Path, output: Path, tracking: str | None) -> str:
+    """Write tables.md, CSV files and figures to `output`, log all of it to the MLflow store `tracking`, and
+    return the tables. Raises ResultsError."""
+    frame, metadata = read_results(results)
+    recipe = Recipe.model_validate_json(metadata["s2t.recipe"])
+    summaries = summarise(frame)
+    pairs, flips = comparisons(frame)
+    tables = markdown(summaries, pairs)
+    (output / TABLES).write_text(tables)
+    pd.DataFrame(as_rows(summaries)).to_csv(output / "policies.csv", index=False)
+    pd.DataFrame(pairs).to_csv(output / "comparisons.csv", index=False)
+    flips.to_csv(output / "flips.csv", index=False)
+    figures = draw(summaries, pairs, recipe)
+    (output / FIGURES).mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(output / FIGURES / name)
+    _track(tracking, frame, metadata, recipe, summaries, pairs, flips, tables, figures, results)
+    return tables
+
+
+def draw(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, Figure]:
+    """The figures of a job by file name, those of each task: accuracy, against cost, over budget and K,
+    flips."""
+    drawn = {}
+    for task in dict.fromkeys(summary.task for summary in summaries):
+        own = [summary for summary in summaries if summary.task == task]
+        items = f"{task}, {own[0].items} items"
+        drawn[f"{task}-accuracy.png"] = figures.accuracy([_point(summary) for summary in own], items)
+        drawn[f"{task}-accuracy-seconds.png"] = figures.accuracy_against_cost(
+            [_point(summary, summary.seconds) for summary in own], "seconds an answer, under the job's load", items
+        )
+        drawn[f"{task}-accuracy-teacher-tokens.png"] = figures.accuracy_against_cost(
+            [_point(summary, summary.teacher_prefill + summary.teacher_decode) for summary in own],
+            "teacher tokens an answer, read and written",
+            items,
+        )
+        first = own[0].policy
+        against = [pair for pair in pairs if pair["task"] == task and pair["b"] == first]
+        if against:
+            drawn[f"{task}-flips.png"] = figures.flips(
+                [(f"{pair['a']} against {first}", pair["gained"], pair["lost"]) for pair in against], items
+            )
+        for axis, label in (("budget", "budget tau, % of the steps"), ("k", "candidates K")):
+            series = _sweep(own, recipe, axis)
+            if series:
+                drawn[f"{task}-accuracy-{axis}.png"] = figures.accuracy_over(
+                    series, label, items, percent=axis == "budget"
+                )
+    return drawn
+
+
+def _point(summary: Summary, x: float = 0.0, label: str | None = None) -> Any:
+    return Point(label or summary.policy, summary.accuracy, summary.low, summary.high, x)
+
+
+def _sweep(summaries: Sequence[Summary], recipe: Recipe, axis: str) -> dict[str, list[Any]]:
+    """Lines of triggered policies that were run at several values of `axis` ("budget" or "k"), the other one
+    held."""
+    lines: dict[str, list[Any]] = {}
+    for summary in summaries:
+        if triggered(summary.policy):
+            found = setting(summary.policy, recipe)
+            held = f", K = {found.k}" if axis == "budget" else f", tau = {100 * found.budget:g}%"
+            lines.setdefault(found.kind + held, []).append(_point(summary, float(getattr(found, axis))))
+    return {label: points for label, points in lines.items() if len({point.x for point in points}) > 1}
+
+
+def _track(
+    tracking: str | None,
+    frame: pd.DataFrame,
+    metadata: Mapping[str, str],
+    recipe: Recipe,
+    summaries: Sequence[Summary],
+    pairs: Sequence[Mapping[str, Any]],
+    flips: pd.DataFrame,
+    tables: str,
+    figures: Mapping[str, Figure],
+    results: Path,
+) -> None:
+    store.use_store(tracking)
+    job = {
+        "recipe": recipe.name,
+        "recipe_digest": recipe.digest(),
+        "budget": recipe.budget,
+        "k": recipe.candidates.k,
+        "tasks": ",".join(dict.fromkeys(frame["task"])),
+        "policies": ",".join(dict.fromkeys(frame["policy"])),
+        "seeds": ",".join(str(seed) for seed in sorted(frame["seed"].unique())),
+    }
+    with store.start_run(f"benchmark {recipe.name}", job, {"s2t.stage": "benchmark"}):
+        store.log_text(json.dumps(recipe.model_dump(mode="json"), indent=2), "recipe.json")
+        store.log_text(metadata.get("s2t.splits", "{}"), "splits.json")
+        store.log_text(tables, TABLES)
+        store.log_table(as_rows(summaries), "tables/policies.json")
+        store.log_table(pairs, "tables/comparisons.json")
+        store.log_table(flips.to_dict("records"), "tables/flips.json")
+        store.log_file(results)
+        for name, figure in figures.items():
+            store.log_figure(figure, f"{FIGURES}/{name}")
+        for summary in summaries:
+            _track_policy(frame, recipe, summary, pairs)
+
+
+def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: Sequence[Mapping[str, Any]]) -> None:
+    rows = frame[(frame["task"] == summary.task) & (frame["policy"] == summary.policy)]
+    found = setting(summary.policy, recipe)
+    params = {"policy": summary.policy, "task": summary.task, "recipe": recipe.name, "items": summary.items}
+    if triggered(summary.policy):
+        params |= {"budget": found.budget, "k": found.k}
+    metrics = {
+        "accuracy": summary.accuracy,
+        "accuracy_low": summary.low,
+        "accuracy_high": summary.high,
+        "accuracy_deviation": summary.deviation,
+        "score": summary.score,
+        "correct": summary.correct,
+        "wrong": summary.wrong,
+        "truncated": summary.truncated,
+        "errored": summary.errored,
+        "tokens": summary.tokens,
+        "teacher_tokens": summary.teacher_prefill + summary.teacher_decode,
+        "teacher_prefill": summary.teacher_prefill,
+        "teacher_decode": summary.teacher_decode,
+        "forwards": summary.forwards,
+        "decisions": summary.decisions,
+        "seconds": summary.seconds,
+    }
+    for pair in pairs:
+        if pair["task"] == summary.task and pair["a"] == summary.policy and pair["b"] == frame["policy"].iloc[0]:
+            metrics |= {f"difference{end}": pair[f"{name}"] for end, name in _DIFFERENCE.items()}
+    with store.start_run(f"{summary.policy} on {summary.task}", params, {"s2t.stage": "policy"}):
+        store.log_metrics(metrics)
+        columns = ["item", "seed", "repeat", "verdict", "extracted", "answer", "tokens", "seconds", "error", "output"]
+        store.log_table(rows[columns].to_dict("records"), "tables/results.json")
+
+
+#: Suffix of the metric -> column of the comparison with the task's first policy.
+_DIFFERENCE = {"": "difference", "_low": "low", "_high": "high", "_p": "p"}

@@ -1,0 +1,21 @@
+"""What the commands' options share: a recipe, its overrides, and where tracking goes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """`--recipe` and `--set`, for `load_recipe`."""
+    parser.add_argument("--recipe", type=Path, required=True, help="the model pair with all settings (YAML)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting of the recipe"
+    )
+
+
+def add_tracking(parser: argparse.ArgumentParser) -> None:
+    """`--tracking`."""
+    parser.add_argument(
+        "--tracking", metavar="URI", help="MLflow store (default: $MLFLOW_TRACKING_URI, then runs/mlflow.db)"
+    )

@@ -1,0 +1,256 @@
+"""What each call does, written as a generator: it yields `Feed`s and is sent their outcomes.
+
+The engine runs many rows at once and packs what they feed into one forward; a row neither knows nor cares. So each kind of
+call reads as the algorithm it is. Axes: _T step, _N support, _K candidate, _R reserved row, _H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from s2t_models.candidates import propose
+from s2t_models.engines.contract import Decision, Draft, Finish, Multiplex, Sampling, Scores, Selection, Usage
+from s2t_models.engines.torch.sampling import top
+from s2t_models.noise import uniforms
+from s2t_models.reserved import bins
+
+#: How many of the most probable tokens candidates are drawn from where the caller did not ask for more.
+SUPPORT = 64
+#: Positions whose full-vocabulary log-probabilities are held at once.
+STRETCH = 512
+
+Embed = Callable[[list[int]], torch.Tensor]
+
+
+@dataclass
+class Step:
+    """The next-token distribution after what was fed: the token picked from it, the trigger head's logit where asked.
+
+    The support is filled for the whole batch where the feed asked for it; `look` fills it for this row alone. A step holds
+    the logits of its whole batch: it is for the step after it, not for keeping."""
+
+    token: int
+    logits_BV: torch.Tensor  # of the whole batch, of which this is `row`
+    row: int
+    trigger: float = 0.0
+    top_ids_N: np.ndarray | None = None
+    top_logprobs_N: np.ndarray | None = None
+    entropy: float = 0.0
+
+    @property
+    def logits_V(self) -> torch.Tensor:
+        return self.logits_BV[self.row]
+
+    def look(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `count` most probable ids and their log-probabilities, best first, [N] each."""
+        if self.top_ids_N is None or self.top_logprobs_N is None or len(self.top_ids_N) < count:
+            self.top_ids_N, self.top_logprobs_N = (part.cpu().numpy() for part in top(self.logits_V, count))
+        return self.top_ids_N[:count], self.top_logprobs_N[:count]
+
+
+@dataclass
+class Feed:
+    """Run `ids` through the model behind the first `start` tokens of the row's slot.
+
+    What comes back: with `read`, what it makes of the last `reads` fed tokens' (hidden_TH, logits_TV); else the `Step` after the
+    last token, or after the leaf that `choose` picks from the reserved rows' logits [K, R]."""
+
+    start: int
+    ids: list[int]
+    sampling: Sampling | None = None
+    step: int = 0
+    support: int = 0
+    trigger: bool = False
+    choose: Callable[[torch.Tensor], int] | None = None
+    read: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
+    reads: int = 0
+    embedding: torch.Tensor | None = None
+
+
+Row = Generator[Feed, Any, Any]
+
+
+class _Drafting:
+    """A draft under way: what was fed so far and what came of it."""
+
+    def __init__(
+        self, cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], **asked: Any
+    ) -> None:
+        self.cached, self.prefix, self.sampling, self.end_ids, self.asked = cached, prefix, sampling, end_ids, asked
+        self.ids: list[int] = []
+        self.supports: list[tuple[np.ndarray, np.ndarray, float]] = []  # of each step: ids, log-probabilities, entropy
+        self.decisions: list[Decision] = []
+        self.usage = Usage()
+
+    @property
+    def at(self) -> int:
+        """How many tokens there are, prompt and output."""
+        return len(self.prefix) + len(self.ids)
+
+    @property
+    def step(self) -> int:
+        """The step about to be decided, counted from the start of the output."""
+        return self.sampling.first_step + len(self.ids)
+
+    def read_prefix(self) -> Feed:
+        """Feed the part of the prefix that is not cached, its last token at least."""
+        start = min(self.cached, len(self.prefix) - 1)
+        self.usage.prefill += len(self.prefix) - start
+        return self.feed(start, self.prefix[start:])
+
+    def read_last(self) -> Feed:
+        """An ordinary decode step: feed the token just added."""
+        return self.feed(self.at - 1, self.ids[-1:])
+
+    def feed(self, start: int, ids: list[int], ahead: int = 0, **more: Any) -> Feed:
+        self.usage.forwards += 1
+        asked: dict[str, Any] = {"sampling": self.sampling, "step": self.step + ahead, "support": self.sampling.support}
+        return Feed(start, ids, **(asked | self.asked | more))
+
+    def add(self, token: int, step: Step) -> Finish | None:
+        self.ids.append(token)
+        self.usage.decode += 1
+        if self.sampling.support:
+            self.supports.append((*step.look(self.sampling.support), step.entropy))
+        if token in self.end_ids:
+            return "end"
+        return "length" if len(self.ids) >= self.sampling.max_tokens else None
+
+    def draft(self, finish: Finish) -> Draft:
+        return Draft(
+            ids=self.ids,
+            finish=finish,
+            usage=self.usage,
+            entropy_T=np.array([entropy for _, _, entropy in self.supports], dtype=np.float32),
+            top_ids_TN=np.stack([ids_N for ids_N, _, _ in self.supports]) if self.supports else None,
+            top_logprobs_TN=np.stack([logprobs_N for _, logprobs_N, _ in self.supports]) if self.supports else None,
+            decisions=self.decisions,
+        )
+
+
+def generate(cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...]) -> Row:
+    """Plain decoding; returns a Draft."""
+    drafting = _Drafting(cached, prefix, sampling, end_ids)
+    step = yield drafting.read_prefix()
+    while not (finish := drafting.add(step.token, step)):
+        step = yield drafting.read_last()
+    return drafting.draft(finish)
+
+
+def generate_selecting(
+    cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], selection: Selection
+) -> Row:
+    """The S2T-Local loop: trigger, propose, score, commit. Returns a Draft.
+
+    The scoring pass is the next decode step: the chosen leaf gives the distribution of the step that follows."""
+    drafting = _Drafting(cached, prefix, sampling, end_ids, trigger=True)
+    step = yield drafting.read_prefix()
+    while True:
+        following: Step | None = None
+        token = step.token
+        if step.trigger >= selection.threshold and drafting.step >= selection.warmup:
+            decision, following = yield from _select(drafting, step, selection)
+            token = decision.chosen
+        if finish := drafting.add(token, step):
+            return drafting.draft(finish)
+        step = following or (yield drafting.read_last())
+
+
+def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[Feed, Any, tuple[Decision, Step]]:
+    whole = selection.method == "multinomial" or selection.ratio > 0
+    ids_N, logprobs_N = step.look(SUPPORT if whole else selection.k)
+    noise_K = None
+    if selection.method == "multinomial":
+        noise_K = uniforms(drafting.sampling.seed, drafting.step, selection.k, "candidates")
+    chosen_K = propose(logprobs_N, selection.k, selection.method, selection.ratio, noise_K)
+    candidates_K, logprobs_K = ids_N[chosen_K].tolist(), logprobs_N[chosen_K]
+    decision = Decision(drafting.step, step.trigger, candidates_K, logprobs_K.tolist(), [], -1)
+
+    def choose(reserved_KR: torch.Tensor) -> int:
+        scores_K = (reserved_KR.float().softmax(-1).cpu() @ bins(reserved_KR.shape[-1])).numpy()  # Eq. 5
+        leaf = int(np.argmax(scores_K / selection.temperature + selection.prior_weight * logprobs_K))
+        decision.scores_K, decision.chosen = scores_K.tolist(), candidates_K[leaf]
+        return leaf
+
+    drafting.usage.leaves += len(candidates_K)
+    following = yield drafting.feed(drafting.at, candidates_K, ahead=1, choose=choose)
+    drafting.decisions.append(decision)
+    return decision, following
+
+
+def generate_multiplex(
+    cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], multiplex: Multiplex, embed: Embed
+) -> Row:
+    """Multiplex Thinking: draw `width` tokens with replacement, record the first, feed the mean of their embeddings,
+    weighted by probability or not; ordinary sampling once the entropy stayed low for `patience` steps."""
+    drafting = _Drafting(cached, prefix, sampling, end_ids, support=sampling.support or SUPPORT)
+    step = yield drafting.read_prefix()
+    certain = 0
+    while True:
+        certain = certain + 1 if step.entropy < multiplex.entropy else 0
+        if certain >= multiplex.patience:
+            break
+        logprobs_V = (step.logits_V.double() / multiplex.temperature).log_softmax(-1)
+        noise_K = uniforms(sampling.seed, drafting.step, multiplex.width, "multiplex")
+        cumulative_V = logprobs_V.exp().cumsum(-1).cpu().numpy()
+        drawn_K = np.searchsorted(cumulative_V, noise_K * cumulative_V[-1], side="right")
+        weights_K = logprobs_V[drawn_K].exp() if multiplex.weighted else torch.ones(len(drawn_K))
+        mean_H = (weights_K / weights_K.sum()).to(step.logits_V) @ embed(drawn_K.tolist()).to(step.logits_V)
+        if finish := drafting.add(int(drawn_K[0]), step):
+            return drafting.draft(finish)
+        step = yield drafting.feed(drafting.at - 1, drafting.ids[-1:], embedding=mean_H)
+    while not (finish := drafting.add(step.token, step)):
+        step = yield drafting.read_last()
+    return drafting.draft(finish)
+
+
+def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Row:
+    """Log-probabilities of given ids along given tokens; returns Scores."""
+    count = len(ids_TN)
+    first = min(cached, start - 1)
+    fed = tokens[first : start + count - 1]
+    ids = torch.as_tensor(ids_TN.astype(np.int64))
+
+    def read(_: torch.Tensor, logits_TV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        logprobs_TN = torch.cat(
+            [
+                logits.float().log_softmax(-1).gather(-1, wanted.to(logits.device))
+                for logits, wanted in zip(logits_TV.split(STRETCH), ids.split(STRETCH), strict=True)
+            ]
+        )
+        return logprobs_TN.cpu().numpy(), logits_TV.argmax(-1).cpu().numpy()
+
+    logprobs_TN, argmax_T = yield Feed(first, fed, read=read, reads=count)
+    return Scores(logprobs_TN, argmax_T, Usage(prefill=len(fed), forwards=1))
+
+
+def select(cached: int, prefix: list[int], candidates_K: list[int]) -> Row:
+    """The reserved rows' logits after each candidate, [K, R] float32."""
+    if cached < len(prefix):
+        yield Feed(cached, prefix[cached:], read=lambda hidden_TH, logits_TV: None)
+    seen: list[np.ndarray] = []
+
+    def choose(reserved_KR: torch.Tensor) -> int:
+        seen.append(reserved_KR.float().cpu().numpy())
+        return 0
+
+    yield Feed(len(prefix), candidates_K, choose=choose)
+    return seen[0]
+
+
+def features(cached: int, tokens: list[int], start: int, count: int, embed: Embed) -> Row:
+    """R2R's router inputs for the steps that wrote tokens[start:]: [T, H + H + count] float32."""
+    first = min(cached, start - 1)
+    steps = len(tokens) - start
+
+    def read(hidden_TH: torch.Tensor, logits_TV: torch.Tensor) -> np.ndarray:
+        top_TN = logits_TV.topk(count, dim=-1).values
+        parts = [hidden_TH, embed(tokens[start:]), top_TN]
+        return torch.cat([part.float() for part in parts], dim=-1).cpu().numpy()
+
+    return (yield Feed(first, tokens[first:-1], read=read, reads=steps))

@@ -1,0 +1,169 @@
+"""From shards to training batches: trajectories with their labelled groups, the split by prompt, and the order of batches.
+
+Everything here is a pure function of the shards and a seed, so every worker, and a worker that starts again, sees the same
+trajectories and the same batches. It knows nothing of models or Ray.
+
+Axes: _T output step, _G group (a kept step), _K candidate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from s2t_models.training.tree import Tree, TreeBatch, pack
+
+#: Batches are made of trajectories of like length: this many batches at a time are drawn at random, then sorted.
+POOL = 16
+NO_CANDIDATE = -1e9
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One shard row. `tree` holds tokens and candidates; `by_kl_G` says which groups are top steps by KL."""
+
+    uid: str
+    prompt: str
+    tree: Tree
+    kl_T: np.ndarray
+    entropy_T: np.ndarray
+    by_kl_G: np.ndarray
+    slm_logprobs_GK: np.ndarray
+    teacher_logprobs_GK: np.ndarray
+
+    def keeping(self, groups: np.ndarray) -> Trajectory:
+        """With the groups of a boolean mask alone."""
+        tree = replace(
+            self.tree, prefixes_G=self.tree.prefixes_G[groups], candidates_GK=self.tree.candidates_GK[groups]
+        )
+        return replace(
+            self,
+            tree=tree,
+            by_kl_G=self.by_kl_G[groups],
+            slm_logprobs_GK=self.slm_logprobs_GK[groups],
+            teacher_logprobs_GK=self.teacher_logprobs_GK[groups],
+        )
+
+
+def trajectories(table: pa.Table) -> list[Trajectory]:
+    """The whole rows of a shard table with at least one output token, in order; rows with an error are left out."""
+    rows = table.filter(table["error"].is_null())
+    return [_trajectory(row) for row in rows.to_pylist() if row["output_ids"]]
+
+
+def _trajectory(row: dict) -> Trajectory:
+    kept, prompt = row["kept"], len(row["prompt_ids"])
+    width = max((len(step["candidates_K"]) for step in kept), default=1)
+
+    def padded(key: str, filler: float, kind: type) -> np.ndarray:
+        out: np.ndarray = np.full((len(kept), width), filler, dtype=kind)
+        for group, step in enumerate(kept):
+            out[group, : len(step[key])] = step[key]
+        return out
+
+    tree = Tree(
+        tokens=np.array(row["prompt_ids"] + row["output_ids"], dtype=np.int64),
+        prompt=prompt,
+        prefixes_G=np.array([prompt + step["step"] for step in kept], dtype=np.int64),
+        candidates_GK=padded("candidates_K", -1, np.int64),
+    )
+    return Trajectory(
+        uid=row["uid"],
+        prompt=row["prompt"],
+        tree=tree,
+        kl_T=np.array(row["kl_T"], dtype=np.float32),
+        entropy_T=np.array(row["entropy_T"], dtype=np.float32),
+        by_kl_G=np.array([step["by_kl"] for step in kept], dtype=bool),
+        slm_logprobs_GK=padded("slm_logprobs_K", NO_CANDIDATE, np.float32),
+        teacher_logprobs_GK=padded("teacher_logprobs_K", NO_CANDIDATE, np.float32),
+    )
+
+
+def split_by_prompt(data: Sequence[Trajectory], share: float, seed: int) -> tuple[list[Trajectory], list[Trajectory]]:
+    """(training, validation): all trajectories of a prompt are on one side, `share` of the prompts on the second.
+
+    Who goes where depends on prompt text and seed alone, not on the order of rows.
+    """
+    prompts = sorted({item.prompt for item in data}, key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest())
+    held_out = set(prompts[: max(1, round(share * len(prompts)))])
+    training = [item for item in data if item.prompt not in held_out]
+    return training, [item for item in data if item.prompt in held_out]
+
+
+def decisive(item: Trajectory, min_margin: float) -> Trajectory:
+    """Without the groups whose teacher margin p(best) - p(second) is below `min_margin` (D.4, mode drop)."""
+    ordered_GK = np.sort(np.exp(item.teacher_logprobs_GK), axis=1)
+    second_G = ordered_GK[:, -2] if ordered_GK.shape[1] > 1 else 0.0
+    return item.keeping(ordered_GK[:, -1] - second_G >= min_margin)
+
+
+class BatchOrder:
+    """Which trajectories make up the batch of a step: every one at most once an epoch (what fills no batch is left out), in batches
+    of like length (little padding), shuffled; the same for the same seed whoever asks."""
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
+        self.lengths = np.asarray(lengths)
+        self.batch, self.seed = batch, seed
+        self.per_epoch = max(len(self.lengths) // batch, 1)
+        self._epoch = -1
+        self._batches: list[np.ndarray] = []
+
+    def __call__(self, step: int) -> np.ndarray:
+        """Indices of the batch of `step` (from 0), longest first."""
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._make(epoch)
+        return self._batches[place]
+
+    def _make(self, epoch: int) -> list[np.ndarray]:
+        rng = np.random.default_rng([self.seed, epoch])
+        shuffled = np.resize(rng.permutation(len(self.lengths)), max(len(self.lengths), self.batch))
+        shuffled = shuffled[: self.per_epoch * self.batch]
+        batches: list[np.ndarray] = []
+        for start in range(0, len(shuffled), POOL * self.batch):
+            pool = shuffled[start : start + POOL * self.batch]
+            pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
+            batches += np.split(pool, len(pool) // self.batch)
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A packed batch with the labels of its groups, on one device."""
+
+    packed: TreeBatch
+    candidates_GK: torch.Tensor
+    valid_GK: torch.Tensor
+    by_kl_G: torch.Tensor
+    slm_logprobs_GK: torch.Tensor
+    teacher_logprobs_GK: torch.Tensor
+
+
+def collate(items: Sequence[Trajectory], device: torch.device, leaves: bool = True) -> Labels:
+    """Pack trajectories; without `leaves` the trajectories alone, with the same groups and labels."""
+    trees = [item.tree for item in items]
+    if not leaves:
+        trees = [replace(tree, candidates_GK=np.zeros((len(tree.prefixes_G), 0), dtype=np.int64)) for tree in trees]
+    width = max(item.tree.candidates_GK.shape[1] for item in items)
+
+    def joined(parts: list[np.ndarray], filler: float) -> torch.Tensor:
+        filled = [
+            np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=part.dtype.type(filler))
+            for part in parts
+        ]
+        return torch.from_numpy(np.concatenate(filled)).to(device)
+
+    candidates_GK = joined([item.tree.candidates_GK for item in items], -1)
+    return Labels(
+        packed=pack(trees).to(device),
+        candidates_GK=candidates_GK,
+        valid_GK=candidates_GK >= 0,
+        by_kl_G=torch.from_numpy(np.concatenate([item.by_kl_G for item in items])).to(device),
+        slm_logprobs_GK=joined([item.slm_logprobs_GK for item in items], NO_CANDIDATE),
+        teacher_logprobs_GK=joined([item.teacher_logprobs_GK for item in items], NO_CANDIDATE),
+    )
