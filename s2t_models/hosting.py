@@ -1,94 +1,124 @@
-"""What a recipe hosts: its engines, the thresholds of its policies, and that all of it belongs together.
+"""What a recipe hosts, resolved and checked once: its engines, the thresholds of its policies, R2R's router.
 
-It reads folders and hashes; it knows nothing of Ray or HTTP.
+It reads folders and hashes; it knows nothing of engines' code, policies, Ray or HTTP.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
-from s2t_models.engines.contract import Engine
-from s2t_models.policies import Thresholds
 from s2t_models.recipe import Model, Recipe, RecipeError
 from s2t_models.reserved import reserved_rows
-from s2t_models.router import SETTINGS
+from s2t_models.router import SETTINGS, WEIGHTS
+
+#: What triggers compare with ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of calibration steps.
+Thresholds = Mapping[str, Mapping[float, float]]
+#: The engine that holds the artifact.
+LOCAL = "s2t-local"
 
 
 @dataclass(frozen=True)
 class Hosted:
-    """One engine: a model with the reserved ids it must not generate, or the S2T-Local artifact in a folder (which
-    knows its own), on the device and slots of `settings`. Local paths are absolute: replicas run in other folders."""
+    """One engine: a model with the reserved ids it must not generate, or the S2T-Local artifact in a folder (which knows its own), on
+    the device and slots of `settings`; `router` is the folder of R2R's router, which runs beside the SLM. Local paths are absolute:
+    replicas run in other folders."""
 
     name: str
     settings: Model
     reserved_ids: tuple[int, ...] = ()
     artifact: Path | None = None
+    router: Path | None = None
 
-    def load(self) -> Engine:
-        """The torch engine, with its weights."""
-        from s2t_models.engines.torch.engine import TorchEngine
-
-        if self.artifact:
-            return TorchEngine.load_artifact(Artifact.load(self.artifact), self.settings, self.name)
-        return TorchEngine.load(self.settings, self.name, self.reserved_ids)
+    @property
+    def router_hash(self) -> str | None:
+        """sha256 of the router's weights, where there is a router."""
+        return loading.file_hash(self.router / WEIGHTS) if self.router else None
 
 
-def hosted(recipe: Recipe) -> dict[str, Hosted]:
-    """The recipe's engines by name: slm, teacher, s2t-local where there is an artifact, and each further checkpoint.
+@dataclass(frozen=True)
+class Hosting:
+    """A recipe and what it hosts. `digest` is that of the recipe as it was given."""
 
-    Raises RecipeError where a folder is missing, or tokenizers or weights do not belong together.
+    recipe: Recipe
+    digest: str
+    slm: Hosted
+    engines: Mapping[str, Hosted]
+    thresholds: Thresholds = field(default_factory=dict)
+
+    @property
+    def tokenizer(self) -> Model:
+        """The SLM's settings, whose tokenizer every engine shares."""
+        return self.slm.settings
+
+    def only(self, names: Collection[str]) -> Hosting:
+        """With no other engines than those named."""
+        return replace(self, engines={name: engine for name, engine in self.engines.items() if name in names})
+
+
+def host(recipe: Recipe) -> Hosting:
+    """Resolve a recipe: slm, teacher, s2t-local where there is an artifact, and each further checkpoint.
+
+    Raises RecipeError where a folder is missing, or tokenizers, weights or thresholds do not belong together.
     """
-    tokenizer = loading.tokenizer_hash(recipe.slm)
-    slm, reserved = _absolute(recipe.slm), reserved_rows(recipe)
-    engines = [Hosted("slm", slm, reserved), Hosted("teacher", _absolute(recipe.teacher), reserved)]
+    engines = pair(recipe)
+    slm = engines["slm"]
     for name, path in recipe.checkpoints.items():
         checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
-        engines.append(Hosted(name, _absolute(checkpoint), reserved))
-    for engine in engines:
-        if loading.tokenizer_hash(engine.settings) != tokenizer:
-            raise RecipeError(
-                f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}; "
-                "models that work together share one"
-            )
+        engines[name] = Hosted(name, _absolute(checkpoint), slm.reserved_ids)
+        _check_tokenizer(engines[name], recipe)
     if recipe.artifact:
-        artifact = _artifact(recipe)
-        engines.append(Hosted("s2t-local", slm, artifact=artifact.folder.resolve()))
-    return {engine.name: engine for engine in engines}
+        engines[LOCAL] = Hosted(LOCAL, slm.settings, artifact=_artifact(recipe).folder.resolve())
+    if recipe.router.path is not None:
+        engines["slm"] = replace(slm, router=_router(recipe, Path(recipe.router.path)))
+    return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe))
 
 
-def thresholds(recipe: Recipe) -> Thresholds:
+def pair(recipe: Recipe) -> dict[str, Hosted]:
+    """The SLM and the teacher alone, as collecting needs them. Raises RecipeError where they do not belong together."""
+    reserved = reserved_rows(recipe)
+    engines = {name: Hosted(name, _absolute(getattr(recipe, name)), reserved) for name in ("slm", "teacher")}
+    _check_tokenizer(engines["teacher"], recipe)
+    return engines
+
+
+def _check_tokenizer(engine: Hosted, recipe: Recipe) -> None:
+    if loading.tokenizer_hash(engine.settings) != loading.tokenizer_hash(recipe.slm):
+        raise RecipeError(
+            f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}; "
+            "models that work together share one"
+        )
+
+
+def _thresholds(recipe: Recipe) -> Thresholds:
     """Those of the artifact, and for KL and entropy those of `trigger.calibration` where it is set.
 
-    An artifact's KL thresholds hold for the teacher and the divergence they were calibrated with, and are left out beside
-    another. Raises RecipeError where either is missing or was made for another SLM.
-    """
-    found: dict[str, dict[str, float]] = {}
+    An artifact's KL thresholds hold for the teacher and the divergence they were calibrated with, and are left out beside another."""
+    found: dict[str, dict[float, float]] = {}
     if recipe.artifact:
         card = _artifact(recipe).card
         calibrated = (card.provenance.get("teacher_weights"), card.provenance.get("divergence"))
         same_kl = calibrated == (loading.weights_hash(recipe.teacher), str(recipe.divergence))
-        found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_kl}
+        found = {
+            metric: {float(budget): value for budget, value in card.thresholds[metric].items()}
+            for metric in card.thresholds
+            if metric != "kl" or same_kl
+        }
     if recipe.trigger.calibration:
         found |= _calibration(recipe, Path(recipe.trigger.calibration))
     return found
 
 
-def with_router(recipe: Recipe) -> Recipe:
-    """The recipe with R2R's router, where it has one, as an absolute path. Raises RecipeError where there is none, or
-    it was trained for another SLM."""
-    if recipe.router.path is None:
-        return recipe
-    path = Path(recipe.router.path)
+def _router(recipe: Recipe, path: Path) -> Path:
     if not (path / SETTINGS).is_file():
         raise RecipeError(f"router.path: {path} holds no router; `s2t distil --objective router` trains one")
     _same_weights("router.path", path, "SLM", read_provenance(path).get("base_weights"), recipe.slm)
-    router = recipe.router.model_copy(update={"path": str(path.resolve())})
-    return recipe.model_copy(update={"router": router})
+    return path.resolve()
 
 
 def _artifact(recipe: Recipe) -> Artifact:
@@ -100,7 +130,7 @@ def _artifact(recipe: Recipe) -> Artifact:
     _same_weights("artifact", artifact.folder, "SLM", card.provenance.get("base_weights"), recipe.slm)
     for key, trained, here in (
         ("distil.temperature", card.temperature, recipe.distil.temperature),
-        ("policies.local_prior_weight", card.prior_weight, recipe.policies.local_prior_weight),
+        ("policies.local.prior_weight", card.prior_weight, recipe.policies.local.prior_weight),
     ):
         if trained != here:
             raise RecipeError(
@@ -127,7 +157,7 @@ def calibration(path: Path) -> dict[str, Any]:
     return content
 
 
-def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[str, float]]:
+def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[float, float]]:
     content = calibration(path)
     _same_weights("trigger.calibration", path, "SLM", content.get("slm"), recipe.slm)
     _same_weights("trigger.calibration", path, "teacher", content.get("teacher"), recipe.teacher)
@@ -136,7 +166,7 @@ def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[str, float]]:
             f"trigger.calibration: {path} holds thresholds of {content.get('divergence')}, the recipe's divergence is "
             f"{recipe.divergence}; collect with this one"
         )
-    return {metric: content[metric] for metric in ("kl", "entropy")}
+    return {metric: {float(budget): value for budget, value in content[metric].items()} for metric in ("kl", "entropy")}
 
 
 def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: Model) -> None:

@@ -89,6 +89,11 @@ def tokenizer_hash(settings: Model) -> str:
     return _hash(tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()))
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of one file."""
+    return _hash((path,))
+
+
 def _hash(paths: tuple[Path, ...]) -> str:
     return _hash_as_of(tuple((path, path.stat().st_mtime_ns) for path in paths))
 

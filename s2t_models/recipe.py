@@ -40,6 +40,7 @@ class Model(Settings):
     """Where a model's weights are: a folder, a hub name with its revision, or `embedded:slm` / `embedded:teacher`."""
 
     path: str
+    engine: str = "torch"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -77,11 +78,13 @@ class Candidates(Settings):
 
 
 class Trigger(Settings):
-    """When a step counts as critical. `threshold` null: from `calibration` at the recipe's budget."""
+    """When a step counts as critical. `threshold` null: from `calibration` at the recipe's budget. `head_threshold` is one for the
+    trigger head, as a probability: S2T-Local then triggers wherever the head says so, at whatever budget that comes to."""
 
     metric: Literal["kl", "entropy", "random"] = "kl"
     threshold: float | None = None
     calibration: str | None = None
+    head_threshold: float | None = Field(None, gt=0, lt=1)
     warmup: int = Field(0, ge=0)
 
 
@@ -153,28 +156,60 @@ class TriggerHead(Settings):
     seed: int = 42
 
 
+class SamplerSettings(Settings):
+    """How a policy draws tokens unless the request says otherwise; temperature 0 is greedy, `top_k` 0 leaves it out."""
+
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+
+class LocalSettings(Settings):
+    """S2T-Local. `prior_weight` w > 0 keeps the SLM's own ranking in play beside the score; 0 is the paper's rule."""
+
+    prior_weight: float = Field(0.0, ge=0)
+
+
+class MajoritySettings(Settings):
+    """Maj@n as it is listed; any n can be asked for by name."""
+
+    votes: int = Field(8, ge=1, le=128)
+
+
+class SpecReasonSettings(Settings):
+    """SpecReason. A step ends at `delimiter` (a blank line in the published code) or after `step_tokens`; it is accepted at a score
+    of `accept` or more. `score` is the likeliest digit, or the mean over the ten digits' probabilities."""
+
+    accept: int = Field(7, ge=0, le=9)
+    delimiter: str = Field("\n\n", min_length=1)
+    step_tokens: Count = 512
+    score: Literal["greedy", "expected"] = "greedy"
+    sampler: SamplerSettings = SamplerSettings(temperature=0.6, top_p=0.95)
+
+
+class MultiplexSettings(Settings):
+    """Multiplex Thinking: each input is the mean embedding of `width` draws until the text turns certain.
+
+    After `patience` steps in a row with an entropy below `entropy` nats, decoding goes on with ordinary sampling."""
+
+    width: Count = 3
+    temperature: float = Field(1.0, gt=0)
+    weighted: bool = True
+    entropy: float = Field(0.1, ge=0)
+    patience: Count = 256
+
+
 class Policies(Settings):
-    """Settings of the policies that have some, with the published defaults."""
+    """What policies share (`chunk`: the longest draft that is judged at once) and what each has of its own, with the published
+    defaults. `sample` also draws the samples of maj@n and what Multiplex goes on with."""
 
     chunk: Count = 16
-    sample_temperature: float = Field(0.7, gt=0)
-    sample_top_p: float = Field(0.8, gt=0, le=1)
-    sample_top_k: int = Field(20, ge=0)
-    llm_temperature: float = Field(0.6, gt=0)
-    llm_top_p: float = Field(0.95, gt=0, le=1)
-    votes: int = Field(8, ge=1, le=128)
-    local_prior_weight: float = Field(0.0, ge=0)
-    specreason_accept: int = Field(7, ge=0, le=9)
-    specreason_delimiter: str = Field("\n\n", min_length=1)
-    specreason_step_tokens: Count = 512
-    specreason_temperature: float = Field(0.6, gt=0)
-    specreason_top_p: float = Field(0.95, gt=0, le=1)
-    specreason_score: Literal["greedy", "expected"] = "greedy"
-    multiplex_width: Count = 3
-    multiplex_temperature: float = Field(1.0, gt=0)
-    multiplex_weighted: bool = True
-    multiplex_entropy: float = Field(0.1, ge=0)
-    multiplex_patience: Count = 256
+    sample: SamplerSettings = SamplerSettings(temperature=0.7, top_p=0.8, top_k=20)
+    llm_sample: SamplerSettings = SamplerSettings(temperature=0.6, top_p=0.95)
+    majority: MajoritySettings = MajoritySettings()
+    local: LocalSettings = LocalSettings()
+    specreason: SpecReasonSettings = SpecReasonSettings()
+    multiplex: MultiplexSettings = MultiplexSettings()
 
 
 class Router(Settings):

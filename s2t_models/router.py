@@ -83,9 +83,10 @@ class Router(nn.Module):
         return self.leave(self.norm(self.blocks(self.enter(joined)))).squeeze(-1)
 
     @torch.no_grad()
-    def probabilities(self, inputs_TF: np.ndarray) -> np.ndarray:
-        """p(divergent) per step, [T] float32."""
-        return self.eval()(torch.from_numpy(np.ascontiguousarray(inputs_TF))).sigmoid().numpy()
+    def probabilities(self, inputs_TF: torch.Tensor | np.ndarray) -> np.ndarray:
+        """p(divergent) per step, [T] float32, computed on the router's own device."""
+        inputs_TF = torch.as_tensor(inputs_TF, dtype=torch.float32, device=self.leave.weight.device)
+        return self.eval()(inputs_TF).sigmoid().cpu().numpy()
 
 
 def recall_threshold(probabilities_T: np.ndarray, labels_T: np.ndarray, recall: float) -> float:
@@ -155,10 +156,15 @@ def save_router(router: Router, folder: Path) -> None:
     (folder / SETTINGS).write_text(json.dumps(asdict(router.settings), indent=2) + "\n")
 
 
-def load_router(folder: Path) -> Router:
-    """Read what `save_router` wrote. Raises FileNotFoundError with one line where there is no router."""
+def read_settings(folder: Path) -> RouterSettings:
+    """Sizes and threshold of a saved router. Raises FileNotFoundError with one line where there is no router."""
     if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"{folder}: holds no router; train one with the distil pipeline")
-    router = Router(RouterSettings(**json.loads((folder / SETTINGS).read_text())))
+    return RouterSettings(**json.loads((folder / SETTINGS).read_text()))
+
+
+def load_router(folder: Path) -> Router:
+    """Read what `save_router` wrote. Raises FileNotFoundError with one line where there is no router."""
+    router = Router(read_settings(folder))
     router.load_state_dict(load_file(folder / WEIGHTS))
     return router.eval()

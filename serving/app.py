@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 import urllib.request
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from serving import cluster
 if TYPE_CHECKING:
     from ray.serve import Application
 
-    from s2t_models.hosting import Hosted
+    from s2t_models.hosting import Hosted, Hosting
 
 #: The application that answers at the root; one of another name answers below it.
 NAME = "s2t"
@@ -37,19 +37,18 @@ MAX_ONGOING_REQUESTS = 4096
 QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 
 
-def build(recipe: Recipe, only: Collection[str] | None = None) -> Application:
-    """The recipe as a Serve application, with all its engines or those named in `only`. Raises RecipeError with one line
-    where its parts do not fit together."""
+def build(hosting: Hosting) -> Application:
+    """What a recipe hosts as a Serve application. Raises RecipeError where a model asks for an engine that there is not."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from s2t_models.hosting import hosted, thresholds, with_router
+    from s2t_models.engines.load import kind
     from serving.engine_deployment import EngineDeployment
     from serving.gateway import Gateway
 
     quiet = LoggingConfig(**QUIET)
 
-    def deployment(kind: type, name: str, replicas: int, cpus: float, gpus: float) -> serve.Deployment:
+    def deployment(actor: type, name: str, replicas: int, cpus: float, gpus: float) -> serve.Deployment:
         return serve.deployment(
             name=name,
             num_replicas=replicas,
@@ -57,37 +56,38 @@ def build(recipe: Recipe, only: Collection[str] | None = None) -> Application:
             max_ongoing_requests=MAX_ONGOING_REQUESTS,
             max_constructor_retry_count=1,
             logging_config=quiet,
-        )(kind)
+        )(actor)
 
-    engines = hosted(recipe)
     handles = {}
-    for name, engine in _chosen(engines, only).items():
+    for name, engine in hosting.engines.items():
+        kind(engine)
         model = engine.settings
         engine_deployment = deployment(EngineDeployment, name, model.num_replicas, model.num_cpus, model.num_gpus)
         handles[name] = engine_deployment.bind(engine)
-    gateway = deployment(Gateway, "gateway", recipe.serving.gateway_replicas, 0, 0)
-    return gateway.bind(with_router(recipe), recipe.digest(), engines["slm"].settings, thresholds(recipe), handles)
+    gateway = deployment(Gateway, "gateway", hosting.recipe.serving.gateway_replicas, 0, 0)
+    return gateway.bind(hosting, handles)
 
 
 def app(args: dict[str, Any]) -> Application:
     """`serve run serving.app:app recipe=FILE`, or `import_path: serving.app:app` with `args: {recipe, set}`."""
-    return build(load_recipe(args["recipe"], args.get("set", ())))
+    from s2t_models.hosting import host
+
+    return build(host(load_recipe(args["recipe"], args.get("set", ()))))
 
 
-def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = None, name: str = NAME) -> str:
-    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `only` names
-    the engines that are wanted (all), `name` the application.
+def run(hosting: Hosting, blocking: bool = True, name: str = NAME) -> str:
+    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `name` is the
+    application's.
 
     Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
-    cluster too small, an engine does not start, or the recipe's parts do not fit together.
+    cluster too small, or an engine does not start.
     """
     import ray
     from ray import serve
 
-    from s2t_models.hosting import hosted
-
-    application = build(recipe, only)
-    demand = _demand(_chosen(hosted(recipe), only))
+    recipe = hosting.recipe
+    application = build(hosting)
+    demand = _demand(hosting.engines)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     own_cluster = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
     if own_cluster:
@@ -110,7 +110,7 @@ def run(recipe: Recipe, blocking: bool = True, only: Collection[str] | None = No
         if blocking:
             if serving_already:
                 undo.callback(serve.delete, name)
-            print(_screen(recipe, url), flush=True)
+            print(_screen(hosting, url), flush=True)
             _wait()
         else:
             undo.pop_all()
@@ -124,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work() -> None:
-        run(load_recipe(options.recipe, options.set))
+        from s2t_models.hosting import host
+
+        run(host(load_recipe(options.recipe, options.set)))
 
     return run_command("serve", work, resumes=False)
 
@@ -154,25 +156,20 @@ def _last_line(message: str) -> str:
     return message.strip().rsplit("\n", 1)[-1]
 
 
-def _screen(recipe: Recipe, url: str) -> str:
+def _screen(hosting: Hosting, url: str) -> str:
     """What a user needs to know once it runs."""
-    from s2t_models.hosting import hosted, thresholds
-    from serving.gateway import servable
+    from s2t_models.policies import offer
 
-    names = list(servable(recipe, thresholds(recipe), set(hosted(recipe))))
+    names = list(offer(hosting)[0])
     body = {"model": names[0], "messages": [{"role": "user", "content": "What is 3 + 4 * 5?"}]}
     return "\n".join(
         [
-            f"endpoint  {url}  (recipe {recipe.name}; Ctrl-C stops it)",
+            f"endpoint  {url}  (recipe {hosting.recipe.name}; Ctrl-C stops it)",
             f"models    {', '.join(names)}",
             f"try       curl {url}/chat/completions -H 'Content-Type: application/json' \\",
             f"            -d '{json.dumps(body)}'",
         ]
     )
-
-
-def _chosen(engines: Mapping[str, Hosted], only: Collection[str] | None) -> dict[str, Hosted]:
-    return {name: engine for name, engine in engines.items() if only is None or name in only}
 
 
 def _demand(engines: Mapping[str, Hosted]) -> dict[str, float]:

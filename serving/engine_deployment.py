@@ -15,19 +15,22 @@ from s2t_models.engines.contract import (
     ContextOverflow,
     Draft,
     ModelCard,
-    Multiplex,
+    Routed,
     Sampling,
     Scores,
+    Selected,
     Selection,
 )
+from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
+from s2t_models.recipe import MultiplexSettings
 
 
 class EngineDeployment:
     """Hosts one engine in each replica."""
 
     def __init__(self, hosted: Hosted) -> None:
-        self._engine = hosted.load()
+        self._engine = load(hosted)
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """The engine's answer. A call that does not fit the context is answered with the exception as a value: Serve
@@ -39,7 +42,8 @@ class EngineDeployment:
 
 
 class RemoteEngine:
-    """The engine contract over a handle. Raises what the engine raises."""
+    """The engine contract, with all that an engine may have beyond the core, over a handle. Raises what the engine raises; what the
+    engine can do its card says."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         # Over gRPC: for the many small calls of collaborative decoding, Serve's way through Ray's actor calls costs more
@@ -58,17 +62,23 @@ class RemoteEngine:
     async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
         return await self._call("score", tokens, start, ids_TN)
 
-    async def select(self, prefix: list[int], candidates_K: list[int]) -> np.ndarray:
+    async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
         return await self._call("select", prefix, candidates_K)
 
     async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
         return await self._call("generate_selecting", prefix, sampling, selection)
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: Multiplex) -> Draft:
-        return await self._call("generate_multiplex", prefix, sampling, multiplex)
+    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft:
+        return await self._call("generate_multiplex", prefix, sampling, settings)
+
+    async def route(self, tokens: list[int], start: int) -> Routed:
+        return await self._call("route", tokens, start)
 
     async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
         return await self._call("features", tokens, start, support)
+
+    def close(self) -> None:
+        """Nothing to free here: the engine ends with its deployment."""
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         answer = await self._handle.call.remote(method, arguments)

@@ -23,10 +23,10 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from s2t_models.engines.contract import ContextOverflow, ModelCard
+from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
-from s2t_models.policies import PolicyError, Thresholds, base, policies
+from s2t_models.policies import PolicyError, base, lacking, offer
 from s2t_models.policies import policy as policy_named
-from s2t_models.recipe import Model, Recipe
 from serving import openai_protocol as api
 from serving.engine_deployment import RemoteEngine
 
@@ -34,12 +34,6 @@ log = logging.getLogger("ray.serve")
 # `serve.ingress` pickles the app where it decorates the class, before this module is whole: routes see only names
 # defined above it, and their annotations have to be objects, not the strings of `from __future__ import annotations`.
 app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None, openapi_url=None)
-
-
-def servable(recipe: Recipe, thresholds: Thresholds, engines: set[str]) -> dict[str, base.Policy]:
-    """The recipe's policies whose engines are all there."""
-    found = policies(recipe, thresholds)
-    return {name: found[name] for name in found if engines.issuperset(found[name].needs)}
 
 
 async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:
@@ -80,30 +74,22 @@ async def no_such_route(request: Request, error: HTTPException) -> Response:
 
 @serve.ingress(app)
 class Gateway:
-    """`digest` is that of the recipe as it was given; `tokenizer` is the SLM, whose tokenizer every engine shares; `engines` maps an engine's name to its handle.
+    """`engines` maps an engine's name to its handle. Every engine shares the SLM's tokenizer.
 
     The models listed are the policies with the recipe's settings; one with others in its name (s2t@0.05, maj@3) is
     made when it is asked for."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        digest: str,
-        tokenizer: Model,
-        thresholds: Thresholds,
-        engines: dict[str, DeploymentHandle],
-    ) -> None:
-        self._recipe = recipe
-        self._digest = digest
-        self._thresholds = thresholds
-        self._tokenizer = load_tokenizer(tokenizer)
+    def __init__(self, hosting: Hosting, engines: dict[str, DeploymentHandle]) -> None:
+        self._hosting = hosting
+        self._recipe = hosting.recipe
+        self._tokenizer = load_tokenizer(hosting.tokenizer)
         self._remote = {name: RemoteEngine(handle) for name, handle in engines.items()}
         self._engines = base.Engines(
-            by_name=dict(self._remote),
+            by_name={**self._remote},
             decode=self._text,
             encode=lambda text: self._tokenizer.encode(text, add_special_tokens=False),
         )
-        self._policies = servable(recipe, thresholds, set(engines))
+        self._policies, self._refused = offer(hosting)
         self._started = int(time.time())
 
     @app.get("/health")
@@ -132,20 +118,22 @@ class Gateway:
         return {
             "status": "ok",
             "recipe": self._recipe.name,
-            "digest": self._digest,
-            "engines": {
-                name: {"weights": card.weights, "tokenizer": card.tokenizer, "context": card.context}
-                for name, card in cards.items()
-            },
+            "digest": self._hosting.digest,
+            "engines": {name: to_jsonable_python(card) for name, card in cards.items()},
         }
 
     async def _models(self) -> api.ModelList:
-        return api.ModelList(data=[await self._entry(policy) for policy in self._policies.values()])
+        entries = [await self._entry(policy) for policy in self._policies.values()]
+        return api.ModelList(data=entries, unavailable=self._refused)
 
     async def _entry(self, policy: base.Policy) -> api.ModelEntry:
         return api.ModelEntry(
             id=policy.name,
             created=self._started,
+            kind=policy.kind,
+            k=policy.k,
+            budget=policy.budget,
+            votes=policy.votes,
             needs=list(policy.needs),
             context=await self._context(policy),
             settings=to_jsonable_python(
@@ -229,6 +217,7 @@ class Gateway:
             samples=[self._text(ids) for choice in decoded for ids in choice.samples],
             decisions=api.as_decisions(decoded[0].decisions) if request.s2t.decisions else None,
             spans=api.as_spans(decoded[0].spans) if request.s2t.decisions else None,
+            ids=decoded[0].ids if request.s2t.decisions else None,
         )
         return texts, reasons, usage, s2t
 
@@ -254,12 +243,11 @@ class Gateway:
         if name in self._policies:
             return self._policies[name]
         try:
-            found = policy_named(name, self._recipe, self._thresholds)
-            missing = [engine for engine in found.needs if engine not in self._remote]
-            reason = f"{name} needs the engine {', '.join(missing)}, which this recipe does not serve"
+            found = policy_named(name, self._hosting)
+            reason = lacking(found, self._hosting)
         except PolicyError as error:
-            missing, reason = [name], str(error).split("; there are:")[0]
-        if missing:
+            reason = str(error).split("; there are:")[0]
+        if reason is not None:
             message = f"model: {reason}; models here: {', '.join(self._policies)}"
             raise api.ApiError(404, message, param="model", code="model_not_found")
         return found

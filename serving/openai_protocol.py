@@ -43,7 +43,8 @@ class Body(BaseModel):
 
 
 class Extension(Body):
-    """What the answer's `s2t` object shall hold beside the costs: `decisions` adds decisions and spans (n = 1 only)."""
+    """What the answer's `s2t` object shall hold beside the costs: `decisions` adds decisions, spans and token ids
+    (n = 1 only)."""
 
     decisions: bool = False
 
@@ -122,7 +123,7 @@ class TokenUsage(BaseModel):
 class S2T(BaseModel):
     """What the policy did. `usage` is each engine's cost summed over the choices, `seconds` the wall-clock time spent
     decoding, `models` the sha256 of each engine's weights, `samples` the texts voted over (maj@n), `spans` the
-    output's [source, tokens] in order."""
+    output's [source, tokens] in order, `ids` its token ids."""
 
     usage: dict[str, dict[str, int]]
     seconds: float
@@ -130,6 +131,7 @@ class S2T(BaseModel):
     samples: list[str] = []
     decisions: list[dict[str, Any]] | None = None
     spans: list[tuple[str, int]] | None = None
+    ids: list[int] | None = None
 
 
 class ChatChoice(BaseModel):
@@ -167,21 +169,29 @@ class CompletionResponse(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """A policy as a model; `needs` names the engines it calls, `context` counts the tokens of prompt and answer, and
-    `settings` are all that decide what it writes beside the weights: thresholds, candidates, sampling."""
+    """A policy as a model. `kind` is its name without K and budget; these and `votes` are null where they mean nothing to it. `needs`
+    names the engines it calls, `context` counts the tokens of prompt and answer, and `settings` are all that decide what it writes
+    beside the weights: thresholds, candidates, sampling."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "s2t"
+    kind: str
+    k: int | None
+    budget: float | None
+    votes: int | None
     needs: list[str]
     context: int
     settings: dict[str, Any]
 
 
 class ModelList(BaseModel):
+    """`unavailable` says of each policy that is not offered here why."""
+
     object: Literal["list"] = "list"
     data: list[ModelEntry]
+    unavailable: dict[str, str] = {}
 
 
 def read(kind: type[R], body: bytes) -> R:

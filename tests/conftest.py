@@ -61,7 +61,7 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
         reserved_ids=reserved,
         bins=tuple(bins(len(reserved)).tolist()),
         temperature=recipe.distil.temperature,
-        prior_weight=recipe.policies.local_prior_weight,
+        prior_weight=recipe.policies.local.prior_weight,
         trained_prior_weight=recipe.distil.prior_weight,
         thresholds={"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}},
         provenance={
@@ -79,6 +79,7 @@ def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path) -> s
     """The URL (.../v1) of the embedded pair and an untrained artifact, served by real Serve for the whole session."""
     import socket
 
+    from s2t_models.hosting import host
     from s2t_models.recipe import load_recipe
     from serving.app import run
 
@@ -87,4 +88,4 @@ def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path) -> s
         port = probe.getsockname()[1]
     settings = [f"artifact={untrained_artifact}", "checkpoints.kd=embedded:slm", f"serving.port={port}"]
     few = [f"{model}.num_cpus=0.1" for model in ("slm", "teacher")]
-    return run(load_recipe(recipe_path, settings + few), blocking=False)
+    return run(host(load_recipe(recipe_path, settings + few)), blocking=False)

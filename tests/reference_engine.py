@@ -18,18 +18,25 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from s2t_models.candidates import propose
 from s2t_models.engines.contract import (
+    Capability,
+    ContextOverflow,
     Decision,
     Draft,
     ModelCard,
-    Multiplex,
+    Routed,
     Sampling,
     Scores,
+    Selected,
     Selection,
+    Support,
+    Triggered,
     Usage,
 )
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.noise import uniforms
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
+from s2t_models.recipe import MultiplexSettings
+from s2t_models.router import Router
 
 END = 0
 #: What the tiny pair can write: id i + 1 is character i. The ids above are unused, then come the reserved rows.
@@ -46,8 +53,12 @@ def decode(ids: list[int]) -> str:
     return "".join(ALPHABET[token - 1] if 0 < token < TEXT_ROWS else "" for token in ids)
 
 
-def card(name: str, has_selector: bool = False, context: int = 512) -> ModelCard:
-    return ModelCard(name, "weights", "tokenizer", 112, context, (END,), RESERVED, has_selector)
+def card(name: str, *more: Capability, context: int = 512) -> ModelCard:
+    """A card of the tiny pair, with what both engines can do and `more`."""
+    plain: tuple[Capability, ...] = ("entropy", "seeded_noise", "multiplex", "features")
+    return ModelCard(
+        name, "weights", "tokenizer", 112, context, (END,), RESERVED, capabilities=frozenset({*plain, *more})
+    )
 
 
 @dataclass
@@ -90,8 +101,14 @@ def tiny_pair() -> TinyPair:
 class ReferenceEngine:
     """The contract over one model, a forward at a time. `calls` counts the calls by name."""
 
-    def __init__(self, model: Qwen2ForCausalLM, card: ModelCard, head: torch.nn.Module | None = None) -> None:
-        self.model, self._card, self.head = model, card, head
+    def __init__(
+        self,
+        model: Qwen2ForCausalLM,
+        card: ModelCard,
+        head: torch.nn.Module | None = None,
+        router: Router | None = None,
+    ) -> None:
+        self.model, self._card, self.head, self.router = model, card, head, router
         self.calls: dict[str, int] = {}
         self._known: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -118,8 +135,13 @@ class ReferenceEngine:
     def _count(self, name: str) -> None:
         self.calls[name] = self.calls.get(name, 0) + 1
 
+    def close(self) -> None:
+        self._known.clear()
+
     async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
         self._count("generate")
+        if len(prefix) + sampling.max_tokens > self._card.context:
+            raise ContextOverflow("the prefix and what is to be generated do not fit")
         return self._generate(prefix, sampling, None)
 
     async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
@@ -128,61 +150,60 @@ class ReferenceEngine:
 
     def _generate(self, prefix: list[int], sampling: Sampling, selection: Selection | None) -> Draft:
         ids: list[int] = []
-        rows, decisions, usage = [], [], Usage(prefill=len(prefix))
+        rows, decisions, usage, triggered = [], [], Usage(prefill=len(prefix)), None
         while len(ids) < sampling.max_tokens and ids[-1:] != [END]:
             step = sampling.first_step + len(ids)
             hidden_H, _ = self.after(prefix + ids)
             logprobs_V = self.logprobs(prefix + ids)
             order = logprobs_V.argsort(descending=True, stable=True)
-            top = order[: sampling.support or 1]
+            value = self.head(hidden_H[None])[0].item() if self.head is not None else -np.inf
+            stop = sampling.trigger_threshold
+            if stop is not None and value >= stop and step >= sampling.trigger_warmup:
+                top = order[: sampling.trigger_support]
+                triggered = Triggered(value, top.numpy(), logprobs_V[top].numpy())
+                break
+            token = draw(logprobs_V, sampling, float(uniforms(sampling.seed, step, 1)[0]))
+            if selection is not None and value >= selection.threshold and step >= selection.warmup:
+                decision = self._select(prefix + ids, logprobs_V, order[:64], step, value, selection, sampling)
+                decisions.append(decision)
+                usage += Usage(leaves=len(decision.candidates_K))
+                token = decision.chosen
+            top = order[: sampling.support]
             entropy = float(-sum(p * p.log() for p in logprobs_V.exp() if p > 0))
             rows.append((top.numpy(), logprobs_V[top].numpy(), entropy))
-            token = draw(logprobs_V, sampling, float(uniforms(sampling.seed, step, 1)[0]))
-            if selection is not None and self.head is not None:
-                value = self.head(hidden_H[None])[0].item()
-                if value >= selection.threshold and step >= selection.warmup:
-                    decision = self._select(prefix + ids, logprobs_V, order[:64], step, value, selection, sampling)
-                    decisions.append(decision)
-                    token = decision.chosen
             ids.append(token)
             usage += Usage(decode=1, forwards=1)
-        return Draft(
-            ids,
-            "end" if ids[-1] == END else "length",
-            usage,
-            np.array([row[2] for row in rows]),
-            np.stack([row[0] for row in rows]),
-            np.stack([row[1] for row in rows]),
-            decisions,
-        )
+        support = None
+        if sampling.support:
+            columns = list(zip(*rows, strict=True)) or [np.empty((0, sampling.support))] * 2 + [np.empty(0)]
+            support = Support(*(np.array(column) for column in columns))
+        finish = "trigger" if triggered else "end" if ids[-1] == END else "length"
+        return Draft(ids, finish, usage, support, triggered, decisions)
 
     def _select(self, state, logprobs_V, top_N, step, value, selection, sampling) -> Decision:
-        logprobs_N = logprobs_V[top_N].numpy()
-        noise = uniforms(sampling.seed, step, selection.k, "candidates")
-        chosen = propose(logprobs_N, selection.k, selection.method, selection.ratio, noise)
+        settings, logprobs_N = selection.candidates, logprobs_V[top_N].numpy()
+        noise = uniforms(sampling.seed, step, settings.k, "candidates")
+        chosen = propose(logprobs_N, settings.k, settings.method, settings.ratio, noise)
         candidates = [int(token) for token in top_N[torch.from_numpy(chosen)]]
-        scores = []
-        for candidate in candidates:
-            z_R = self.after([*state, candidate])[1][list(self._card.reserved_ids)]
-            scores.append(float(z_R.softmax(-1) @ torch.linspace(0, 1, len(z_R))))
+        scores = [self._score(state, candidate) for candidate in candidates]
         total = np.array(scores) / selection.temperature + selection.prior_weight * logprobs_N[chosen]
         best = candidates[int(np.argmax(total))]
-        return Decision(step, value, candidates, logprobs_N[chosen].tolist(), scores, best)
+        return Decision(step, value, candidates, logprobs_N[chosen].tolist(), scores, total.tolist(), best)
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: Multiplex) -> Draft:
+    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: MultiplexSettings) -> Draft:
         self._count("generate_multiplex")
         embed = self.model.get_input_embeddings()
         inputs = [embed(torch.tensor(token)) for token in prefix]
         ids: list[int] = []
-        low = 0
+        low, certain = 0, False
         while len(ids) < sampling.max_tokens and ids[-1:] != [END]:
             step = sampling.first_step + len(ids)
             with torch.no_grad():
                 logits_V = self._masked(self.model(inputs_embeds=torch.stack(inputs)[None]).logits[0, -1])
             p_V = logits_V.double().softmax(-1)
             low = low + 1 if float(-(p_V * p_V.clamp_min(1e-300).log()).sum()) < multiplex.entropy else 0
-            if low >= multiplex.patience or multiplex.patience < 0:
-                multiplex = Multiplex(patience=-1)
+            certain = certain or low >= multiplex.patience
+            if certain:
                 token = draw(logits_V.log_softmax(-1), sampling, float(uniforms(sampling.seed, step, 1)[0]))
                 ids.append(token)
                 inputs.append(embed(torch.tensor(token)))
@@ -194,7 +215,7 @@ class ReferenceEngine:
             mean = ((weights / weights.sum())[:, None] * embed(torch.tensor(drawn))).sum(0)
             ids.append(drawn[0])
             inputs.append(mean.float())
-        return Draft(ids, "end" if ids[-1] == END else "length", Usage(len(prefix), len(ids), 0, len(ids)), np.empty(0))
+        return Draft(ids, "end" if ids[-1] == END else "length", Usage(len(prefix), len(ids), 0, len(ids)))
 
     async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
         self._count("score")
@@ -204,10 +225,19 @@ class ReferenceEngine:
         argmax_T = np.array([int(row.argmax()) for row in rows])
         return Scores(logprobs_TN, argmax_T, Usage(prefill=len(ids_TN), forwards=1))
 
-    async def select(self, prefix: list[int], candidates_K: list[int]) -> np.ndarray:
+    async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
         self._count("select")
-        rows = list(self._card.reserved_ids)
-        return np.stack([self.after([*prefix, candidate])[1][rows].numpy() for candidate in candidates_K])
+        scores_K = np.array([self._score(prefix, candidate) for candidate in candidates_K])
+        return Selected(scores_K, Usage(leaves=len(candidates_K), forwards=1))
+
+    def _score(self, prefix: list[int], candidate: int) -> float:
+        z_R = self.after([*prefix, candidate])[1][list(self._card.reserved_ids)]
+        return float(z_R.softmax(-1) @ torch.linspace(0, 1, len(z_R)))
+
+    async def route(self, tokens: list[int], start: int) -> Routed:
+        assert self.router is not None
+        inputs_TF = await self.features(tokens, start, self.router.settings.support)
+        return Routed(self.router.probabilities(inputs_TF), Usage(prefill=len(inputs_TF), forwards=1))
 
     async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
         self._count("features")
@@ -241,11 +271,11 @@ def draw(logprobs_V: torch.Tensor, sampling: Sampling, u: float) -> int:
     return kept[-1]
 
 
-def reference_engines(pair: TinyPair) -> Engines:
-    """The pair, and the SLM as an artifact, behind reference engines."""
+def reference_engines(pair: TinyPair, *local: Capability) -> Engines:
+    """The pair, and the SLM as an artifact, behind reference engines; `local` is what the artifact's lists (both ways to select)."""
     slm, teacher = ReferenceEngine(pair.slm, card("slm")), ReferenceEngine(pair.teacher, card("teacher"))
-    local = ReferenceEngine(pair.slm, card("s2t-local", has_selector=True), pair.head)
-    return Engines({"slm": slm, "teacher": teacher, "s2t-local": local}, decode, encode)
+    artifact = ReferenceEngine(pair.slm, card("s2t-local", *(local or ("select", "fused_select"))), pair.head)
+    return Engines({"slm": slm, "teacher": teacher, "s2t-local": artifact}, decode, encode)
 
 
 @contextmanager
@@ -254,7 +284,9 @@ def torch_engines(pair: TinyPair, slots: int = 8) -> Iterator[Engines]:
     running = {
         "slm": TorchEngine(copy.deepcopy(pair.slm), card("slm"), slots),
         "teacher": TorchEngine(copy.deepcopy(pair.teacher), card("teacher"), slots),
-        "s2t-local": TorchEngine(copy.deepcopy(pair.slm), card("s2t-local", has_selector=True), slots, pair.head),
+        "s2t-local": TorchEngine(
+            copy.deepcopy(pair.slm), card("s2t-local", "select", "fused_select"), slots, pair.head
+        ),
     }
     try:
         yield Engines(running, decode, encode)

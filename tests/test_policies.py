@@ -28,8 +28,9 @@ from s2t_models.engines.contract import ContextOverflow, Selection
 from s2t_models.noise import uniforms
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, Span, gather
 from s2t_models.policies.collaborate import Collaborate
-from s2t_models.policies.greedy import Alone
 from s2t_models.policies.local import Local
+from s2t_models.policies.scorers import TeacherScorer
+from s2t_models.policies.single import SingleModel
 from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, RandomTrigger, Trigger
 from s2t_models.recipe import Candidates
 
@@ -148,13 +149,15 @@ def trigger_of(metric: str, threshold: float, tail: str = "bucket") -> Trigger:
     return EntropyTrigger(threshold) if metric == "entropy" else RandomTrigger(threshold)
 
 
-@pytest.mark.parametrize("selects", ["candidates", "vocabulary"])
+@pytest.mark.parametrize("selects", ["candidate", "vocabulary"])
 @pytest.mark.parametrize("metric", ["kl", "entropy", "random"])
 def test_chunks_equal_steps_and_algorithm_1(metric, selects, pair, engines, quantiles):
     interventions = 0
     for threshold in quantiles[metric]:
         candidates = Candidates(k=4, method="multinomial")
-        policy = Collaborate("p", trigger_of(metric, threshold), selects, candidates, support=32, chunk=16)
+        policy = Collaborate(
+            "p", trigger_of(metric, threshold), TeacherScorer(selects), candidates, support=32, chunk=16
+        )
         chunked = run_all(policy, engines)
         stepwise = run_all(replace(policy, chunk=1), engines)
         for prompt, chunks, steps in zip(PROMPTS, chunked, stepwise, strict=True):
@@ -180,7 +183,13 @@ def test_published_variant_equals_algorithm_1(pair, engines, quantiles):
     candidates = Candidates(k=8, method="top_k")
     threshold = quantiles["kl"][1]
     policy = Collaborate(
-        "s2t", DivergenceTrigger(threshold, "renormalised"), "candidates", candidates, 32, chunk=16, warmup=3
+        "s2t",
+        DivergenceTrigger(threshold, "renormalised"),
+        TeacherScorer("candidate"),
+        candidates,
+        32,
+        chunk=16,
+        warmup=3,
     )
     steps = set()
     for prompt, decoded in zip(PROMPTS, run_all(policy, engines), strict=True):
@@ -202,21 +211,23 @@ def test_published_variant_equals_algorithm_1(pair, engines, quantiles):
 
 
 def test_warmup_inside_a_chunk_asks_the_teacher_about_later_steps_only(engines):
-    policy = Collaborate("s2t", DivergenceTrigger(-1.0), "candidates", Candidates(), 32, chunk=8, warmup=5)
+    policy = Collaborate(
+        "s2t", DivergenceTrigger(-1.0), TeacherScorer("candidate"), Candidates(), 32, chunk=8, warmup=5
+    )
     decoded = run(policy, engines, Request(encode("8+5="), 12))
     assert [decision.step for decision in decoded.decisions] == list(range(5, len(decoded.ids)))
 
 
 def test_a_trigger_that_always_fires_gives_the_teachers_text_and_one_that_never_fires_the_slms(engines):
-    always = Collaborate("takeover", DivergenceTrigger(-1.0), "vocabulary", support=32)
+    always = Collaborate("takeover", DivergenceTrigger(-1.0), TeacherScorer("vocabulary"), support=32)
     never = replace(always, trigger=DivergenceTrigger(np.inf))
     for policy, name in ((always, "teacher"), (never, "slm")):
         for prompt, decoded in zip(PROMPTS, run_all(policy, engines), strict=True):
-            assert decoded.ids == run(Alone("alone", name), engines, Request(encode(prompt), LENGTH)).ids
+            assert decoded.ids == run(SingleModel("alone", name), engines, Request(encode(prompt), LENGTH)).ids
 
 
 def test_max_tokens_and_the_end_token(engines, reference, quantiles):
-    policy = Collaborate("s2t", DivergenceTrigger(quantiles["kl"][2]), "candidates", support=32, chunk=16)
+    policy = Collaborate("s2t", DivergenceTrigger(quantiles["kl"][2]), TeacherScorer("candidate"), support=32, chunk=16)
     whole = run_all(policy, engines)
     assert {decoded.finish for decoded in whole} == {"end", "length"}  # the prompts show both
     for max_tokens in (1, 7, 16, 17):
@@ -228,7 +239,9 @@ def test_max_tokens_and_the_end_token(engines, reference, quantiles):
 
 
 def test_dynamic_candidates_are_at_least_the_ratio_as_likely_as_the_first(engines):
-    policy = Collaborate("s2t", RandomTrigger(0.5), "candidates", Candidates(k=32, method="top_k", ratio=0.05), 32)
+    policy = Collaborate(
+        "s2t", RandomTrigger(0.5), TeacherScorer("candidate"), Candidates(k=32, method="top_k", ratio=0.05), 32
+    )
     decisions = [decision for decoded in run_all(policy, engines) for decision in decoded.decisions]
     sizes = {len(decision.candidates_K) for decision in decisions}
     assert len(sizes) > 2
@@ -237,7 +250,7 @@ def test_dynamic_candidates_are_at_least_the_ratio_as_likely_as_the_first(engine
 
 
 def test_decisions_hold_both_models_numbers(reference):
-    policy = Collaborate("s2t", RandomTrigger(0.4), "candidates", Candidates(k=5, method="top_k"), 32)
+    policy = Collaborate("s2t", RandomTrigger(0.4), TeacherScorer("candidate"), Candidates(k=5, method="top_k"), 32)
     prompt = encode("Ada has 12 ")
     decoded = run(policy, reference, Request(prompt, LENGTH))
     assert decoded.decisions
@@ -246,6 +259,7 @@ def test_decisions_hold_both_models_numbers(reference):
         slm, teacher = reference["slm"].logprobs(state), reference["teacher"].logprobs(state)
         np.testing.assert_allclose(decision.logprobs_K, slm[decision.candidates_K], atol=1e-5)
         np.testing.assert_allclose(decision.scores_K, teacher[decision.candidates_K].exp(), atol=1e-5)
+        assert decision.preferences_K == decision.teacher_K == decision.scores_K
         assert decision.argmax == int(teacher.argmax())
         assert decision.chosen == decision.candidates_K[int(np.argmax(decision.scores_K))]
 
@@ -253,7 +267,7 @@ def test_decisions_hold_both_models_numbers(reference):
 def test_usage_counts_one_teacher_forward_a_chunk(pair, quantiles):
     slm, teacher = ReferenceEngine(pair.slm, card("slm")), ReferenceEngine(pair.teacher, card("teacher"))
     engines = Engines({"slm": slm, "teacher": teacher}, decode, encode)
-    policy = Collaborate("s2t", DivergenceTrigger(quantiles["kl"][1]), "candidates", support=32, chunk=8)
+    policy = Collaborate("s2t", DivergenceTrigger(quantiles["kl"][1]), TeacherScorer("candidate"), support=32, chunk=8)
     decoded = run(policy, engines, Request(encode("Ada has 12 "), LENGTH))
     assert decoded.decisions
     # Algorithm: as many teacher forwards as drafts, whatever was triggered.
@@ -268,7 +282,7 @@ def test_usage_counts_one_teacher_forward_a_chunk(pair, quantiles):
 
 
 def test_chunks_cost_fewer_teacher_forwards_than_steps(engines, quantiles):
-    policy = Collaborate("s2t", DivergenceTrigger(quantiles["kl"][0]), "candidates", support=32, chunk=16)
+    policy = Collaborate("s2t", DivergenceTrigger(quantiles["kl"][0]), TeacherScorer("candidate"), support=32, chunk=16)
 
     def forwards(policy: Policy) -> int:
         return sum(decoded.usage["teacher"].forwards for decoded in run_all(policy, engines))
@@ -277,20 +291,20 @@ def test_chunks_cost_fewer_teacher_forwards_than_steps(engines, quantiles):
 
 
 def test_a_prompt_over_the_context_is_refused_before_anything_is_decoded(engines):
-    policy = Collaborate("s2t", DivergenceTrigger(1.0), "candidates", support=32)
+    policy = Collaborate("s2t", DivergenceTrigger(1.0), TeacherScorer("candidate"), support=32)
     with pytest.raises(ContextOverflow, match="12 tokens and 501 more do not fit"):
         run(policy, engines, Request([5] * 12, 501))
 
 
 def test_a_missing_engine_is_named(engines):
-    policy = Collaborate("s2t", DivergenceTrigger(1.0), "candidates", support=32)
+    policy = Collaborate("s2t", DivergenceTrigger(1.0), TeacherScorer("candidate"), support=32)
     alone = Engines({"slm": engines["slm"]}, decode, encode)
     with pytest.raises(KeyError, match="no engine named 'teacher' is running; there are: slm"):
         run(policy, alone, Request(encode("x"), 4))
 
 
 def test_local_equals_the_reference_and_marks_what_it_selected(engines, reference):
-    selection = Selection(threshold=0.3, k=4, method="multinomial", prior_weight=0.5, temperature=0.1, warmup=2)
+    selection = Selection(0.3, Candidates(k=4, method="multinomial"), prior_weight=0.5, temperature=0.1, warmup=2)
     policy = Local("s2t-local", selection)
     rescued = 0
     for prompt, decoded in zip(PROMPTS, run_all(policy, engines), strict=True):
@@ -310,7 +324,7 @@ def test_local_equals_the_reference_and_marks_what_it_selected(engines, referenc
 
 
 def test_spans_of_one_source_follow_the_text(engines, quantiles):
-    policy = Collaborate("takeover", DivergenceTrigger(quantiles["kl"][1]), "vocabulary", support=32)
+    policy = Collaborate("takeover", DivergenceTrigger(quantiles["kl"][1]), TeacherScorer("vocabulary"), support=32)
     decoded = run_all(policy, engines)[0]
     teacher_spans: list[Span] = [span for span in decoded.spans if span.source == "teacher"]
     assert [span.ids for span in teacher_spans] == [[decision.argmax] for decision in decoded.decisions]

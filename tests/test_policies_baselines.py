@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,17 +24,20 @@ from reference_engine import (
     torch_engines,
 )
 
-from s2t_models.engines.contract import Draft, Multiplex, Sampling, Scores, Usage
+from s2t_models.engines.contract import Draft, Sampling, Scores, Usage
+from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.policies.answers import answer_key, boxed
-from s2t_models.policies.base import Engines, Request, Tokens
+from s2t_models.policies.base import Engines, Request
 from s2t_models.policies.collaborate import Collaborate
-from s2t_models.policies.greedy import Alone
 from s2t_models.policies.majority import Majority, vote
 from s2t_models.policies.multiplex import MultiplexThinking
 from s2t_models.policies.r2r import RouterTrigger
 from s2t_models.policies.r2r_labels import ask, label, numbers_differ
+from s2t_models.policies.scorers import TeacherScorer
 from s2t_models.policies.segments import generate_segment
-from s2t_models.policies.specreason import SpecReason
+from s2t_models.policies.single import SingleModel
+from s2t_models.policies.specreason import Digits, SpecReason
+from s2t_models.recipe import MultiplexSettings, SamplerSettings, SpecReasonSettings
 from s2t_models.router import (
     Router,
     RouterSettings,
@@ -45,7 +49,7 @@ from s2t_models.router import (
 )
 
 PROMPT = encode("Ada has 12 ")
-WARM = Tokens(temperature=0.9, top_p=0.95, top_k=20)
+WARM = SamplerSettings(temperature=0.9, top_p=0.95, top_k=20)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def engines(pair: TinyPair) -> Iterator[Engines]:
 
 def test_alone_calls_the_engine_it_names_and_greedy_is_its_argmax(engines, reference):
     for name in ("slm", "teacher"):
-        decoded = run(Alone("x", name), engines, Request(PROMPT, 24))
+        decoded = run(SingleModel("x", name), engines, Request(PROMPT, 24))
         expected = [int(reference[name].logprobs(PROMPT + decoded.ids[:t]).argmax()) for t in range(len(decoded.ids))]
         assert decoded.ids == expected
         assert list(decoded.usage) == [name]
@@ -78,11 +82,11 @@ def test_alone_calls_the_engine_it_names_and_greedy_is_its_argmax(engines, refer
 
 
 def test_sample_is_the_seeds_and_the_requests_temperature_wins(engines, reference):
-    sample = Alone("sample", tokens=WARM)
+    sample = SingleModel("sample", sampler=WARM)
     texts = [run(sample, engines, Request(PROMPT, 24, seed)).ids for seed in (0, 0, 1)]
     assert texts[0] == texts[1] != texts[2]
     assert texts[2] == run(sample, reference, Request(PROMPT, 24, 1)).ids
-    greedy = run(Alone("greedy"), engines, Request(PROMPT, 24)).ids
+    greedy = run(SingleModel("greedy"), engines, Request(PROMPT, 24)).ids
     assert run(sample, engines, Request(PROMPT, 24, seed=1, temperature=0.0)).ids == greedy
 
 
@@ -100,9 +104,9 @@ def test_vote(answers, winner):
 
 
 def test_majority_votes_over_samples_of_distinct_seeds(engines):
-    policy = Majority("maj@5", 5, WARM, key=lambda text: text[0])
+    policy = Majority("maj@5", WARM, 5, key=lambda text: text[0])
     decoded = run(policy, engines, Request(PROMPT, 12, seed=2))
-    alone = [run(Alone("sample", tokens=WARM), engines, Request(PROMPT, 12, seed)) for seed in range(10, 15)]
+    alone = [run(SingleModel("sample", sampler=WARM), engines, Request(PROMPT, 12, seed)) for seed in range(10, 15)]
     assert decoded.samples == [sample.ids for sample in alone]
     assert len({tuple(sample) for sample in decoded.samples}) > 1
     first_letters = [decode(sample)[0] for sample in decoded.samples]
@@ -147,7 +151,7 @@ class Scripted:
         whole = encode(self.says[said].replace("#", "")) + ([END] if self.says[said].endswith("#") else [])
         done = len(text) - text.rindex(said) - len(said)
         ids = whole[done : done + sampling.max_tokens]
-        return Draft(ids, "end" if ids[-1:] == [END] else "length", Usage(decode=len(ids)), np.empty(0))
+        return Draft(ids, "end" if ids[-1:] == [END] else "length", Usage(decode=len(ids)))
 
     async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
         self.asked.append(decode(tokens))
@@ -157,7 +161,7 @@ class Scripted:
 
 
 def specreason(slm: Scripted, teacher: Scripted, **settings):
-    policy = SpecReason("specreason", **({"delimiter": ".", "verify": "|", "chunk": 4} | settings))
+    policy = SpecReason("specreason", SpecReasonSettings(delimiter=".", **settings), verify="|", chunk=4)
     return run(policy, Engines({"slm": slm, "teacher": teacher}, decode, encode), Request(encode("Q?"), 200))
 
 
@@ -187,8 +191,21 @@ def test_specreason_stops_at_the_end_token_and_at_a_repeated_step():
     assert teacher.asked == ["Q?fin|"]  # the end token is not shown to the judge
 
 
+def test_the_digits_are_found_with_and_without_a_leading_space():
+    """A tokenizer that writes " 7" as one token says a score with either."""
+    words = {f"{space}{digit}": 10 * len(space) + digit for space in ("", " ") for digit in range(10)}
+    engines = Engines(
+        {}, lambda ids: next(word for word, token in words.items() if token == ids[-1]), lambda t: [words[t]]
+    )
+    digits = Digits.of(engines)
+    logprobs_N = np.where(np.isin(digits.ids_N, [4, 14]), np.log(0.3), np.log(0.4 / 18))
+    assert digits.probabilities(logprobs_N)[4] == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="no token for the digit 0 alone"):
+        Digits.of(Engines({}, lambda ids: "<unk>", lambda text: [3]))
+
+
 def test_specreason_expected_digit(reference):
-    policy = SpecReason("specreason", score="expected", delimiter=" ", step_tokens=8, verify="?")
+    policy = SpecReason("specreason", SpecReasonSettings(score="expected", delimiter=" ", step_tokens=8), verify="?")
     decoded = run(policy, reference, Request(PROMPT, 20, seed=1))
     first = decoded.decisions[0]
     step = asyncio.run(
@@ -226,16 +243,22 @@ def router_rows(engines: Engines) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([row.inputs_TF for row in rows]), np.concatenate([row.labels_T for row in rows])
 
 
-def test_r2r_replaces_exactly_the_routed_tokens_by_the_teachers(engines, reference, tmp_path):
+def test_r2r_replaces_exactly_the_routed_tokens_by_the_teachers(pair, engines, reference):
     torch.manual_seed(0)
-    router = Router(RouterSettings(hidden=32, support=40, width=16, blocks=2))
-    save_router(router, tmp_path)
+    router = Router(RouterSettings(hidden=32, support=40, width=16, blocks=2)).eval()
     start = len(PROMPT)
-    greedy = run(Alone("greedy"), engines, Request(PROMPT, 24)).ids
+    greedy = run(SingleModel("greedy"), engines, Request(PROMPT, 24)).ids
     p = router.probabilities(asyncio.run(reference["slm"].features(PROMPT + greedy, start, 40)))
     threshold = float(np.quantile(p, 0.8, method="midpoint"))
-    policy = Collaborate("r2r", RouterTrigger(tmp_path, threshold), "vocabulary", support=32, chunk=8)
-    decoded = run(policy, engines, Request(PROMPT, 24))
+    policy = Collaborate("r2r", RouterTrigger(threshold), TeacherScorer("vocabulary"), support=32, chunk=8)
+    assert policy.needs == {"slm": frozenset({"route"}), "teacher": frozenset()}
+    routing = TorchEngine(copy.deepcopy(pair.slm), card("slm", "route"), 4, router=router)
+    both = Engines({"slm": routing, "teacher": engines["teacher"]}, decode, encode)
+    try:
+        decoded = run(policy, both, Request(PROMPT, 24))
+        stepwise = run(replace(policy, chunk=1), both, Request(PROMPT, 24))
+    finally:
+        routing.close()
     routed = {decision.step for decision in decoded.decisions}
     assert routed
     for t, token in enumerate(decoded.ids):
@@ -244,7 +267,7 @@ def test_r2r_replaces_exactly_the_routed_tokens_by_the_teachers(engines, referen
         value = router.probabilities(asyncio.run(reference["slm"].features([*state, own], len(state), 40)))[0]
         assert (value >= threshold) == (t in routed)
         assert token == (int(reference["teacher"].logprobs(state).argmax()) if t in routed else own)
-    assert decoded.ids == run(replace(policy, chunk=1), engines, Request(PROMPT, 24)).ids
+    assert decoded.ids == stepwise.ids
 
 
 def test_labels_are_the_slms_tokens_that_lead_the_teacher_elsewhere(engines, reference):
@@ -256,7 +279,7 @@ def test_labels_are_the_slms_tokens_that_lead_the_teacher_elsewhere(engines, ref
         return len(seen) % 2 == 0
 
     rows = asyncio.run(label(engines, prompt, judge, 24, support=40, sentence_tokens=12))
-    text = run(Alone("llm", "teacher"), engines, Request(prompt, 24)).ids
+    text = run(SingleModel("llm", "teacher"), engines, Request(prompt, 24)).ids
     slm = [int(reference["slm"].logprobs(prompt + text[:t]).argmax()) for t in range(len(text))]
     differs = np.array(slm) != np.array(text)
     assert 0 < differs.sum() < len(text)
@@ -347,26 +370,26 @@ def test_router_errors_are_one_line(tmp_path: Path):
 
 @pytest.mark.parametrize("weighted", [True, False])
 def test_multiplex_equals_plain_forwards_over_mean_embeddings(engines, reference, weighted):
-    policy = MultiplexThinking("multiplex", Multiplex(width=3, weighted=weighted), WARM)
+    policy = MultiplexThinking("multiplex", MultiplexSettings(width=3, weighted=weighted), WARM)
     for seed in range(3):
         decoded = run(policy, engines, Request(PROMPT, 16, seed))
         assert decoded.ids == run(policy, reference, Request(PROMPT, 16, seed)).ids
 
 
 def test_multiplex_mean_embedding_changes_what_follows(engines):
-    wide = MultiplexThinking("multiplex", Multiplex(width=3), WARM)
-    narrow = MultiplexThinking("multiplex", Multiplex(width=1), WARM)
+    wide = MultiplexThinking("multiplex", MultiplexSettings(width=3), WARM)
+    narrow = MultiplexThinking("multiplex", MultiplexSettings(width=1), WARM)
     pairs = [[run(policy, engines, Request(PROMPT, 16, seed)).ids for policy in (wide, narrow)] for seed in range(4)]
     assert all(a[0] == b[0] for a, b in pairs)  # the first draw is the text
     assert any(a != b for a, b in pairs)
 
 
 def test_multiplex_goes_on_with_ordinary_sampling_once_certain(engines, reference):
-    policy = MultiplexThinking("multiplex", Multiplex(width=3, entropy=100.0, patience=4), WARM)
+    policy = MultiplexThinking("multiplex", MultiplexSettings(width=3, entropy=100.0, patience=4), WARM)
     decoded = run(policy, engines, Request(PROMPT, 16, 1))
     assert decoded.ids == run(policy, reference, Request(PROMPT, 16, 1)).ids
-    from_the_start = replace(policy, multiplex=replace(policy.multiplex, patience=1))
-    sampled = run(Alone("sample", tokens=WARM), engines, Request(PROMPT, 16, 1)).ids
+    from_the_start = replace(policy, settings=policy.settings.model_copy(update={"patience": 1}))
+    sampled = run(SingleModel("sample", sampler=WARM), engines, Request(PROMPT, 16, 1)).ids
     assert run(from_the_start, engines, Request(PROMPT, 16, 1)).ids == sampled
 
 
@@ -383,6 +406,6 @@ def test_reference_engine_is_the_contract(pair):
 
 
 def test_policies_are_asynchronous_generators(engines):
-    events = Alone("greedy").decode(engines, Request(PROMPT, 2))
+    events = SingleModel("greedy").decode(engines, Request(PROMPT, 2))
     assert isinstance(events, AsyncIterator)
     asyncio.run(events.aclose())

@@ -2,126 +2,207 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from s2t_models.engines.contract import Multiplex, Selection
-from s2t_models.policies import PolicyError, Thresholds, names, policies, policy
-from s2t_models.policies.base import Tokens
+from s2t_models.engines.contract import Selection
+from s2t_models.hosting import Hosted, Hosting
+from s2t_models.policies import PolicyError, lacking, names, offer, policy
 from s2t_models.policies.collaborate import Collaborate
-from s2t_models.policies.greedy import Alone
 from s2t_models.policies.local import Local
 from s2t_models.policies.majority import Majority
 from s2t_models.policies.multiplex import MultiplexThinking
 from s2t_models.policies.r2r import RouterTrigger
+from s2t_models.policies.scorers import SelectorScorer, TeacherScorer
+from s2t_models.policies.single import SingleModel
 from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, RandomTrigger
-from s2t_models.recipe import Recipe
+from s2t_models.recipe import MultiplexSettings, Recipe, SamplerSettings
+from s2t_models.router import Router, RouterSettings, save_router
 
-THRESHOLDS: Thresholds = {
-    "kl": {"0.01": 3.0, "0.05": 2.0, "0.1": 1.0},
-    "entropy": {"0.01": 1.5},
-    "head": {"0.01": 4.0, "0.20": -1.0},
+THRESHOLDS = {
+    "kl": {0.01: 3.0, 0.05: 2.0, 0.1: 1.0},
+    "entropy": {0.01: 1.5},
+    "head": {0.01: 4.0, 0.20: -1.0},
 }
 MODEL = {"path": "embedded:slm"}
 RECIPE = Recipe.model_validate({"name": "pair", "slm": MODEL, "teacher": MODEL, "checkpoints": {"distilled": "x"}})
-ROUTED = RECIPE.model_copy(update={"router": RECIPE.router.model_copy(update={"path": "folder"})})
 
 
-def get(name: str, **changes) -> object:
-    return policy(name, RECIPE.model_copy(update=changes), THRESHOLDS)
+def hosting(recipe: Recipe = RECIPE, thresholds=THRESHOLDS, router: Path | None = None, **changes) -> Hosting:
+    recipe = recipe.model_copy(update=changes)
+    slm = Hosted("slm", recipe.slm, router=router)
+    engines = {
+        "slm": slm,
+        "teacher": Hosted("teacher", recipe.teacher),
+        "s2t-local": Hosted("s2t-local", recipe.slm, artifact=Path("artifact")),
+        **{name: Hosted(name, recipe.slm) for name in ("kd", "distilled")},
+    }
+    return Hosting(recipe, "digest", slm, engines, thresholds)
 
 
-def test_every_listed_policy_can_be_had_under_its_name():
-    listed = policies(ROUTED, THRESHOLDS)
-    assert list(listed) == names(ROUTED, THRESHOLDS)
-    assert all(built.name == name for name, built in listed.items())
-    assert set(listed) == {
+def get(name: str, **changes):
+    return policy(name, hosting(**changes))
+
+
+@pytest.fixture(scope="module")
+def router(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("router")
+    save_router(Router(RouterSettings(hidden=8, width=8, blocks=1, threshold=0.25)), folder)
+    return folder
+
+
+def test_every_policy_is_offered_under_its_name(router):
+    offered, refused = offer(hosting(router=router))
+    assert list(offered) == names(hosting())
+    assert refused == {}
+    assert all(built.name == name for name, built in offered.items())
+    assert set(offered) == {
         *("greedy", "sample", "maj@8", "llm", "llm-sample", "takeover", "s2t", "s2t-dynamic-01", "s2t-dynamic-05"),
         *("takeover-entropy", "s2t-entropy", "takeover-random", "s2t-random", "s2t-local", "s2t-local-w0", "r2r"),
-        *("specreason", "multiplex", "kd", "distilled"),
+        *("s2t-local-kl", "s2t-local-entropy", "s2t-local-random", "specreason", "multiplex", "kd", "distilled"),
     }
-    assert {name for built in listed.values() for name in built.needs} == {
+    assert {name for built in offered.values() for name in built.needs} == {
         *("slm", "teacher", "s2t-local", "kd", "distilled"),
     }
 
 
-def test_without_thresholds_only_what_needs_none_is_listed():
-    listed = names(RECIPE, {})
-    assert "s2t" not in listed
-    assert "s2t-local" not in listed
-    assert "r2r" not in listed
-    assert {"s2t-random", "greedy", "maj@8"} <= set(listed)
+def test_what_cannot_be_served_is_not_offered_and_says_why():
+    bare = hosting(thresholds={})
+    offered, refused = offer(bare.only(["slm", "teacher"]))
+    assert {"s2t-random", "greedy", "maj@8", "multiplex"} <= set(offered)
+    assert not set(offered) & set(refused)
+    assert set(offered) | set(refused) == set(names(bare))
+    assert "no kl threshold for budget 0.01" in refused["s2t"]
+    assert "no head threshold" in refused["s2t-local"]
+    assert "router.path is not set" in refused["r2r"]
+    assert refused["kd"] == "kd needs the engine kd, which is not served here"
+    assert "needs the engine s2t-local" in refused["s2t-local-random"]
+
+
+def test_a_capability_that_an_engine_lacks_is_named(monkeypatch):
+    from s2t_models.engines import load
+
+    plain = load.EngineKind("nowhere", plain=frozenset({"entropy"}))
+    monkeypatch.setitem(load.ENGINES, "plain", plain)
+    slm = RECIPE.slm.model_copy(update={"engine": "plain"})
+    offered, refused = offer(hosting(slm=slm))
+    assert refused["multiplex"] == "multiplex needs multiplex of slm, which a plain engine does not have here"
+    assert {"greedy", "s2t", "s2t-entropy", "s2t-local"} <= set(offered)
 
 
 def test_settings_come_from_the_recipe_with_the_published_defaults():
-    assert get("sample") == Alone("sample", "slm", Tokens(0.7, 0.8, 20))
-    assert get("llm-sample") == Alone("llm-sample", "teacher", Tokens(0.6, 0.95, 0))
-    assert get("distilled") == Alone("distilled", "distilled")
-    assert get("maj@3") == Majority("maj@3", 3, Tokens(0.7, 0.8, 20))
-    assert get("multiplex") == MultiplexThinking("multiplex", Multiplex(3, 1.0, True, 0.1, 256), Tokens(0.7, 0.8, 20))
-    specreason = policy("specreason", RECIPE, {})
-    assert (specreason.accept, specreason.step_tokens, specreason.delimiter) == (7, 512, "\n\n")  # type: ignore[attr-defined]
+    own = SamplerSettings(temperature=0.7, top_p=0.8, top_k=20)
+    assert get("sample") == SingleModel("sample", "slm", own)
+    assert get("llm-sample") == SingleModel("llm-sample", "teacher", SamplerSettings(temperature=0.6, top_p=0.95))
+    assert get("distilled") == SingleModel("distilled", "distilled")
+    assert get("maj@3") == Majority("maj@3", own, 3)
+    expected = MultiplexSettings(width=3, temperature=1.0, weighted=True, entropy=0.1, patience=256)
+    assert get("multiplex") == MultiplexThinking("multiplex", expected, own)
+    specreason = get("specreason").settings
+    assert (specreason.accept, specreason.step_tokens, specreason.delimiter) == (7, 512, "\n\n")
 
 
 def test_names_carry_metric_budget_and_candidates():
-    assert get("s2t") == Collaborate("s2t", DivergenceTrigger(3.0), "candidates", RECIPE.candidates, 64, 16, 0)
-    assert get("takeover@0.10").trigger == DivergenceTrigger(1.0)  # type: ignore[attr-defined]
-    assert get("takeover@0.10").selects == "vocabulary"  # type: ignore[attr-defined]
-    assert get("s2t-entropy").trigger == EntropyTrigger(1.5)  # type: ignore[attr-defined]
-    assert get("takeover-random@0.07").trigger == RandomTrigger(0.07)  # type: ignore[attr-defined]
+    teacher = TeacherScorer("candidate")
+    assert get("s2t") == Collaborate("s2t", DivergenceTrigger(3.0), teacher, RECIPE.candidates, 64, 16, 0, budget=0.01)
+    assert get("takeover@0.10").trigger == DivergenceTrigger(1.0)
+    assert get("takeover@0.10").scorer == TeacherScorer("vocabulary")
+    assert get("s2t-entropy").trigger == EntropyTrigger(1.5)
+    assert get("takeover-random@0.07").trigger == RandomTrigger(0.07)
     four = get("s2t-k4@0.05")
-    assert (four.candidates.k, four.trigger) == (4, DivergenceTrigger(2.0))  # type: ignore[attr-defined]
-    dynamic = get("s2t-dynamic-05").candidates  # type: ignore[attr-defined]
+    assert (four.candidates.k, four.trigger) == (4, DivergenceTrigger(2.0))
+    dynamic = get("s2t-dynamic-05").candidates
     assert (dynamic.ratio, dynamic.method, dynamic.k) == (0.05, "top_k", 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "k", "budget", "votes"),
+    [
+        ("s2t-k4@0.05", "s2t", 4, 0.05, None),
+        ("s2t-entropy", "s2t-entropy", 8, 0.01, None),
+        ("takeover@0.05", "takeover", None, 0.05, None),
+        ("s2t-local-w0@0.2", "s2t-local-w0", 8, 0.2, None),
+        ("s2t-local-kl-k2", "s2t-local-kl", 2, 0.01, None),
+        ("maj@5", "maj@5", None, None, 5),
+        ("greedy", "greedy", None, None, None),
+    ],
+)
+def test_a_policy_says_its_kind_k_budget_and_votes(name, kind, k, budget, votes):
+    built = get(name)
+    assert (built.kind, built.k, built.budget, built.votes) == (kind, k, budget, votes)
+
+
 def test_local_takes_the_prior_weight_from_the_recipe_or_the_name():
-    weighted = RECIPE.policies.model_copy(update={"local_prior_weight": 2.0})
-    expected = Selection(4.0, 8, "multinomial", 0.0, 2.0, 0.1, 0)
-    assert get("s2t-local", policies=weighted) == Local("s2t-local", expected)
-    assert get("s2t-local-w0", policies=weighted).selection.prior_weight == 0  # type: ignore[attr-defined]
-    other = get("s2t-local-k4-w0.5@0.2").selection  # type: ignore[attr-defined]
-    assert (other.k, other.prior_weight, other.threshold) == (4, 0.5, -1.0)
+    weighted = RECIPE.policies.model_copy(
+        update={"local": RECIPE.policies.local.model_copy(update={"prior_weight": 2.0})}
+    )
+    expected = Selection(4.0, RECIPE.candidates, 2.0, 0.1, 0)
+    assert get("s2t-local", policies=weighted) == Local("s2t-local", expected, 0.01)
+    assert get("s2t-local-w0", policies=weighted).selection.prior_weight == 0
+    other = get("s2t-local-k4-w0.5@0.2").selection
+    assert (other.candidates.k, other.prior_weight, other.threshold) == (4, 0.5, -1.0)
+
+
+def test_local_behind_another_trigger_selects_by_the_artifact():
+    oracle = get("s2t-local-kl-w1@0.05")
+    assert (oracle.trigger, oracle.drafter) == (DivergenceTrigger(2.0), "s2t-local")
+    assert oracle.scorer == SelectorScorer(Selection(0.0, RECIPE.candidates, 1.0, 0.1))
+    assert oracle.needs == {"s2t-local": frozenset({"select"}), "teacher": frozenset()}
+    assert get("s2t-local-entropy").needs == {"s2t-local": frozenset({"entropy", "select"})}
+
+
+def test_a_fixed_head_threshold_is_a_probability_and_has_no_budget():
+    fixed = RECIPE.trigger.model_copy(update={"head_threshold": 0.9})
+    built = policy("s2t-local", hosting(thresholds={}, trigger=fixed))
+    assert built.selection.threshold == pytest.approx(2.1972, abs=1e-4)
+    assert built.budget is None
+    assert get("s2t-local@0.2", trigger=fixed).selection.threshold == -1.0
 
 
 def test_the_published_variant_is_settings_alone():
     published = Recipe.model_validate({"name": "pair", "slm": MODEL, "teacher": MODEL, "published": True})
-    built = policy("s2t@0.05", published, THRESHOLDS)
+    built = policy("s2t@0.05", hosting(published))
+    trigger = DivergenceTrigger(2.0, "renormalised")
     assert built == Collaborate(
-        "s2t@0.05", DivergenceTrigger(2.0, "renormalised"), "candidates", published.candidates, 64, 16, warmup=3
+        "s2t@0.05", trigger, TeacherScorer("candidate"), published.candidates, 64, 16, warmup=3, budget=0.05
     )
     assert published.candidates.method == "top_k"
 
 
 def test_a_threshold_in_the_recipe_needs_no_calibration():
     fixed = RECIPE.trigger.model_copy(update={"threshold": 0.7})
-    recipe = RECIPE.model_copy(update={"trigger": fixed})
-    assert "s2t" in names(recipe, {})
-    assert policy("s2t", recipe, {}).trigger == DivergenceTrigger(0.7)  # type: ignore[attr-defined]
+    assert policy("s2t", hosting(thresholds={}, trigger=fixed)).trigger == DivergenceTrigger(0.7)
 
 
-def test_r2r_is_takeover_by_a_router():
-    built = policy("r2r", ROUTED, {})
+def test_r2r_is_takeover_by_a_router(router):
+    built = policy("r2r", hosting(thresholds={}, router=router))
     assert isinstance(built, Collaborate)
-    assert (built.trigger, built.selects) == (RouterTrigger(Path("folder")), "vocabulary")
+    assert (built.trigger, built.scorer) == (RouterTrigger(0.25), TeacherScorer("vocabulary"))
+    assert built.needs["slm"] == frozenset({"route"})
+    without = replace(hosting(router=router), engines={"slm": Hosted("slm", RECIPE.slm), "teacher": None})
+    assert lacking(built, without) == "r2r needs route of slm, which a torch engine does not have here"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("s2t-lokal", "no policy named 's2t-lokal'; there are: greedy, sample, maj@8, llm"),
+        ("s2t-lokal", "no policy named 's2t-lokal'; there are: greedy, sample, llm"),
         ("maj@0", "no policy named 'maj@0'"),
+        ("maj@129", "maj@129: at most 128 samples vote"),
         ("takeover-k4", "no policy named 'takeover-k4'"),
         ("s2t-w0", "no policy named 's2t-w0'"),
+        ("s2t-local-dynamic-05", "no policy named"),
         ("s2t@0.2", "s2t@0.2: no kl threshold for budget 0.2; calibrated budgets: 0.01, 0.05, 0.1"),
-        ("s2t-local@0.05", "no head threshold for budget 0.05; calibrated budgets: 0.01, 0.20"),
+        ("s2t-local@0.05", "no head threshold for budget 0.05; calibrated budgets: 0.01, 0.2"),
         ("s2t-random@2", "s2t-random@2: a budget is a share of the steps above 0 and up to 1"),
+        ("s2t-k65", "s2t-k65: a step has at most 64 candidates"),
         ("r2r", "r2r: router.path is not set; `s2t distil --objective router` trains one"),
     ],
 )
 def test_refusals_are_one_line(name, message):
     with pytest.raises(PolicyError) as refused:
-        policy(name, RECIPE, THRESHOLDS)
+        get(name)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)

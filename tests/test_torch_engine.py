@@ -13,12 +13,13 @@ import torch
 from s2t_models import loading
 from s2t_models.divergence import divergence
 from s2t_models.embedded.generator import problems
-from s2t_models.engines.contract import ContextOverflow, Multiplex, Sampling, Selection
+from s2t_models.engines.contract import ContextOverflow, Sampling, Selection
 from s2t_models.engines.torch import engine as torch_engine
-from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.engines.torch.engine import TorchEngine, load
 from s2t_models.engines.torch.sampling import pick
+from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
-from s2t_models.recipe import Model, Reserved
+from s2t_models.recipe import Candidates, Model, MultiplexSettings, Reserved
 from s2t_models.reserved import bins, reserved_ids
 
 SLM = Model(path="embedded:slm", dtype="float32", device="cpu", slots=8)
@@ -41,7 +42,7 @@ def reserved(reference, tokenizer) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def engine(reserved) -> Iterator[TorchEngine]:
-    engine = TorchEngine.load(SLM, "slm", reserved)
+    engine = load(Hosted("slm", SLM, reserved))
     yield engine
     engine.close()
 
@@ -58,8 +59,13 @@ def local(reserved) -> Iterator[TorchEngine]:
     """The SLM with a trigger head: its untrained reserved rows still rank, which is all that exactness needs."""
     from dataclasses import replace
 
-    base = TorchEngine.load(SLM, "local", reserved)
-    engine = TorchEngine(base._model, replace(base._card, has_selector=True), 8, FirstHidden())
+    base = load(Hosted("local", SLM, reserved))
+    engine = TorchEngine(
+        base._model,
+        replace(base._card, capabilities=base._card.capabilities | {"select", "fused_select"}),
+        8,
+        FirstHidden(),
+    )
     base.close()
     yield engine
     engine.close()
@@ -109,10 +115,10 @@ def test_support_and_entropy_equal_a_full_forward(engine, reference, reserved, p
     draft = run([engine.generate(prompt, Sampling(20, support=64))])[0]
     logprobs_TV = full_logits(reference, prompt + draft.ids, reserved)[len(prompt) - 1 : -1].log_softmax(-1)
     top_TN, ids_TN = logprobs_TV.topk(64, dim=-1)
-    np.testing.assert_allclose(draft.top_logprobs_TN, top_TN, atol=1e-4)
-    assert (draft.top_ids_TN[:, :8] == ids_TN[:, :8].numpy()).all()
+    np.testing.assert_allclose(draft.supported.logprobs_TN, top_TN, atol=1e-4)
+    assert (draft.supported.ids_TN[:, :8] == ids_TN[:, :8].numpy()).all()
     entropy_T = -(logprobs_TV.exp() * logprobs_TV.clamp_min(-1e4)).sum(-1)
-    np.testing.assert_allclose(draft.entropy_T, entropy_T, atol=1e-4)
+    np.testing.assert_allclose(draft.supported.entropy_T, entropy_T, atol=1e-4)
 
 
 def test_score_equals_a_full_forward_from_any_cached_prefix(engine, reference, reserved, prompts):
@@ -188,7 +194,7 @@ def test_a_forward_takes_some_of_the_calls_and_then_the_others(engine, prompts, 
 
 def test_a_failed_forward_leaves_nothing_wrong_in_the_cache(reserved, prompts):
     """The keys of the first layers are written over before the forward fails: nobody may read on from them."""
-    engine = TorchEngine.load(SLM.model_copy(update={"slots": 1}), "slm", reserved)
+    engine = load(Hosted("slm", SLM.model_copy(update={"slots": 1}), reserved))
     try:
         (draft,) = run([engine.generate(prompts[0], Sampling(20))])
         known = prompts[0] + draft.ids
@@ -206,7 +212,7 @@ def test_a_failed_forward_leaves_nothing_wrong_in_the_cache(reserved, prompts):
 
 def test_samples_of_one_prompt_read_it_once(reserved, prompts):
     """Those asked together wait for the first, a later one copies from a busy slot; the texts are those of calls alone."""
-    engine = TorchEngine.load(SLM, "slm", reserved)
+    engine = load(Hosted("slm", SLM, reserved))
     prompt = prompts[2]
     samplings = [Sampling(30, temperature=0.7, seed=seed) for seed in range(6)]
     try:
@@ -227,7 +233,7 @@ def test_samples_of_one_prompt_read_it_once(reserved, prompts):
 
 
 def test_a_shared_template_costs_no_decode_its_slot(reserved, prompts):
-    engine = TorchEngine.load(SLM.model_copy(update={"slots": 2}), "slm", reserved)
+    engine = load(Hosted("slm", SLM.model_copy(update={"slots": 2}), reserved))
     template = prompts[0][:20]
     under_way = template + prompts[1] + prompts[2]
     try:
@@ -243,14 +249,15 @@ def test_a_shared_template_costs_no_decode_its_slot(reserved, prompts):
 
 def test_select_equals_separate_forwards(local, reference, reserved, prompts):
     candidates_K = [17, 40, 99, 250, 300, 41, 18, 77]
-    expected_KR = []
+    expected_K = []
     for candidate in candidates_K:
         with torch.no_grad():
             logits_V = reference(torch.tensor([prompts[7] + [candidate]])).logits[0, -1]
-        expected_KR.append(logits_V[list(reserved)].numpy())
+        expected_K.append(float(logits_V[list(reserved)].softmax(-1) @ bins(len(reserved))))
     for _ in range(2):
-        reserved_KR = run([local.select(prompts[7], candidates_K)])[0]
-        np.testing.assert_allclose(reserved_KR, np.stack(expected_KR), atol=1e-4)
+        selected = run([local.select(prompts[7], candidates_K)])[0]
+        np.testing.assert_allclose(selected.scores_K, expected_K, atol=1e-5)
+        assert selected.usage.leaves == len(candidates_K)
 
 
 def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, end_ids) -> tuple[list[int], list[tuple]]:
@@ -259,7 +266,7 @@ def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, en
     from s2t_models.candidates import propose
 
     ids: list[int] = []
-    triggered = []
+    triggered, settings = [], selection.candidates
     while len(ids) < steps and not (ids and ids[-1] in end_ids):
         logprobs_V = full_logits(reference, prompt + ids, reserved)[-1].log_softmax(-1)
         with torch.no_grad():
@@ -269,7 +276,7 @@ def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, en
             continue
         top_N, ids_N = logprobs_V.topk(64)
         chosen_K = propose(
-            top_N.numpy(), selection.k, selection.method, 0.0, uniforms(seed, len(ids), selection.k, "candidates")
+            top_N.numpy(), settings.k, settings.method, 0.0, uniforms(seed, len(ids), settings.k, "candidates")
         )
         candidates_K = ids_N[chosen_K].tolist()
         with torch.no_grad():
@@ -284,10 +291,14 @@ def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, en
 @pytest.mark.parametrize("method", ["top_k", "multinomial"])
 @pytest.mark.parametrize("prior_weight", [0.0, 1.0])
 def test_the_selecting_loop_equals_separate_forwards(local, reference, reserved, prompts, method, prior_weight):
-    probe = run([local.generate_selecting(p, Sampling(30), Selection(-1e9, k=1, method="top_k")) for p in prompts])
+    probe = run(
+        [local.generate_selecting(p, Sampling(30), Selection(-1e9, Candidates(k=1, method="top_k"))) for p in prompts]
+    )
     threshold = float(np.quantile([d.value for draft in probe for d in draft.decisions], 0.7))
     # Untrained scores hardly differ: the low temperature gives them a say against the prior.
-    selection = Selection(threshold, 8, method, prior_weight=prior_weight, temperature=1e-3, warmup=2)
+    selection = Selection(
+        threshold, Candidates(k=8, method=method), prior_weight=prior_weight, temperature=1e-3, warmup=2
+    )
     drafts = run([local.generate_selecting(p, Sampling(30, seed=5), selection) for p in prompts])
     rescues = 0
     for prompt, draft in zip(prompts, drafts, strict=True):
@@ -305,7 +316,7 @@ def test_the_selecting_loop_equals_separate_forwards(local, reference, reserved,
     # Asking for the support shows more and changes nothing.
     shown = run([local.generate_selecting(p, Sampling(30, seed=5, support=4), selection) for p in prompts])
     assert [draft.ids for draft in shown] == [draft.ids for draft in drafts]
-    assert {draft.top_ids_TN.shape for draft in shown} == {(len(draft.ids), 4) for draft in shown}
+    assert {draft.supported.ids_TN.shape for draft in shown} == {(len(draft.ids), 4) for draft in shown}
 
 
 def test_reserved_ids_are_never_generated(engine, reserved, prompts):
@@ -314,7 +325,7 @@ def test_reserved_ids_are_never_generated(engine, reserved, prompts):
 
 
 def test_multiplex_feeds_the_mean_embedding(engine, reference, reserved, prompts):
-    multiplex = Multiplex(width=3, weighted=True, patience=1000)
+    multiplex = MultiplexSettings(width=3, weighted=True, patience=1000)
     draft = run([engine.generate_multiplex(prompts[2], Sampling(6, seed=9, support=64), multiplex)])[0]
     embedding = reference.get_input_embeddings().weight
     inputs_TH = embedding[prompts[2]]
@@ -323,7 +334,7 @@ def test_multiplex_feeds_the_mean_embedding(engine, reference, reserved, prompts
             logits_V = reference(inputs_embeds=inputs_TH[None]).logits[0, -1]
             logits_V[list(reserved)] = -torch.inf
             np.testing.assert_allclose(
-                draft.top_logprobs_TN[step][:8], logits_V.log_softmax(-1).topk(8).values, atol=1e-3
+                draft.supported.logprobs_TN[step][:8], logits_V.log_softmax(-1).topk(8).values, atol=1e-3
             )
             p_V = logits_V.double().softmax(-1)
             noise_K = uniforms(9, step, 3, "multiplex")
@@ -385,11 +396,11 @@ def test_a_cancelled_call_frees_its_slot(engine, prompts):
 
 def test_divergence_from_engines_equals_the_full_vocabulary(engine, reference, reserved, prompts):
     teacher_settings = SLM.model_copy(update={"path": "embedded:teacher"})
-    teacher = TorchEngine.load(teacher_settings, "teacher")
+    teacher = load(Hosted("teacher", teacher_settings))
     draft = run([engine.generate(prompts[5], Sampling(30, support=engine._card.vocabulary))])[0]
-    scores = run([teacher.score(prompts[5] + draft.ids, len(prompts[5]), draft.top_ids_TN)])[0]
+    scores = run([teacher.score(prompts[5] + draft.ids, len(prompts[5]), draft.supported.ids_TN)])[0]
     teacher.close()
-    kl_T = divergence(torch.tensor(draft.top_logprobs_TN), torch.tensor(scores.logprobs_TN))
+    kl_T = divergence(torch.tensor(draft.supported.logprobs_TN), torch.tensor(scores.logprobs_TN))
     p_TV = full_logits(reference, prompts[5] + draft.ids, reserved)[len(prompts[5]) - 1 : -1].double().log_softmax(-1)
     q_TV = full_logits(loading.load_model(teacher_settings), prompts[5] + draft.ids, ())
     q_TV = q_TV[len(prompts[5]) - 1 : -1].double().log_softmax(-1)

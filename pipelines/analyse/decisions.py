@@ -19,10 +19,8 @@ from scipy.stats import spearmanr
 
 from pipelines.analyse.sufficiency import alignment, entropy, error_split
 from pipelines.results import figures as draw
-from pipelines.results.names import setting, triggered
 from pipelines.results.statistics import wilson
 from pipelines.results.summary import summarise
-from s2t_models.recipe import Recipe
 
 Decision = dict[str, Any]
 Tables = dict[str, list[dict[str, Any]]]
@@ -36,28 +34,23 @@ def decisions_of(rows: pd.DataFrame) -> list[list[Decision]]:
 
 
 def teacher_K(decision: Decision) -> np.ndarray | None:
-    """The teacher's probabilities of the candidates: as `audit` recorded them, or the scores where the
-    teacher was the scorer."""
-    if "teacher_K" in decision:
-        return np.asarray(decision["teacher_K"], float)
-    return np.asarray(decision["scores_K"], float) if decision["argmax"] is not None else None
+    """The teacher's probabilities of the candidates, where it was asked: while decoding, or by `audit`."""
+    return None if decision["teacher_K"] is None else np.asarray(decision["teacher_K"], float)
 
 
 def tables(results: Results) -> Tables:
     """Tables by name, as rows, each with its task and policy: decisions, agreement, accuracy (over K and
     tau)."""
     out: Tables = {"decisions": [], "agreement": [], "accuracy": []}
-    for frame, metadata in results:
-        recipe = Recipe.model_validate_json(metadata["s2t.recipe"])
+    for frame, _ in results:
         for summary in summarise(frame):
-            if triggered(summary.policy):
-                found = setting(summary.policy, recipe)
+            if summary.budget is not None:
                 out["accuracy"].append(
                     {
                         "task": summary.task,
-                        "policy": found.kind,
-                        "k": found.k,
-                        "tau": found.budget,
+                        "policy": summary.kind,
+                        "k": summary.k,
+                        "tau": summary.budget,
                         "accuracy": summary.accuracy,
                         "low": summary.low,
                         "high": summary.high,
@@ -84,7 +77,7 @@ def _decision_row(answers: Sequence[Sequence[Decision]], tokens: int) -> dict[st
         [decision["chosen"] for decision, _ in seen],
         [decision["argmax"] for decision, _ in seen],
     )
-    order = alignment([_scores(decision) for decision, _ in seen], [teacher for _, teacher in seen])
+    order = alignment([decision["preferences_K"] for decision, _ in seen], [teacher for _, teacher in seen])
     return {
         "decisions": len(every),
         "with_teacher": len(seen),
@@ -102,15 +95,6 @@ def _decision_row(answers: Sequence[Sequence[Decision]], tokens: int) -> dict[st
         "teacher_entropy": _mean([entropy(teacher) for _, teacher in seen]),
         "score_entropy": _mean([entropy(decision["scores_K"]) for decision in every]),
     }
-
-
-def _scores(decision: Decision) -> np.ndarray:
-    """The order by which the policy chose: its scores, with the chosen candidate in front (a prior weight may
-    put another there)."""
-    scores_K = np.asarray(decision["scores_K"], float).copy()
-    if decision["chosen"] in decision["candidates_K"]:
-        scores_K[decision["candidates_K"].index(decision["chosen"])] = scores_K.max() + 1e-9
-    return scores_K
 
 
 def _at(values_K: Sequence[float] | np.ndarray, decision: Decision) -> float:
@@ -212,8 +196,8 @@ def _sweeps(accuracies: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
         for axis, held, label in (("tau", "k", "budget tau, %"), ("k", "tau", "candidates K")):
             lines: dict[str, dict[float, Any]] = {}
             for row in accuracies:
-                if row["task"] == task:
-                    name = f"{row['policy']}, {held} = {row[held]:g}"
+                if row["task"] == task and row[axis] is not None:
+                    name = row["policy"] if row[held] is None else f"{row['policy']}, {held} = {row[held]:g}"
                     x = float(row[axis])
                     lines.setdefault(name, {})[x] = draw.Point(name, row["accuracy"], row["low"], row["high"], x)
             series = {name: list(points.values()) for name, points in lines.items() if len(points) > 1}

@@ -212,6 +212,8 @@ def merge(extensions: list[dict[str, Any]]) -> dict[str, Any]:
         merged["models"] = merged.get("models", {}) | extension.get("models", {})
         for name in ("decisions", "spans", "samples"):
             merged[name] = merged.get(name, []) + (extension.get(name) or [])
+    if len(extensions) == 1:  # the ids of several turns belong to several prompts
+        merged["ids"] = extensions[0].get("ids")
     return merged
 
 

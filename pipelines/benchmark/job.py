@@ -33,15 +33,14 @@ from pipelines.benchmark.verdicts import grade, kept
 from pipelines.grading import sandbox
 from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
-from pipelines.results.names import triggered
 from pipelines.results.summary import write_results
 from pipelines.runtime import tracking
 from pipelines.runtime.folders import only_one
 from pipelines.runtime.progress import Progress
 from pipelines.tasks import Item, Task, humaneval
 from s2t_models.errors import UserError
-from s2t_models.hosting import thresholds, with_router
-from s2t_models.policies import PolicyError, policy
+from s2t_models.hosting import Hosting, host
+from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
 from serving import cluster
 from serving.app import run
@@ -103,13 +102,12 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     return tables
 
 
-def _engines(recipe: Recipe, names: Sequence[str]) -> set[str]:
-    """The engines that the policies call. Raises BenchmarkError where there is no such policy."""
-    known, recipe = thresholds(recipe), with_router(recipe)
-    try:
-        return {engine for name in names for engine in policy(name, recipe, known).needs}
-    except PolicyError as error:
-        raise BenchmarkError(str(error)) from None
+def _engines(hosting: Hosting, names: Sequence[str]) -> set[str]:
+    """The engines that the policies call. Raises PolicyError where there is no such policy, or an engine cannot serve it."""
+    policies = [policy(name, hosting) for name in names]
+    if reason := next((reason for wanted in policies if (reason := lacking(wanted, hosting))), None):
+        raise PolicyError(reason)
+    return {engine for wanted in policies for engine in wanted.needs}
 
 
 def _sandboxed(chosen: list[tuple[Task, list[Item]]], allowed: bool) -> list[tuple[Task, list[Item]]]:
@@ -136,32 +134,9 @@ def _judge(options: Options, url: str, output: Path) -> Ask:
 
 
 def policy_settings(recipe: Recipe, url: str) -> dict[str, dict[str, Any]]:
-    """What is known of each policy: the endpoint's entry (with weight hashes) and the recipe's settings of
-    it. It goes into the cache keys, so that no answer outlives a change of weights, thresholds or
-    settings."""
-    served = served_models(url, recipe.benchmark.policies)
-    return {
-        name: {"served": served[name], "recipe": local_settings(recipe, name)} for name in recipe.benchmark.policies
-    }
-
-
-def local_settings(recipe: Recipe, name: str) -> dict[str, Any]:
-    """The parts of the recipe that decide what a policy writes, and hashes of the files that its thresholds, or R2R's router,
-    come from."""
-    parts = ("budget", "published", "reserved", "divergence", "candidates", "trigger", "policies")
-    whole = recipe.model_dump(mode="json")
-    models = {key: {k: whole[key][k] for k in ("path", "revision", "dtype")} for key in ("slm", "teacher")}
-    files = [Path(recipe.artifact) / "artifact.json"] if recipe.artifact else []
-    files += [Path(recipe.trigger.calibration)] if recipe.trigger.calibration else []
-    files = [path / "thresholds.json" if path.is_dir() else path for path in files]
-    if name == "r2r" and recipe.router.path:
-        files = sorted(path for path in Path(recipe.router.path).iterdir() if path.is_file())
-    thresholds = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]
-    checkpoint = {
-        "checkpoint": recipe.checkpoints.get(name),
-        "thresholds": thresholds if triggered(name) or name == "r2r" else [],
-    }
-    return {key: whole[key] for key in parts} | models | checkpoint
+    """The endpoint's entry of each policy: its settings, and the cards of its engines with the hashes of their weights. It goes into
+    the cache keys, so that no answer outlives a change of weights, thresholds or settings."""
+    return served_models(url, recipe.benchmark.policies)
 
 
 def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) -> dict[str, str]:
@@ -190,10 +165,11 @@ def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Op
         return
     asks_here = options.judge is None and any(task.judged for task, _ in chosen)
     names = [*recipe.benchmark.policies, *([options.judge_model] if asks_here else [])]
-    engines = _engines(recipe, names)
+    hosting = host(recipe)
+    hosting = hosting.only(_engines(hosting, names))
     # A name of this job's own: what else the cluster serves is left alone, and what a killed job left is replaced.
     name = f"benchmark-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
-    url = run(recipe, blocking=False, only=engines, name=name)
+    url = run(hosting, blocking=False, name=name)
     try:
         yield url
     finally:

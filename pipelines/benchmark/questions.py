@@ -77,7 +77,8 @@ def _collected(recipe: Recipe, data: Path | None) -> set[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One question of the job: which item is asked of which policy, with which seed, for which time."""
+    """One question of the job: which item is asked of which policy, with which seed, for which time. `settings` is what the endpoint
+    says of the policy."""
 
     task: Task
     item: Item
@@ -142,7 +143,7 @@ def plan(
         Row(task, item, policy, seed, repeat, settings[policy])
         for task, items in chosen
         for policy in recipe.benchmark.policies
-        if task.votes or not policy.startswith("maj@")
+        if task.votes or not settings[policy].get("votes")
         for seed in recipe.benchmark.seeds
         for repeat in range(repeats)
         for item in items

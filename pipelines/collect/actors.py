@@ -23,10 +23,10 @@ from s2t_models import loading
 from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
 from s2t_models.engines.contract import ContextOverflow, Engine, Sampling
-from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.engines.load import load
+from s2t_models.hosting import pair
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
-from s2t_models.reserved import reserved_rows
 
 #: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
 #: good.
@@ -65,7 +65,7 @@ class Rollouts:
 
     def __init__(self, recipe: Recipe) -> None:
         self.tokenizer = loading.load_tokenizer(recipe.slm)
-        self.engine: Engine = TorchEngine.load(recipe.slm, "slm", reserved_rows(recipe))
+        self.engine: Engine = load(pair(recipe)["slm"])
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 
@@ -85,16 +85,15 @@ class Rollouts:
             support=self.recipe.divergence.support,
         )
         draft = await self.engine.generate(prompt_ids, sampling)
-        assert draft.top_ids_TN is not None
-        assert draft.top_logprobs_TN is not None
+        support = draft.supported
         return {
             "prompt": prompt,
             "prompt_ids": prompt_ids,
             "output_ids": draft.ids,
             "finish": draft.finish,
-            "entropy_T": draft.entropy_T,
-            "support_ids": draft.top_ids_TN.ravel(),
-            "support_logprobs": draft.top_logprobs_TN.ravel(),
+            "entropy_T": support.entropy_T,
+            "support_ids": support.ids_TN.ravel(),
+            "support_logprobs": support.logprobs_TN.ravel(),
         }
 
 
@@ -105,7 +104,7 @@ class Labels:
     `publish`)."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.engine: Engine = TorchEngine.load(recipe.teacher, "teacher", reserved_rows(recipe))
+        self.engine: Engine = load(pair(recipe)["teacher"])
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 

@@ -59,8 +59,9 @@ METADATA = (
     "s2t.task",
 )
 
-#: One answer. `verdict` is correct, wrong, truncated or errored; the four sum to the total. `turns` holds
-#: every turn's text where a task has several, `output` the last. `usage` (engine -> Usage), `decisions` and
+#: One answer. `kind` is the policy's name without K and budget, which are null where they mean nothing to it. `verdict` is
+#: correct, wrong, truncated or errored; the four sum to the total. `turns` holds every turn's text where a task has several,
+#: `output` the last; `output_ids` are the token ids of an answer of one turn, where the endpoint gives them. `usage` (engine -> Usage), `decisions` and
 #: `models` (engine -> sha256 of its weights) are JSON. `seconds` is the server's time for the answer,
 #: `client_seconds` what passed here.
 RESULT = pa.schema(
@@ -70,10 +71,14 @@ RESULT = pa.schema(
         ("item", pa.string()),
         ("category", pa.string()),
         ("policy", pa.string()),
+        ("kind", pa.string()),
+        ("k", pa.int32()),
+        ("budget", pa.float64()),
         ("seed", pa.int64()),
         ("repeat", pa.int32()),
         ("request_seed", pa.int64()),
         ("output", pa.string()),
+        ("output_ids", pa.list_(pa.int32())),
         ("turns", pa.list_(pa.string())),
         ("samples", pa.list_(pa.string())),
         ("extracted", pa.string()),

@@ -159,7 +159,7 @@ def _check(recipe: Recipe, objective: Objective, shards: Path, calibration: Path
             **{f"trigger_head.{key}": value for key, value in whole["trigger_head"].items()},
             **{f"reserved.{key}": value for key, value in whole["reserved"].items()},
             "budget": whole["budget"],
-            "policies.local_prior_weight": whole["policies"]["local_prior_weight"],
+            "policies.local.prior_weight": whole["policies"]["local"]["prior_weight"],
             "slm.dtype": whole["slm"]["dtype"],
         },
     }

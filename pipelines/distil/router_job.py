@@ -22,12 +22,12 @@ from pipelines.runtime import tracking
 from pipelines.runtime.folders import only_one
 from s2t_models import loading
 from s2t_models.artifact import refuse_foreign, replacing, write_provenance
-from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.engines.load import load
+from s2t_models.hosting import pair
 from s2t_models.policies import r2r_labels
 from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r_labels import label
 from s2t_models.recipe import Recipe
-from s2t_models.reserved import reserved_rows
 from s2t_models.router import SETTINGS, RouterSettings, RouterTraining, save_router, train_router
 from serving import cluster
 
@@ -42,9 +42,7 @@ class RouterLabels:
 
     def __init__(self, recipe: Recipe) -> None:
         tokenizer = loading.load_tokenizer(recipe.slm)
-        reserved = reserved_rows(recipe)
-        slm = TorchEngine.load(recipe.slm, "slm", reserved)
-        teacher = TorchEngine.load(recipe.teacher, "teacher", reserved)
+        slm, teacher = (load(hosted) for hosted in pair(recipe).values())
 
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)

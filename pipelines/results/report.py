@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 
 from pipelines.results import figures
 from pipelines.results.figures import Point
-from pipelines.results.names import setting, triggered
 from pipelines.results.summary import Summary, as_rows, comparisons, markdown, read_results, summarise
 from pipelines.runtime import tracking as store
 from s2t_models.recipe import Recipe
@@ -38,7 +37,7 @@ def report(results: Path, output: Path, tracking: str | None) -> str:
     pd.DataFrame(as_rows(summaries)).to_csv(output / "policies.csv", index=False)
     pd.DataFrame(pairs).to_csv(output / "comparisons.csv", index=False)
     flips.to_csv(output / "flips.csv", index=False)
-    figures = draw(summaries, pairs, recipe)
+    figures = draw(summaries, pairs)
     (output / FIGURES).mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(output / FIGURES / name)
@@ -46,7 +45,7 @@ def report(results: Path, output: Path, tracking: str | None) -> str:
     return tables
 
 
-def draw(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]], recipe: Recipe) -> dict[str, Figure]:
+def draw(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
     """The figures of a job by file name, those of each task: accuracy, against cost, over budget and K,
     flips."""
     drawn = {}
@@ -69,7 +68,7 @@ def draw(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]], recip
                 [(f"{pair['a']} against {first}", pair["gained"], pair["lost"]) for pair in against], items
             )
         for axis, label in (("budget", "budget tau, % of the steps"), ("k", "candidates K")):
-            series = _sweep(own, recipe, axis)
+            series = _sweep(own, axis)
             if series:
                 drawn[f"{task}-accuracy-{axis}.png"] = figures.accuracy_over(
                     series, label, items, percent=axis == "budget"
@@ -81,15 +80,15 @@ def _point(summary: Summary, x: float = 0.0, label: str | None = None) -> Any:
     return Point(label or summary.policy, summary.accuracy, summary.low, summary.high, x)
 
 
-def _sweep(summaries: Sequence[Summary], recipe: Recipe, axis: str) -> dict[str, list[Any]]:
+def _sweep(summaries: Sequence[Summary], axis: str) -> dict[str, list[Any]]:
     """Lines of triggered policies that were run at several values of `axis` ("budget" or "k"), the other one
     held."""
     lines: dict[str, list[Any]] = {}
     for summary in summaries:
-        if triggered(summary.policy):
-            found = setting(summary.policy, recipe)
-            held = f", K = {found.k}" if axis == "budget" else f", tau = {100 * found.budget:g}%"
-            lines.setdefault(found.kind + held, []).append(_point(summary, float(getattr(found, axis))))
+        x, held = getattr(summary, axis), summary.k if axis == "budget" else summary.budget
+        if x is not None:
+            label = "" if held is None else f", K = {held}" if axis == "budget" else f", tau = {100 * held:g}%"
+            lines.setdefault(summary.kind + label, []).append(_point(summary, float(x)))
     return {label: points for label, points in lines.items() if len({point.x for point in points}) > 1}
 
 
@@ -131,10 +130,8 @@ def _track(
 
 def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: Sequence[Mapping[str, Any]]) -> None:
     rows = frame[(frame["task"] == summary.task) & (frame["policy"] == summary.policy)]
-    found = setting(summary.policy, recipe)
     params = {"policy": summary.policy, "task": summary.task, "recipe": recipe.name, "items": summary.items}
-    if triggered(summary.policy):
-        params |= {"budget": found.budget, "k": found.k}
+    params |= {name: value for name in ("budget", "k") if (value := getattr(summary, name)) is not None}
     metrics = {
         "accuracy": summary.accuracy,
         "accuracy_low": summary.low,

@@ -52,12 +52,15 @@ def read_results(path: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A policy on a task. Accuracies are fractions; costs are means over the answers that were given: tokens
+    """A policy on a task; `k` and `budget` are None where they mean nothing to it. Accuracies are fractions; costs are means over the answers that were given: tokens
     of output, teacher tokens read (prefill) and written (decode), forwards of all models, triggered steps,
     and seconds on the server under the job's load."""
 
     task: str
     policy: str
+    kind: str
+    k: int | None
+    budget: float | None
     accuracy: float
     low: float
     high: float
@@ -98,6 +101,9 @@ def _summary(task: str, policy: str, rows: pd.DataFrame) -> Summary:
     return Summary(
         task=task,
         policy=policy,
+        kind=str(rows["kind"].iloc[0]),
+        k=_known(rows["k"].iloc[0], int),
+        budget=_known(rows["budget"].iloc[0], float),
         accuracy=figures.accuracy,
         low=figures.low,
         high=figures.high,
@@ -114,6 +120,11 @@ def _summary(task: str, policy: str, rows: pd.DataFrame) -> Summary:
         decisions=mean([len(json.loads(decisions)) for decisions in answered["decisions"]]),
         seconds=mean(answered["seconds"].tolist()),
     )
+
+
+def _known(value: Any, kind: type) -> Any:
+    """A null of a column comes as NaN."""
+    return None if pd.isna(value) else kind(value)
 
 
 def _costs(usage: str) -> dict[str, int]:

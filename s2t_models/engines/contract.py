@@ -1,9 +1,14 @@
 """What an engine is: token ids in, token ids and log-probabilities out.
 
-Calls carry their whole prefix and are asynchronous, so no policy manages a cache, any replica can serve any call
-and batching is the engine's business. The contract knows nothing of tokenizers, text, policies or HTTP.
+The core is `Engine`: card, generate, score, close. Everything beyond it is a capability that the card lists, with a protocol of its
+own: `Selecting` here, mean-embedding inputs beside Multiplex, the router beside R2R. A policy that needs a capability is offered only
+where the engine has it.
 
-Axes: _T step, _N support (the top-N of a step), _K candidate, _R reserved row.
+Calls carry their whole prefix and are asynchronous, so no policy manages a cache, any replica can serve any call, and batching is the
+engine's business. An engine belongs to the event loop of its first call; all its calls come from there. The contract knows nothing of
+tokenizers, text, policies or HTTP.
+
+Axes: _T step, _N support (the top-N of a step), _K candidate.
 """
 
 from __future__ import annotations
@@ -13,16 +18,31 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-Finish = Literal["end", "length"]
+from s2t_models.recipe import Candidates
+
+Finish = Literal["end", "length", "trigger"]
+
+#: What an engine may have beyond the core:
+#: select         scores of candidates, and `generate` that stops at the trigger head (`Selecting`)
+#: fused_select   the whole S2T-Local loop in one call (`FusedSelecting`)
+#: entropy        the entropy of the whole vocabulary at every step of a support
+#: seeded_noise   the same (seed, step) draws the same token whatever else the engine is doing
+#: multiplex      mean embeddings as inputs (`policies.multiplex.MultiplexEngine`)
+#: features       inputs of R2R's router, to train one (`policies.r2r.FeatureEngine`)
+#: route          R2R's router itself (`policies.r2r.RoutingEngine`)
+Capability = Literal["select", "fused_select", "entropy", "seeded_noise", "multiplex", "features", "route"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How `generate` picks tokens.
+    """How `generate` picks tokens, and when it stops.
 
-    `temperature` 0 is greedy. Noise depends on (seed, step) alone, where the first token generated has step
-    `first_step`: a draft that goes on where another stopped passes the number of tokens decoded so far.
-    `support` asks for the top-N ids and log-probabilities of every step (0: none).
+    `temperature` 0 is greedy. `first_step` is the step of the first token generated: a draft that goes on where another stopped passes
+    the number of tokens decoded so far, so that the noise of a step depends on (seed, step) alone. `support` asks for the top-N ids
+    and log-probabilities of every step (0: none).
+
+    With `trigger_threshold` the draft stops *before* the first step, from step `trigger_warmup` on, whose trigger-head logit reaches
+    it; the top `trigger_support` tokens of that step come with it. Needs the capability "select".
     """
 
     max_tokens: int
@@ -32,38 +52,28 @@ class Sampling:
     seed: int = 0
     first_step: int = 0
     support: int = 0
-
-
-@dataclass(frozen=True)
-class Multiplex:
-    """Multiplex Thinking: each input is the mean embedding of `width` draws until the text turns certain.
-
-    After `patience` steps in a row with an entropy below `entropy` nats, decoding goes on with ordinary sampling.
-    """
-
-    width: int = 3
-    temperature: float = 1.0
-    weighted: bool = True
-    entropy: float = 0.1
-    patience: int = 256
+    trigger_threshold: float | None = None
+    trigger_warmup: int = 0
+    trigger_support: int = 64
 
 
 @dataclass(frozen=True)
 class Selection:
     """Settings of the S2T-Local loop: when it triggers, what it proposes, how it chooses (Eqs. 4, 5 and 9).
 
-    `threshold` is on the trigger head's logit; the chosen candidate maximises score / temperature +
-    prior_weight * log p_SLM(c). `method` is "top_k" or "multinomial" (K draws without replacement at T = 1);
-    `ratio` keeps only candidates at least that likely relative to the top one (dynamic candidate sets, Table A4).
+    `threshold` is on the trigger head's logit. The chosen candidate maximises the preference
+    score / temperature + prior_weight * log p_SLM(c); `prior_weight` 0 is the paper's rule.
     """
 
     threshold: float
-    k: int = 8
-    method: Literal["top_k", "multinomial"] = "multinomial"
-    ratio: float = 0.0
+    candidates: Candidates
     prior_weight: float = 0.0
     temperature: float = 0.1
     warmup: int = 0
+
+    def preferences(self, scores_K: np.ndarray, logprobs_K: np.ndarray) -> np.ndarray:
+        """What the choice maximises, [K]."""
+        return scores_K / self.temperature + self.prior_weight * logprobs_K
 
 
 @dataclass
@@ -87,32 +97,58 @@ class Usage:
 
 @dataclass
 class Decision:
-    """What happened at one triggered step: `value` is the trigger's, `scores_K` the scorer's (teacher
-    probabilities or reserved-row scores), `argmax` the teacher's own choice where a teacher was asked."""
+    """What happened at one triggered step: `value` is the trigger's, `scores_K` the scorer's (teacher probabilities or reserved-row
+    scores), `preferences_K` what the choice maximised. Where a teacher was asked, `teacher_K` are its probabilities of the candidates and
+    `argmax` is its own choice."""
 
     step: int
     value: float
     candidates_K: list[int]
     logprobs_K: list[float]
     scores_K: list[float]
+    preferences_K: list[float]
     chosen: int
     argmax: int | None = None
+    teacher_K: list[float] | None = None
+
+
+@dataclass
+class Support:
+    """The most probable tokens of each step, best first: ids and log-probabilities [T, N] over the whole vocabulary, and the entropy
+    [T] of the whole distribution in nats where the engine has the capability "entropy"."""
+
+    ids_TN: np.ndarray
+    logprobs_TN: np.ndarray
+    entropy_T: np.ndarray | None = None
+
+
+@dataclass
+class Triggered:
+    """The step that a draft stopped before: the trigger head's logit, and the step's most probable tokens, best first, [N] each."""
+
+    value: float
+    ids_N: np.ndarray
+    logprobs_N: np.ndarray
 
 
 @dataclass
 class Draft:
-    """Generated tokens. With finish "end" the last id is the end-of-text token.
-
-    Where `support` was asked, `top_ids_TN` and `top_logprobs_TN` hold the most probable tokens of every step, best first,
-    and `entropy_T` the entropy of the whole distribution in nats; else they are None and empty."""
+    """Generated tokens. With finish "end" the last id is the end-of-text token; with "trigger" `triggered` says what stopped it, and
+    there may be no token. `support` is there where it was asked for, `decisions` where the engine ran the S2T-Local loop."""
 
     ids: list[int]
     finish: Finish
     usage: Usage
-    entropy_T: np.ndarray
-    top_ids_TN: np.ndarray | None = None
-    top_logprobs_TN: np.ndarray | None = None
+    support: Support | None = None
+    triggered: Triggered | None = None
     decisions: list[Decision] = field(default_factory=list)
+
+    @property
+    def supported(self) -> Support:
+        """The support of a draft that was asked for one. Raises ValueError where there is none."""
+        if self.support is None:
+            raise ValueError("the draft has no support: Sampling.support was 0")
+        return self.support
 
 
 @dataclass
@@ -124,9 +160,25 @@ class Scores:
     usage: Usage
 
 
+@dataclass
+class Selected:
+    """The selector's scores of candidates, v . softmax(z[R]) in [0, 1], [K] (Eq. 5), and what they cost."""
+
+    scores_K: np.ndarray
+    usage: Usage
+
+
+@dataclass
+class Routed:
+    """R2R's router over a draft: p(the token makes the text diverge), [T] float32, and what reading the draft cost."""
+
+    probabilities_T: np.ndarray
+    usage: Usage
+
+
 @dataclass(frozen=True)
 class ModelCard:
-    """Who an engine is, as recorded with every result. Hashes are sha256 of the weight and tokenizer files."""
+    """Who an engine is, as recorded with every result. Hashes are sha256 of the weights and of what the tokenizer means."""
 
     name: str
     weights: str
@@ -135,7 +187,10 @@ class ModelCard:
     context: int
     end_ids: tuple[int, ...]
     reserved_ids: tuple[int, ...] = ()
-    has_selector: bool = False
+    dtype: str = "float32"
+    engine: str = "torch"
+    router: str | None = None
+    capabilities: frozenset[Capability] = frozenset()
 
 
 class ContextOverflow(ValueError):
@@ -149,7 +204,7 @@ class Engine(Protocol):
     async def card(self) -> ModelCard: ...
 
     async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
-        """Decode from `prefix` until the end token or `max_tokens`."""
+        """Decode from `prefix` until the end token, `max_tokens`, or the trigger."""
         ...
 
     async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
@@ -158,19 +213,23 @@ class Engine(Protocol):
         `start >= 1` and `start + T - 1 <= len(tokens)`: the last row may lie one past the last token."""
         ...
 
-    async def select(self, prefix: list[int], candidates_K: list[int]) -> np.ndarray:
-        """Logits of the reserved rows after each candidate, [K, R] (Eq. 5's z(s_t + c)[R])."""
+    def close(self) -> None:
+        """Free the model; calls still running are cancelled."""
         ...
 
-    async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
-        """The S2T-Local loop. It runs inside the engine because there the scoring pass is the next decode step."""
+
+@runtime_checkable
+class Selecting(Protocol):
+    """Capability "select": an engine that holds an S2T-Local artifact."""
+
+    async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
+        """The scores after each candidate."""
         ...
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: Multiplex) -> Draft:
-        """Multiplex Thinking, where the engine can take mean embeddings as inputs."""
-        ...
 
-    async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
-        """Router inputs for the steps whose tokens are tokens[start:]: [T, H + H + support] float32, the last hidden
-        state, the embedding of the SLM's token and its top logits (R2R)."""
-        ...
+@runtime_checkable
+class FusedSelecting(Protocol):
+    """Capability "fused_select": the S2T-Local loop inside the engine, where the scoring pass is the next decode step. The text is that
+    of the loop over `generate` and `select` (`policies.local`)."""
+
+    async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft: ...

@@ -8,11 +8,13 @@ HTTP, tasks or grading.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
-from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
+from s2t_models.engines.contract import Capability, ContextOverflow, Decision, Engine, Finish, Sampling, Usage
+from s2t_models.recipe import SamplerSettings
 
 T = TypeVar("T")
 Source = Literal["slm", "teacher", "selected"]
@@ -67,42 +69,53 @@ class Engines:
         return self.by_name[name]
 
 
-class Policy(Protocol):
-    """`name` is the model name it is served under; `needs` the engines it calls."""
+#: Engine name -> the capabilities that are called there, beyond the core.
+Needs = Mapping[str, frozenset[Capability]]
+CORE: frozenset[Capability] = frozenset()
+
+
+class Policy(ABC):
+    """A way of decoding. `name` is the model name it is served under; `needs` are the engines it calls, and what it calls of them.
+
+    `kind` is the name without K and budget. `k`, `budget` and `votes` are None where they mean nothing to the policy."""
+
+    name: str
+    needs: Needs
+    k: int | None = None
+    budget: float | None = None
+    votes: int | None = None
 
     @property
-    def name(self) -> str: ...
+    def kind(self) -> str:
+        return self.name
 
-    @property
-    def needs(self) -> tuple[str, ...]: ...
-
+    @abstractmethod
     def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]: ...
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """How a policy draws tokens unless the request says otherwise; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-
-    def sampling(
-        self, request: Request, max_tokens: int, seed: int | None = None, first_step: int = 0, support: int = 0
-    ) -> Sampling:
-        """The engine's settings for up to `max_tokens` tokens of `request` from step `first_step` on."""
-        return Sampling(
-            max_tokens=max_tokens,
-            temperature=self.temperature if request.temperature is None else request.temperature,
-            top_p=self.top_p if request.top_p is None else request.top_p,
-            top_k=self.top_k,
-            seed=request.seed if seed is None else seed,
-            first_step=first_step,
-            support=support,
-        )
+#: Takes the likeliest token at every step.
+GREEDY = SamplerSettings()
 
 
-GREEDY = Tokens()
+def sampling(
+    sampler: SamplerSettings,
+    request: Request,
+    max_tokens: int,
+    seed: int | None = None,
+    first_step: int = 0,
+    support: int = 0,
+) -> Sampling:
+    """An engine's settings for up to `max_tokens` tokens of `request` from step `first_step` on, drawn as `sampler` says unless the
+    request says otherwise."""
+    return Sampling(
+        max_tokens=max_tokens,
+        temperature=sampler.temperature if request.temperature is None else request.temperature,
+        top_p=sampler.top_p if request.top_p is None else request.top_p,
+        top_k=sampler.top_k,
+        seed=request.seed if seed is None else seed,
+        first_step=first_step,
+        support=support,
+    )
 
 
 async def check_fits(engines: Engines, names: Iterable[str], request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Collaborative decoding, Algorithm 1: the SLM writes, and at triggered steps the teacher selects (S2T) or takes over.
+"""Collaborative decoding, Algorithm 1: one model writes, and at triggered steps a scorer decides (S2T, Takeover, R2R).
 
 The SLM drafts a chunk greedily; the trigger judges the whole draft, for a divergence trigger with one teacher forward;
 the first critical step cuts it, and decoding goes on behind the chosen token. A draft that was cut is only work thrown
@@ -10,59 +10,89 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 
-from s2t_models.candidates import propose
-from s2t_models.engines.contract import Decision, Engine, Usage
-from s2t_models.noise import uniforms
-from s2t_models.policies.base import GREEDY, Done, Engines, Event, Request, Source, Span, check_fits
-from s2t_models.policies.triggers import Drafted, Judgement, Trigger
+from s2t_models.engines.contract import Selection, Usage
+from s2t_models.hosting import LOCAL, Hosting
+from s2t_models.policies.base import (
+    CORE,
+    GREEDY,
+    Done,
+    Engines,
+    Event,
+    Needs,
+    Policy,
+    Request,
+    Span,
+    check_fits,
+    sampling,
+)
+from s2t_models.policies.scorers import CriticalStep, Scorer, SelectorScorer, TeacherScorer
+from s2t_models.policies.triggers import TRIGGERS, Drafted, Judgement, Trigger, budget_of, make_trigger
+from s2t_models.policies.variants import Variant, candidates_of, variant
 from s2t_models.recipe import Candidates
 
 
 @dataclass(frozen=True)
-class Collaborate:
-    """trigger x proposer x scorer (Eq. 9). The proposer is the SLM (`candidates`); the scorer is the teacher's probability
-    of each candidate (`selects` "candidates", S2T) or its own argmax over the vocabulary ("vocabulary", Takeover).
-
-    `chunk` bounds the draft's length, `support` is N, and the first `warmup` steps never trigger."""
+class Collaborate(Policy):
+    """trigger x proposer x scorer (Eq. 9). `drafter` is the engine that writes and proposes. `chunk` bounds the draft's length,
+    `support` is N, and the first `warmup` steps never trigger."""
 
     name: str
     trigger: Trigger
-    selects: Literal["candidates", "vocabulary"]
+    scorer: Scorer
     candidates: Candidates = field(default_factory=Candidates)
     support: int = 64
     chunk: int = 16
     warmup: int = 0
-    needs: tuple[str, ...] = ("slm", "teacher")
+    drafter: str = "slm"
+    budget: float | None = None
+    reads_entropy: bool = False
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        needs: dict[str, frozenset] = {self.drafter: frozenset({"entropy"}) if self.reads_entropy else CORE}
+        for part in (self.trigger.needs, self.scorer.needs):
+            for engine, capabilities in part.items():
+                needs[engine] = needs.get(engine, CORE) | capabilities
+        return needs
+
+    @property
+    def k(self) -> int | None:  # type: ignore[override]
+        return None if self.scorer.source == "teacher" else self.candidates.k
+
+    @property
+    def kind(self) -> str:
+        found = variant(self.name)
+        return found.kind if found else self.name
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         await check_fits(engines, self.needs, request)
-        slm, teacher = engines["slm"], engines["teacher"]
-        end_ids = (await slm.card()).end_ids
-        source: Source = "selected" if self.selects == "candidates" else "teacher"
+        drafter = engines[self.drafter]
+        end_ids = (await drafter.card()).end_ids
         usage: dict[str, Usage] = defaultdict(Usage)
         tokens, prompt, length, ended = list(request.prompt), len(request.prompt), self.chunk, False
         while not ended and (step := len(tokens) - prompt) < request.max_tokens:
             budget = min(length, request.max_tokens - step)
-            sampling = GREEDY.sampling(request, budget, first_step=step, support=self.support)
-            draft = await slm.generate(tokens, sampling)
-            usage["slm"] += draft.usage
+            draft = await drafter.generate(
+                tokens, sampling(GREEDY, request, budget, first_step=step, support=self.support)
+            )
+            usage[self.drafter] += draft.usage
 
-            drafted = Drafted(tokens, draft, step, max(0, self.warmup - step), request.seed)
+            drafted = Drafted(tokens, draft.ids, draft.supported, step, max(0, self.warmup - step), request.seed)
             judgement = await self._judge(engines, drafted)
-            for name, cost in judgement.usage.items():
-                usage[name] += cost
+            _add(usage, judgement.usage)
             critical = np.flatnonzero(judgement.fires_T)
             kept = draft.ids[: drafted.first + int(critical[0])] if len(critical) else draft.ids
             if kept:
                 yield Span(kept, "slm")
             if len(critical):
-                decision, cost = await self._select(teacher, drafted, judgement, int(critical[0]))
-                usage["teacher"] += cost
-                yield Span([decision.chosen], source)
+                decision, cost = await self.scorer.decide(
+                    engines, CriticalStep(drafted, judgement, int(critical[0])), self.candidates
+                )
+                _add(usage, cost)
+                yield Span([decision.chosen], self.scorer.source)
                 yield decision
                 kept = [*kept, decision.chosen]
             tokens = tokens + kept
@@ -72,37 +102,61 @@ class Collaborate:
         yield Done("end" if ended else "length", dict(usage))
 
     async def _judge(self, engines: Engines, drafted: Drafted) -> Judgement:
-        if drafted.first >= len(drafted.draft.ids):
+        if drafted.first >= len(drafted.ids):
             return Judgement(np.empty(0), np.empty(0, dtype=bool))
         return await self.trigger.judge(engines, drafted)
 
-    async def _select(
-        self, teacher: Engine, drafted: Drafted, judgement: Judgement, row: int
-    ) -> tuple[Decision, Usage]:
-        """Propose and score at the judged step `row`; a second teacher call only where the trigger made none."""
-        draft, at = drafted.draft, drafted.first + row
-        assert draft.top_ids_TN is not None
-        assert draft.top_logprobs_TN is not None
-        step, cost = drafted.step + at, Usage()
-        if judgement.scores is not None:
-            teacher_N, argmax = judgement.scores.logprobs_TN[row], int(judgement.scores.argmax_T[row])
-        else:
-            state = drafted.prefix + draft.ids[:at]
-            scores = await teacher.score(state, len(state), draft.top_ids_TN[at : at + 1])
-            teacher_N, argmax, cost = scores.logprobs_TN[0], int(scores.argmax_T[0]), scores.usage
-        settings = self.candidates
-        slm_N = draft.top_logprobs_TN[at]
-        noise_K = uniforms(drafted.seed, step, settings.k, "candidates")
-        chosen_K = propose(slm_N, settings.k, settings.method, settings.ratio, noise_K)
-        candidates_K = [int(token) for token in draft.top_ids_TN[at][chosen_K]]
-        scores_K = np.exp(np.asarray(teacher_N, dtype=np.float64)[chosen_K])
-        selected = candidates_K[int(scores_K.argmax())]
-        return Decision(
-            step=step,
-            value=float(judgement.values_T[row]),
-            candidates_K=candidates_K,
-            logprobs_K=[float(logprob) for logprob in slm_N[chosen_K]],
-            scores_K=[float(score) for score in scores_K],
-            chosen=selected if self.selects == "candidates" else argmax,
-            argmax=argmax,
-        ), cost
+
+def _add(usage: dict[str, Usage], costs: dict[str, Usage]) -> None:
+    for name, cost in costs.items():
+        usage[name] += cost
+
+
+def names(hosting: Hosting) -> list[str]:
+    """S2T and Takeover at the recipe's trigger, then at the others; S2T-Local behind a trigger that is not its head."""
+    own = hosting.recipe.trigger.metric
+    others = [metric for metric, kind in TRIGGERS.items() if kind.make and metric != own]
+    return [
+        *("takeover", "s2t", "s2t-dynamic-01", "s2t-dynamic-05"),
+        *(f"{stem}-{metric}" for metric in others for stem in ("takeover", "s2t")),
+        *(f"{LOCAL}-{metric}" for metric, kind in TRIGGERS.items() if kind.make),
+    ]
+
+
+def build(name: str, hosting: Hosting) -> Policy | None:
+    found = variant(name)
+    if found is None or (found.stem == LOCAL and found.metric in (None, "head")) or found.metric == "head":
+        return None
+    recipe = hosting.recipe
+    candidates = candidates_of(name, found, recipe)
+    scorer = _scorer(found, candidates, hosting)
+    if scorer is None:
+        return None
+    metric = found.metric or recipe.trigger.metric
+    return Collaborate(
+        name,
+        make_trigger(name, metric, found.budget, hosting),
+        scorer,
+        candidates,
+        recipe.divergence.support,
+        recipe.policies.chunk,
+        recipe.trigger.warmup,
+        LOCAL if found.stem == LOCAL else "slm",
+        budget_of(name, found.budget, recipe),
+        TRIGGERS[metric].reads_entropy,
+    )
+
+
+def _scorer(found: Variant, candidates: Candidates, hosting: Hosting) -> Scorer | None:
+    """None where the name asks for what its kind of policy has not got."""
+    recipe = hosting.recipe
+    if found.stem == LOCAL:
+        if found.ratio is not None:
+            return None
+        weight = recipe.policies.local.prior_weight if found.weight is None else found.weight
+        return SelectorScorer(Selection(0.0, candidates, weight, recipe.distil.temperature))
+    if found.weight is not None:
+        return None
+    if found.stem == "takeover":
+        return None if found.k or found.ratio is not None else TeacherScorer("vocabulary")
+    return TeacherScorer("candidate")

@@ -1,15 +1,92 @@
 """S2T-Local: the SLM selects among its own candidates by its reserved rows (Eq. 5), with no teacher at hand.
 
-The loop runs inside the engine that holds the artifact; this file only names its settings.
+The loop is written once, over an engine that can `generate` up to a trigger and `select`. An engine may bring it fused, in which the
+scoring pass is the next decode step: the same text, faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from s2t_models.engines.contract import Draft, Selection
-from s2t_models.policies.base import GREEDY, Done, Engines, Event, Request, Span
+from s2t_models.candidates import candidates_at, reach
+from s2t_models.engines.contract import Decision, Draft, FusedSelecting, Sampling, Selection, Usage
+from s2t_models.hosting import LOCAL, Hosting
+from s2t_models.policies.base import GREEDY, Done, Engines, Event, Needs, Policy, Request, Span, sampling
+from s2t_models.policies.triggers import fixed_threshold, threshold_of
+from s2t_models.policies.variants import candidates_of, variant
+
+
+@dataclass(frozen=True)
+class Local(Policy):
+    """S2T-Local behind its own trigger head, on the engine that holds the artifact."""
+
+    name: str
+    selection: Selection
+    budget: float | None = None
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return {LOCAL: frozenset({"select"})}
+
+    @property
+    def k(self) -> int | None:  # type: ignore[override]
+        return self.selection.candidates.k
+
+    @property
+    def kind(self) -> str:
+        found = variant(self.name)
+        return found.kind if found else self.name
+
+    async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
+        engine = engines[LOCAL]
+        asked = sampling(GREEDY, request, request.max_tokens)
+        if "fused_select" in (await engine.card()).capabilities and isinstance(engine, FusedSelecting):
+            draft = await engine.generate_selecting(request.prompt, asked, self.selection)
+        else:
+            draft = await generate_selecting(engine, request.prompt, asked, self.selection)
+        for span in spans_of(draft):
+            yield span
+        for decision in draft.decisions:
+            yield decision
+        yield Done(draft.finish, {LOCAL: draft.usage})
+
+
+async def generate_selecting(engine: Any, prefix: list[int], asked: Sampling, selection: Selection) -> Draft:
+    """Trigger, propose, score, select: the S2T-Local loop over an engine with the capability "select"."""
+    end_ids = (await engine.card()).end_ids
+    ids: list[int] = []
+    decisions: list[Decision] = []
+    usage = Usage()
+    while len(ids) < asked.max_tokens:
+        draft = await engine.generate(
+            prefix + ids,
+            replace(
+                asked,
+                max_tokens=asked.max_tokens - len(ids),
+                first_step=asked.first_step + len(ids),
+                trigger_threshold=selection.threshold,
+                trigger_warmup=selection.warmup,
+                trigger_support=reach(selection.candidates),
+            ),
+        )
+        ids, usage = ids + draft.ids, usage + draft.usage
+        if draft.triggered is None:
+            return Draft(ids, draft.finish, usage, decisions=decisions)
+        step, seen = asked.first_step + len(ids), draft.triggered
+        candidates_K, logprobs_K = candidates_at(seen.ids_N, seen.logprobs_N, selection.candidates, asked.seed, step)
+        selected = await engine.select(prefix + ids, candidates_K)
+        preferences_K = selection.preferences(selected.scores_K, logprobs_K)
+        chosen = candidates_K[int(preferences_K.argmax())]
+        scores_K = selected.scores_K.tolist()
+        decisions.append(
+            Decision(step, seen.value, candidates_K, logprobs_K.tolist(), scores_K, preferences_K.tolist(), chosen)
+        )
+        ids, usage = [*ids, chosen], usage + selected.usage + Usage(decode=1)
+        if chosen in end_ids:
+            return Draft(ids, "end", usage, decisions=decisions)
+    return Draft(ids, "length", usage, decisions=decisions)
 
 
 def spans_of(draft: Draft) -> list[Span]:
@@ -23,19 +100,20 @@ def spans_of(draft: Draft) -> list[Span]:
     return [*spans, Span(draft.ids[start:], "slm")] if start < len(draft.ids) else spans
 
 
-@dataclass(frozen=True)
-class Local:
-    """One `generate_selecting` call to the engine "s2t-local"."""
+def names(hosting: Hosting) -> list[str]:
+    return [LOCAL, f"{LOCAL}-w0"]
 
-    name: str
-    selection: Selection
-    needs: tuple[str, ...] = ("s2t-local",)
 
-    async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
-        sampling = GREEDY.sampling(request, request.max_tokens)
-        draft = await engines["s2t-local"].generate_selecting(request.prompt, sampling, self.selection)
-        for span in spans_of(draft):
-            yield span
-        for decision in draft.decisions:
-            yield decision
-        yield Done(draft.finish, {"s2t-local": draft.usage})
+def build(name: str, hosting: Hosting) -> Policy | None:
+    found, recipe = variant(name), hosting.recipe
+    if found is None or found.stem != LOCAL or found.metric or found.ratio is not None:
+        return None
+    fixed = found.budget is None and fixed_threshold("head", recipe) is not None
+    selection = Selection(
+        threshold=threshold_of(name, "head", found.budget, hosting),
+        candidates=candidates_of(name, found, recipe),
+        prior_weight=recipe.policies.local.prior_weight if found.weight is None else found.weight,
+        temperature=recipe.distil.temperature,
+        warmup=recipe.trigger.warmup,
+    )
+    return Local(name, selection, None if fixed else recipe.budget if found.budget is None else found.budget)

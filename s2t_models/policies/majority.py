@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from s2t_models.engines.contract import Usage
+from s2t_models.hosting import Hosting
 from s2t_models.policies.answers import answer_key
-from s2t_models.policies.base import Done, Engines, Event, Request, Span, Tokens, all_of
+from s2t_models.policies.base import CORE, Done, Engines, Event, Needs, Policy, Request, Span, all_of, sampling
+from s2t_models.policies.errors import PolicyError
+from s2t_models.recipe import SamplerSettings
+
+#: Samples of one answer at most.
+MOST_VOTES = 128
+_NAME = re.compile(r"maj@([1-9]\d{0,3})")
 
 
 def vote(answers: Sequence[str | None]) -> int:
@@ -19,22 +27,38 @@ def vote(answers: Sequence[str | None]) -> int:
 
 
 @dataclass(frozen=True)
-class Majority:
-    """`n` seeded samples at once. `key` reads a sample's answer from its text."""
+class Majority(Policy):
+    """`votes` seeded samples at once. `key` reads a sample's answer from its text."""
 
     name: str
-    n: int
-    tokens: Tokens
+    sampler: SamplerSettings
+    votes: int = 8
     key: Callable[[str], str | None] = answer_key
-    needs: tuple[str, ...] = ("slm",)
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return {"slm": CORE}
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         slm = engines["slm"]
         # Requests with neighbouring seeds share no sample.
-        seeds = [request.seed * self.n + i for i in range(self.n)]
-        samplings = [self.tokens.sampling(request, request.max_tokens, seed) for seed in seeds]
-        drafts = await all_of(slm.generate(request.prompt, sampling) for sampling in samplings)
+        seeds = [request.seed * self.votes + i for i in range(self.votes)]
+        asked = [sampling(self.sampler, request, request.max_tokens, seed) for seed in seeds]
+        drafts = await all_of(slm.generate(request.prompt, one) for one in asked)
         winner = drafts[vote([self.key(engines.decode(draft.ids)) for draft in drafts])]
         usage = sum((draft.usage for draft in drafts), Usage())
         yield Span(winner.ids, "slm")
         yield Done(winner.finish, {"slm": usage}, [draft.ids for draft in drafts])
+
+
+def names(hosting: Hosting) -> list[str]:
+    return [f"maj@{hosting.recipe.policies.majority.votes}"]
+
+
+def build(name: str, hosting: Hosting) -> Policy | None:
+    found = _NAME.fullmatch(name)
+    if found is None:
+        return None
+    if (votes := int(found[1])) > MOST_VOTES:
+        raise PolicyError(f"{name}: at most {MOST_VOTES} samples vote")
+    return Majority(name, hosting.recipe.policies.sample, votes)

@@ -7,22 +7,46 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from s2t_models.engines.contract import Multiplex
-from s2t_models.policies.base import Done, Engines, Event, Request, Span, Tokens
+from s2t_models.engines.contract import Draft, Sampling
+from s2t_models.hosting import Hosting
+from s2t_models.policies.base import Done, Engines, Event, Needs, Policy, Request, Span, sampling
+from s2t_models.recipe import MultiplexSettings, SamplerSettings
+
+
+@runtime_checkable
+class MultiplexEngine(Protocol):
+    """Capability "multiplex"."""
+
+    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft: ...
 
 
 @dataclass(frozen=True)
-class MultiplexThinking:
-    """One `generate_multiplex` call; `tokens` is the ordinary sampling after the early stop."""
+class MultiplexThinking(Policy):
+    """One `generate_multiplex` call; `sampler` draws tokens after the early stop."""
 
     name: str
-    multiplex: Multiplex
-    tokens: Tokens
-    needs: tuple[str, ...] = ("slm",)
+    settings: MultiplexSettings
+    sampler: SamplerSettings
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return {"slm": frozenset({"multiplex"})}
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
-        sampling = self.tokens.sampling(request, request.max_tokens)
-        draft = await engines["slm"].generate_multiplex(request.prompt, sampling, self.multiplex)
+        slm = engines["slm"]
+        assert isinstance(slm, MultiplexEngine)
+        asked = sampling(self.sampler, request, request.max_tokens)
+        draft = await slm.generate_multiplex(request.prompt, asked, self.settings)
         yield Span(draft.ids, "slm")
         yield Done(draft.finish, {"slm": draft.usage})
+
+
+def names(hosting: Hosting) -> list[str]:
+    return ["multiplex"]
+
+
+def build(name: str, hosting: Hosting) -> Policy | None:
+    settings = hosting.recipe.policies
+    return MultiplexThinking(name, settings.multiplex, settings.sample) if name == "multiplex" else None

@@ -1,42 +1,78 @@
 """R2R: a router on the SLM's own outputs decides which of its tokens the teacher replaces.
 
-It is Takeover with another trigger: the router (see `s2t_models.router`) reads the whole draft in one SLM forward.
+It is Takeover with another trigger. The router runs beside the SLM, on its device; it reads the whole draft in one SLM forward.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
-from s2t_models.engines.contract import Usage
-from s2t_models.policies.base import Engines
+import numpy as np
+
+from s2t_models.engines.contract import Routed
+from s2t_models.hosting import Hosting
+from s2t_models.policies.base import Engines, Needs, Policy
+from s2t_models.policies.collaborate import Collaborate
+from s2t_models.policies.errors import PolicyError
+from s2t_models.policies.scorers import TeacherScorer
 from s2t_models.policies.triggers import Drafted, Judgement
-
-if TYPE_CHECKING:
-    from s2t_models.router import Router
+from s2t_models.router import read_settings
 
 
-@lru_cache(maxsize=4)
-def _load(folder: Path) -> Router:
-    from s2t_models.router import load_router
+@runtime_checkable
+class RoutingEngine(Protocol):
+    """Capability "route": an engine with R2R's router beside its model."""
 
-    return load_router(folder)
+    async def route(self, tokens: list[int], start: int) -> Routed:
+        """The probability that each of tokens[start:] makes the text diverge."""
+        ...
+
+
+@runtime_checkable
+class FeatureEngine(Protocol):
+    """Capability "features": what the router reads, to train one."""
+
+    async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
+        """For the steps whose tokens are tokens[start:]: [T, H + H + support] float32, the last hidden state, the embedding of the
+        SLM's token and its top logits."""
+        ...
 
 
 @dataclass(frozen=True)
 class RouterTrigger:
-    """The router's probability of a divergent token at or above its threshold (`threshold` None: the one saved with it)."""
+    """The router's probability of a divergent token at or above `threshold`."""
 
-    folder: Path
-    threshold: float | None = None
+    threshold: float
+
+    @property
+    def needs(self) -> Needs:
+        return {"slm": frozenset({"route"})}
 
     async def judge(self, engines: Engines, drafted: Drafted) -> Judgement:
-        router = _load(self.folder)
-        start = len(drafted.prefix) + drafted.first
-        inputs_TF = await engines["slm"].features(drafted.prefix + drafted.draft.ids, start, router.settings.support)
-        values_T = router.probabilities(inputs_TF)
-        threshold = router.settings.threshold if self.threshold is None else self.threshold
-        # Reading the draft is one more forward over its tokens; `features` itself reports no usage.
-        return Judgement(values_T, values_T >= threshold, usage={"slm": Usage(prefill=len(inputs_TF), forwards=1)})
+        slm = engines["slm"]
+        assert isinstance(slm, RoutingEngine)
+        routed = await slm.route(drafted.prefix + drafted.ids, len(drafted.prefix) + drafted.first)
+        values_T = routed.probabilities_T
+        return Judgement(values_T, values_T >= self.threshold, usage={"slm": routed.usage})
+
+
+def names(hosting: Hosting) -> list[str]:
+    return ["r2r"]
+
+
+def build(name: str, hosting: Hosting) -> Policy | None:
+    if name != "r2r":
+        return None
+    folder = hosting.slm.router
+    if folder is None:
+        raise PolicyError(f"{name}: router.path is not set; `s2t distil --objective router` trains one")
+    recipe = hosting.recipe
+    return Collaborate(
+        name,
+        RouterTrigger(read_settings(folder).threshold),
+        TeacherScorer("vocabulary"),
+        recipe.candidates,
+        recipe.divergence.support,
+        recipe.policies.chunk,
+    )

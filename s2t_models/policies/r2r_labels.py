@@ -16,6 +16,7 @@ import numpy as np
 
 from s2t_models.engines.contract import Engine, Sampling
 from s2t_models.policies.base import Engines
+from s2t_models.policies.r2r import FeatureEngine
 from s2t_models.policies.segments import generate_segment
 
 #: (text before, the teacher's sentence, the sentence that goes on from the SLM's token) -> diverged?
@@ -76,6 +77,7 @@ async def label(
 ) -> RouterRows:
     """Label every step of the teacher's greedy answer to `prompt`; `support` is how many top logits the router sees."""
     slm, teacher = engines["slm"], engines["teacher"]
+    assert isinstance(slm, FeatureEngine)
     ids = (await teacher.generate(prompt, Sampling(max_tokens))).ids
     tokens, start = prompt + ids, len(prompt)
     inputs_TF, scores = await asyncio.gather(

@@ -4,44 +4,79 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
+from s2t_models.hosting import Hosting
 from s2t_models.policies.answers import boxed
-from s2t_models.policies.base import Done, Engines, Event, Request, Source, Span, Tokens, check_fits
+from s2t_models.policies.base import (
+    CORE,
+    Done,
+    Engines,
+    Event,
+    Needs,
+    Policy,
+    Request,
+    Source,
+    Span,
+    check_fits,
+    sampling,
+)
 from s2t_models.policies.segments import generate_segment
+from s2t_models.recipe import SpecReasonSettings
 
 #: What follows the text so far when the teacher is asked; the next token is the score.
 VERIFY = (
     "<|im_end|>\n<|im_start|>user\nRate the last step of the reasoning above from 0 to 9. Judge only whether it is correct and "
     "follows from what came before; ignore its style. Reply with one digit.<|im_end|>\n<|im_start|>assistant\nScore: "
 )
-PUBLISHED = Tokens(temperature=0.6, top_p=0.95)
 #: The teacher's own draws, independent of those of the step it rejected.
 TEACHER_SEED = 1 << 32
 
 
 @dataclass(frozen=True)
-class SpecReason:
-    """A step ends at `delimiter` (a blank line in the published code) or after `step_tokens`; it is accepted at a score of
-    `accept` or more. `score` is the likeliest digit, or the mean over the ten digits' probabilities."""
+class Digits:
+    """The tokens that say a score: `ids_N`, and the digit of each. A digit may have two, one that begins a word."""
+
+    ids_N: np.ndarray
+    digit_N: np.ndarray
+
+    @classmethod
+    def of(cls, engines: Engines) -> Digits:
+        """Raises ValueError where the tokenizer has no token for a digit alone."""
+        found: dict[int, int] = {}
+        for digit in range(10):
+            spellings = [engines.encode(text) for text in (str(digit), f" {digit}")]
+            own = [ids[-1] for ids in spellings if ids and engines.decode(ids[-1:]).strip() == str(digit)]
+            if not own:
+                raise ValueError(f"specreason: the tokenizer has no token for the digit {digit} alone")
+            found |= dict.fromkeys(own, digit)
+        return cls(np.array(list(found)), np.array(list(found.values())))
+
+    def probabilities(self, logprobs_N: np.ndarray) -> np.ndarray:
+        """p(digit) among the ten, [10], from the tokens' log-probabilities."""
+        weights_N = np.exp(logprobs_N.astype(np.float64) - logprobs_N.max())
+        weights = np.bincount(self.digit_N, weights_N, minlength=10)
+        return weights / weights.sum()
+
+
+@dataclass(frozen=True)
+class SpecReason(Policy):
+    """Steps of the SLM, accepted or written again by the teacher; see the settings. `verify` asks for the score."""
 
     name: str
-    accept: int = 7
-    delimiter: str = "\n\n"
-    step_tokens: int = 512
-    score: Literal["greedy", "expected"] = "greedy"
-    tokens: Tokens = PUBLISHED
+    settings: SpecReasonSettings = field(default_factory=SpecReasonSettings)
     verify: str = VERIFY
     chunk: int = 16
-    needs: tuple[str, ...] = ("slm", "teacher")
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        return {"slm": CORE, "teacher": CORE}
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
-        question = engines.encode(self.verify)
-        digits_N = np.array([engines.encode(str(digit))[-1] for digit in range(10)])
+        question, digits, sampler = engines.encode(self.verify), Digits.of(engines), self.settings.sampler
         await check_fits(engines, ("slm",), request)
         teacher = engines["teacher"]
         card = await teacher.card()
@@ -55,18 +90,18 @@ class SpecReason:
         usage: dict[str, Usage] = defaultdict(Usage)
         tokens, before, finish = list(request.prompt), "", None
         while finish is None and (step := len(tokens) - len(request.prompt)) < most:
-            limit = min(self.step_tokens, most - step)
-            sampling = self.tokens.sampling(request, limit, first_step=step)
-            ids, finish = await self._write("slm", engines, tokens, sampling, usage)
+            limit = min(self.settings.step_tokens, most - step)
+            asked = sampling(sampler, request, limit, first_step=step)
+            ids, finish = await self._write("slm", engines, tokens, asked, usage)
             source: Source = "slm"
             shown = ids[:-1] if ids[-1] in card.end_ids else ids
-            value = await self._verify(teacher, tokens + shown + question, digits_N, usage)
-            if value < self.accept:
-                sampling = self.tokens.sampling(request, limit, request.seed + TEACHER_SEED, first_step=step)
-                ids, finish = await self._write("teacher", engines, tokens, sampling, usage)
+            value = await self._verify(teacher, tokens + shown + question, digits, usage)
+            if value < self.settings.accept:
+                asked = sampling(sampler, request, limit, request.seed + TEACHER_SEED, first_step=step)
+                ids, finish = await self._write("teacher", engines, tokens, asked, usage)
                 source = "teacher"
             yield Span(ids, source)
-            yield Decision(step=step, value=value, candidates_K=[], logprobs_K=[], scores_K=[], chosen=ids[0])
+            yield Decision(step, value, [], [], [], [], chosen=ids[0])
             tokens = tokens + ids
             text = engines.decode(ids).strip()
             if finish is None and boxed(text) is not None:
@@ -77,18 +112,26 @@ class SpecReason:
         yield Done(finish or "length", dict(usage))
 
     async def _write(
-        self, name: str, engines: Engines, tokens: list[int], sampling: Sampling, usage: dict[str, Usage]
+        self, name: str, engines: Engines, tokens: list[int], asked: Sampling, usage: dict[str, Usage]
     ) -> tuple[list[int], Finish | None]:
-        segment = await generate_segment(engines[name], tokens, sampling, engines.decode, (self.delimiter,), self.chunk)
+        segment = await generate_segment(
+            engines[name], tokens, asked, engines.decode, (self.settings.delimiter,), self.chunk
+        )
         usage[name] += segment.usage
         # A step that only grew too long is not the end of the text.
         return segment.ids, "end" if segment.finish == "end" else None
 
-    async def _verify(self, teacher: Engine, tokens: list[int], digits_N: np.ndarray, usage: dict[str, Usage]) -> float:
-        scores = await teacher.score(tokens, len(tokens), digits_N[None])
+    async def _verify(self, teacher: Engine, tokens: list[int], digits: Digits, usage: dict[str, Usage]) -> float:
+        scores = await teacher.score(tokens, len(tokens), digits.ids_N[None])
         usage["teacher"] += scores.usage
-        logprobs_N = scores.logprobs_TN[0].astype(np.float64)
-        if self.score == "greedy":
-            return float(logprobs_N.argmax())
-        weights_N = np.exp(logprobs_N - logprobs_N.max())
-        return float((weights_N / weights_N.sum()) @ np.arange(10))
+        p = digits.probabilities(scores.logprobs_TN[0])
+        return float(p.argmax()) if self.settings.score == "greedy" else float(p @ np.arange(10))
+
+
+def names(hosting: Hosting) -> list[str]:
+    return ["specreason"]
+
+
+def build(name: str, hosting: Hosting) -> Policy | None:
+    settings = hosting.recipe.policies
+    return SpecReason(name, settings.specreason, chunk=settings.chunk) if name == "specreason" else None

@@ -1,12 +1,18 @@
 """What the name of a triggered policy says: s2t-local-k4-w0@0.05 is S2T-Local with 4 candidates, prior weight 0 and a budget of 5%.
 
-s2t[-kl|-entropy|-random][-dynamic-05][-k4][@0.05]   takeover[-entropy|-random][@0.05]   s2t-local[-k4][-w0][@0.05]
+    s2t[-METRIC][-dynamic-05][-k4][@0.05]   takeover[-METRIC][@0.05]   s2t-local[-METRIC][-k4][-w0][@0.05]
+
+METRIC is kl, entropy or random; `@0.05` is the budget tau; `-dynamic-05` keeps candidates at least 5% as likely as the top one. What
+the name leaves out is the recipe's.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from s2t_models.policies.errors import PolicyError
+from s2t_models.recipe import MOST_CANDIDATES, Candidates, Recipe
 
 _NAME = re.compile(
     r"(?P<stem>s2t-local|s2t|takeover)(?:-(?P<metric>kl|entropy|random))?(?:-dynamic-(?P<percent>\d\d?))?"
@@ -42,3 +48,14 @@ def variant(name: str) -> Variant | None:
         weight=float(found["weight"]) if found["weight"] else None,
         budget=float(found["budget"]) if found["budget"] else None,
     )
+
+
+def candidates_of(name: str, found: Variant, recipe: Recipe) -> Candidates:
+    """The recipe's candidate settings with what the name changes. Raises PolicyError where a step cannot have as many."""
+    if found.k and found.k > MOST_CANDIDATES:
+        raise PolicyError(f"{name}: a step has at most {MOST_CANDIDATES} candidates")
+    changes: dict[str, object] = {"k": found.k} if found.k else {}
+    if found.ratio is not None:
+        # As far as the support reaches: the ratio alone sizes the set (Table A4).
+        changes = {"ratio": found.ratio, "method": "top_k", "k": found.k or recipe.divergence.support}
+    return recipe.candidates.model_copy(update=changes)

@@ -66,7 +66,7 @@ def build(
         reserved_ids=reserved,
         bins=tuple(bins(len(reserved)).tolist()),
         temperature=recipe.distil.temperature,
-        prior_weight=recipe.policies.local_prior_weight,
+        prior_weight=recipe.policies.local.prior_weight,
         trained_prior_weight=recipe.distil.prior_weight,
         thresholds={
             name: {str(tau): threshold for tau, threshold in trigger.calibrate(values_M, budgets).items()}

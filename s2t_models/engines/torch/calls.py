@@ -1,6 +1,6 @@
 """What each call does, written as a generator: it yields `Feed`s and is sent their outcomes.
 
-The engine runs many rows at once and packs what they feed into one forward; a row neither knows nor cares. So each kind of
+The engine runs many calls at once and packs what they feed into one forward; a call neither knows nor cares. So each kind of
 call reads as the algorithm it is. Axes: _T step, _N support, _K candidate, _R reserved row, _H hidden.
 """
 
@@ -13,14 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from s2t_models.candidates import propose
-from s2t_models.engines.contract import Decision, Draft, Finish, Multiplex, Sampling, Scores, Selection, Usage
+from s2t_models.candidates import SUPPORT, candidates_at, reach
+from s2t_models.engines.contract import (
+    Decision,
+    Draft,
+    Finish,
+    Routed,
+    Sampling,
+    Scores,
+    Selected,
+    Selection,
+    Support,
+    Triggered,
+    Usage,
+)
 from s2t_models.engines.torch.sampling import top
 from s2t_models.noise import uniforms
+from s2t_models.recipe import MultiplexSettings
 from s2t_models.reserved import bins
+from s2t_models.router import Router
 
-#: How many of the most probable tokens candidates are drawn from where the caller did not ask for more.
-SUPPORT = 64
 #: Positions whose full-vocabulary log-probabilities are held at once.
 STRETCH = 512
 
@@ -72,7 +84,8 @@ class Feed:
     embedding: torch.Tensor | None = None
 
 
-Row = Generator[Feed, Any, Any]
+#: A call as the engine runs it: yields what to feed, is sent what came of it, returns the answer.
+Procedure = Generator[Feed, Any, Any]
 
 
 class _Drafting:
@@ -121,30 +134,39 @@ class _Drafting:
             return "end"
         return "length" if len(self.ids) >= self.sampling.max_tokens else None
 
-    def draft(self, finish: Finish) -> Draft:
-        return Draft(
-            ids=self.ids,
-            finish=finish,
-            usage=self.usage,
-            entropy_T=np.array([entropy for _, _, entropy in self.supports], dtype=np.float32),
-            top_ids_TN=np.stack([ids_N for ids_N, _, _ in self.supports]) if self.supports else None,
-            top_logprobs_TN=np.stack([logprobs_N for _, logprobs_N, _ in self.supports]) if self.supports else None,
-            decisions=self.decisions,
-        )
+    def fires(self, step: Step, threshold: float, warmup: int) -> bool:
+        """Whether the trigger head stops before the step about to be decided."""
+        return step.trigger >= threshold and self.step >= warmup
+
+    def draft(self, finish: Finish, triggered: Triggered | None = None) -> Draft:
+        return Draft(self.ids, finish, self.usage, self._support(), triggered, self.decisions)
+
+    def _support(self) -> Support | None:
+        if not self.sampling.support:
+            return None
+        if not self.supports:  # stopped before its first step
+            empty = np.empty((0, self.sampling.support))
+            return Support(empty.astype(np.int64), empty.astype(np.float32), np.empty(0, np.float32))
+        ids, logprobs, entropies = zip(*self.supports, strict=True)
+        return Support(np.stack(ids), np.stack(logprobs), np.array(entropies, dtype=np.float32))
 
 
-def generate(cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...]) -> Row:
-    """Plain decoding; returns a Draft."""
-    drafting = _Drafting(cached, prefix, sampling, end_ids)
+def generate(cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...]) -> Procedure:
+    """Plain decoding, up to a trigger where the sampling asks for one; returns a Draft."""
+    threshold = sampling.trigger_threshold
+    drafting = _Drafting(cached, prefix, sampling, end_ids, trigger=threshold is not None)
     step = yield drafting.read_prefix()
-    while not (finish := drafting.add(step.token, step)):
+    while True:
+        if threshold is not None and drafting.fires(step, threshold, sampling.trigger_warmup):
+            return drafting.draft("trigger", Triggered(step.trigger, *step.look(sampling.trigger_support)))
+        if finish := drafting.add(step.token, step):
+            return drafting.draft(finish)
         step = yield drafting.read_last()
-    return drafting.draft(finish)
 
 
 def generate_selecting(
     cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], selection: Selection
-) -> Row:
+) -> Procedure:
     """The S2T-Local loop: trigger, propose, score, commit. Returns a Draft.
 
     The scoring pass is the next decode step: the chosen leaf gives the distribution of the step that follows."""
@@ -153,7 +175,7 @@ def generate_selecting(
     while True:
         following: Step | None = None
         token = step.token
-        if step.trigger >= selection.threshold and drafting.step >= selection.warmup:
+        if drafting.fires(step, selection.threshold, selection.warmup):
             decision, following = yield from _select(drafting, step, selection)
             token = decision.chosen
         if finish := drafting.add(token, step):
@@ -162,19 +184,18 @@ def generate_selecting(
 
 
 def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[Feed, Any, tuple[Decision, Step]]:
-    whole = selection.method == "multinomial" or selection.ratio > 0
-    ids_N, logprobs_N = step.look(SUPPORT if whole else selection.k)
-    noise_K = None
-    if selection.method == "multinomial":
-        noise_K = uniforms(drafting.sampling.seed, drafting.step, selection.k, "candidates")
-    chosen_K = propose(logprobs_N, selection.k, selection.method, selection.ratio, noise_K)
-    candidates_K, logprobs_K = ids_N[chosen_K].tolist(), logprobs_N[chosen_K]
-    decision = Decision(drafting.step, step.trigger, candidates_K, logprobs_K.tolist(), [], -1)
+    ids_N, logprobs_N = step.look(reach(selection.candidates))
+    candidates_K, logprobs_K = candidates_at(
+        ids_N, logprobs_N, selection.candidates, drafting.sampling.seed, drafting.step
+    )
+    decision = Decision(drafting.step, step.trigger, candidates_K, logprobs_K.tolist(), [], [], -1)
 
     def choose(reserved_KR: torch.Tensor) -> int:
-        scores_K = (reserved_KR.float().softmax(-1).cpu() @ bins(reserved_KR.shape[-1])).numpy()  # Eq. 5
-        leaf = int(np.argmax(scores_K / selection.temperature + selection.prior_weight * logprobs_K))
-        decision.scores_K, decision.chosen = scores_K.tolist(), candidates_K[leaf]
+        scores_K = _scores(reserved_KR)
+        preferences_K = selection.preferences(scores_K, logprobs_K)
+        leaf = int(preferences_K.argmax())
+        decision.scores_K, decision.preferences_K = scores_K.tolist(), preferences_K.tolist()
+        decision.chosen = candidates_K[leaf]
         return leaf
 
     drafting.usage.leaves += len(candidates_K)
@@ -183,9 +204,19 @@ def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[
     return decision, following
 
 
+def _scores(reserved_KR: torch.Tensor) -> np.ndarray:
+    """v . softmax(z[R]) of each candidate, [K] (Eq. 5)."""
+    return (reserved_KR.float().softmax(-1).cpu() @ bins(reserved_KR.shape[-1])).numpy()
+
+
 def generate_multiplex(
-    cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], multiplex: Multiplex, embed: Embed
-) -> Row:
+    cached: int,
+    prefix: list[int],
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+    multiplex: MultiplexSettings,
+    embed: Embed,
+) -> Procedure:
     """Multiplex Thinking: draw `width` tokens with replacement, record the first, feed the mean of their embeddings,
     weighted by probability or not; ordinary sampling once the entropy stayed low for `patience` steps."""
     drafting = _Drafting(cached, prefix, sampling, end_ids, support=sampling.support or SUPPORT)
@@ -209,7 +240,7 @@ def generate_multiplex(
     return drafting.draft(finish)
 
 
-def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Row:
+def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Procedure:
     """Log-probabilities of given ids along given tokens; returns Scores."""
     count = len(ids_TN)
     first = min(cached, start - 1)
@@ -229,28 +260,41 @@ def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Row
     return Scores(logprobs_TN, argmax_T, Usage(prefill=len(fed), forwards=1))
 
 
-def select(cached: int, prefix: list[int], candidates_K: list[int]) -> Row:
-    """The reserved rows' logits after each candidate, [K, R] float32."""
+def select(cached: int, prefix: list[int], candidates_K: list[int]) -> Procedure:
+    """The scores after each candidate; returns Selected."""
+    usage = Usage(leaves=len(candidates_K), forwards=1)
     if cached < len(prefix):
+        usage += Usage(prefill=len(prefix) - cached, forwards=1)
         yield Feed(cached, prefix[cached:], read=lambda hidden_TH, logits_TV: None)
     seen: list[np.ndarray] = []
 
     def choose(reserved_KR: torch.Tensor) -> int:
-        seen.append(reserved_KR.float().cpu().numpy())
+        seen.append(_scores(reserved_KR))
         return 0
 
     yield Feed(len(prefix), candidates_K, choose=choose)
-    return seen[0]
+    return Selected(seen[0], usage)
 
 
-def features(cached: int, tokens: list[int], start: int, count: int, embed: Embed) -> Row:
+def features(cached: int, tokens: list[int], start: int, count: int, embed: Embed) -> Procedure:
     """R2R's router inputs for the steps that wrote tokens[start:]: [T, H + H + count] float32."""
+    return (yield _features(cached, tokens, start, count, embed, lambda inputs_TF: inputs_TF.cpu().numpy()))
+
+
+def route(cached: int, tokens: list[int], start: int, router: Router, embed: Embed) -> Procedure:
+    """The router's probability that each of tokens[start:] makes the text diverge; returns Routed."""
+    feed = _features(cached, tokens, start, router.settings.support, embed, router.probabilities)
+    return Routed((yield feed), Usage(prefill=len(feed.ids), forwards=1))
+
+
+def _features(
+    cached: int, tokens: list[int], start: int, count: int, embed: Embed, use: Callable[[torch.Tensor], np.ndarray]
+) -> Feed:
+    """Read the tokens and hand the router's inputs [T, F], on the model's device, to `use`."""
     first = min(cached, start - 1)
-    steps = len(tokens) - start
 
     def read(hidden_TH: torch.Tensor, logits_TV: torch.Tensor) -> np.ndarray:
         top_TN = logits_TV.topk(count, dim=-1).values
-        parts = [hidden_TH, embed(tokens[start:]), top_TN]
-        return torch.cat([part.float() for part in parts], dim=-1).cpu().numpy()
+        return use(torch.cat([part.float() for part in (hidden_TH, embed(tokens[start:]), top_TN)], dim=-1))
 
-    return (yield Feed(first, tokens[first:-1], read=read, reads=steps))
+    return Feed(first, tokens[first:-1], read=read, reads=len(tokens) - start)

@@ -1,7 +1,7 @@
 """The torch engine: transformers models on one device, many calls at once, exact.
 
-A thread steps all running calls together: each call is a row (see `rows`) that says what to feed next, all feeds go
-through one forward (see `slots`), and every row gets its outcome. A new call takes the free slot with the longest common
+A thread steps all running calls together: each call (see `calls`) says what to feed next, all feeds go
+through one forward (see `slots`), and every call gets its outcome. A new call takes the free slot with the longest common
 prefix, so nothing computed for an earlier call of the same decode is computed again; what a busy slot holds of its prefix is
 copied, so the samples of one prompt read it once.
 
@@ -26,22 +26,24 @@ from s2t_models.engines.contract import (
     ContextOverflow,
     Draft,
     ModelCard,
-    Multiplex,
+    Routed,
     Sampling,
     Scores,
+    Selected,
     Selection,
 )
-from s2t_models.engines.torch import calls as rows
-from s2t_models.engines.torch.calls import Feed, Row, Step
+from s2t_models.engines.torch import calls
+from s2t_models.engines.torch.calls import Feed, Procedure, Step
 from s2t_models.engines.torch.sampling import pick, support
 from s2t_models.engines.torch.slots import LEAF_ROOM, Query, Slots
 from s2t_models.noise import uniforms
-from s2t_models.recipe import Model
+from s2t_models.recipe import MultiplexSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from s2t_models.artifact import Artifact
+    from s2t_models.hosting import Hosted
+    from s2t_models.router import Router
 
 #: Tokens one forward takes at most, beyond its first feed; further feeds wait for the next.
 TOKENS_A_FORWARD = 2048
@@ -51,16 +53,18 @@ WORTH_COPYING = 16
 
 @dataclass
 class _Call:
-    make_row: Callable[[int], Row]
+    begin: Callable[[int], Procedure]
     tokens: list[int]
     future: Future[Any]
-    row: Row | None = None
+    procedure: Procedure | None = None
     feed: Feed | None = None
     slot: int = -1
 
 
 class TorchEngine:
-    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact."""
+    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `router` R2R's router.
+
+    It can be called from any event loop: its work is done in a thread of its own."""
 
     def __init__(
         self,
@@ -68,10 +72,12 @@ class TorchEngine:
         card: ModelCard,
         slots: int = 32,
         head: torch.nn.Module | None = None,
+        router: Router | None = None,
     ) -> None:
         self._card = card
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
+        self._router = router.to(model.device).eval() if router is not None else None
         self._slots = Slots(model, slots, card.context)
         self._reserved = torch.tensor(card.reserved_ids, dtype=torch.long, device=model.device)
         self._readout_HR = model.get_output_embeddings().weight[self._reserved].T.detach()
@@ -84,46 +90,27 @@ class TorchEngine:
         self._thread = threading.Thread(target=self._loop, name=f"engine-{card.name}", daemon=True)
         self._thread.start()
 
-    @classmethod
-    def load(cls, settings: Model, name: str, reserved_ids: tuple[int, ...] = ()) -> TorchEngine:
-        """An engine over the model that the settings name; `reserved_ids` are those of the pair, of which it may have fewer rows."""
-        from s2t_models import loading
-
-        model = loading.load_model(settings)
-        reserved_ids = tuple(row for row in reserved_ids if row < model.config.vocab_size)
-        return cls(model, _card(model, settings, name, reserved_ids), settings.slots)
-
-    @classmethod
-    def load_artifact(cls, artifact: Artifact, settings: Model, name: str) -> TorchEngine:
-        """An engine over a trained S2T-Local model, on the device and slots that `settings` (the SLM's) give."""
-        from s2t_models import loading
-
-        merged = artifact.model(settings)
-        model = loading.load_model(merged)
-        card = _card(model, merged, name, artifact.card.reserved_ids, has_selector=True)
-        return cls(model, card, settings.slots, artifact.head())
-
     async def card(self) -> ModelCard:
         return self._card
 
     async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
         self._check_draft(prefix, sampling)
-        return await self._call(prefix, lambda cached: rows.generate(cached, prefix, sampling, self._card.end_ids))
+        return await self._call(prefix, lambda cached: calls.generate(cached, prefix, sampling, self._card.end_ids))
 
     async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
         self._check_draft(prefix, sampling)
-        self._check_selector(selection.k)
+        self._check_selector(selection.candidates.k)
         return await self._call(
             prefix,
-            lambda cached: rows.generate_selecting(cached, prefix, sampling, self._card.end_ids, selection),
+            lambda cached: calls.generate_selecting(cached, prefix, sampling, self._card.end_ids, selection),
         )
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: Multiplex) -> Draft:
+    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft:
         self._check_draft(prefix, sampling)
         return await self._call(
             prefix,
-            lambda cached: rows.generate_multiplex(
-                cached, prefix, sampling, self._card.end_ids, multiplex, self._embed
+            lambda cached: calls.generate_multiplex(
+                cached, prefix, sampling, self._card.end_ids, settings, self._embed
             ),
         )
 
@@ -132,19 +119,24 @@ class TorchEngine:
         if not 1 <= start <= start + len(ids_TN) - 1 <= len(tokens):
             raise ValueError(f"score: {len(ids_TN)} rows from position {start} do not fit {len(tokens)} tokens")
         self._check_ids(int(ids_TN.min(initial=0)), int(ids_TN.max(initial=0)))
-        return await self._call(tokens, lambda cached: rows.score(cached, tokens, start, ids_TN))
+        return await self._call(tokens, lambda cached: calls.score(cached, tokens, start, ids_TN))
 
-    async def select(self, prefix: list[int], candidates_K: list[int]) -> np.ndarray:
+    async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
         self._check(prefix, 1)
         self._check_selector(len(candidates_K))
         self._check_ids(min(candidates_K), max(candidates_K))
-        return await self._call(prefix, lambda cached: rows.select(cached, prefix, candidates_K))
+        return await self._call(prefix, lambda cached: calls.select(cached, prefix, candidates_K))
 
     async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
-        self._check(tokens, 0)
-        if not 1 <= start < len(tokens):
-            raise ValueError(f"features: no steps from position {start} in {len(tokens)} tokens")
-        return await self._call(tokens, lambda cached: rows.features(cached, tokens, start, support, self._embed))
+        self._check_steps(tokens, start)
+        return await self._call(tokens, lambda cached: calls.features(cached, tokens, start, support, self._embed))
+
+    async def route(self, tokens: list[int], start: int) -> Routed:
+        router = self._router
+        if router is None:
+            raise ValueError(f"{self._card.name} has no router; set router.path")
+        self._check_steps(tokens, start)
+        return await self._call(tokens, lambda cached: calls.route(cached, tokens, start, router, self._embed))
 
     def close(self) -> None:
         """Stop the thread; calls still running are cancelled."""
@@ -163,9 +155,16 @@ class TorchEngine:
             )
         self._check_ids(min(prefix), max(prefix))
 
+    def _check_steps(self, tokens: list[int], start: int) -> None:
+        self._check(tokens, 0)
+        if not 1 <= start < len(tokens):
+            raise ValueError(f"no steps from position {start} in {len(tokens)} tokens")
+
     def _check_draft(self, prefix: list[int], sampling: Sampling) -> None:
         if sampling.max_tokens < 1:
             raise ValueError(f"max_tokens = {sampling.max_tokens}: a draft has at least one token")
+        if sampling.trigger_threshold is not None and self._head is None:
+            raise ValueError(f"{self._card.name} has no trigger head: it is not an S2T-Local artifact")
         self._check(prefix, sampling.max_tokens)
 
     def _check_ids(self, lowest: int, highest: int) -> None:
@@ -177,13 +176,13 @@ class TorchEngine:
             )
 
     def _check_selector(self, k: int) -> None:
-        if not self._card.has_selector:
+        if self._head is None:
             raise ValueError(f"{self._card.name} has no selector: it is not an S2T-Local artifact")
         if k > LEAF_ROOM:
             raise ValueError(f"{k} candidates: the engine scores at most {LEAF_ROOM} at a step")
 
-    async def _call(self, tokens: list[int], make_row: Callable[[int], Row]) -> Any:
-        call = _Call(make_row, tokens, Future())
+    async def _call(self, tokens: list[int], begin: Callable[[int], Procedure]) -> Any:
+        call = _Call(begin, tokens, Future())
         with self._wake:
             if self._closed:
                 raise RuntimeError(f"engine {self._card.name} is closed")
@@ -249,7 +248,7 @@ class TorchEngine:
             if source is not None:
                 cached = _common(self._slots.tokens[source], call.tokens)
                 self._slots.copy(source, call.slot, cached)
-        call.row = call.make_row(cached)
+        call.procedure = call.begin(cached)
         self._running.append(call)
         self._advance(call, None)
 
@@ -282,9 +281,9 @@ class TorchEngine:
         return taken
 
     def _advance(self, call: _Call, outcome: Any) -> None:
-        assert call.row is not None
+        assert call.procedure is not None
         try:
-            call.feed = call.row.send(outcome)
+            call.feed = call.procedure.send(outcome)
         except StopIteration as stop:
             self._finish(call, stop.value)
         except Exception as error:
@@ -383,21 +382,32 @@ def _common(known: list[int], tokens: list[int]) -> int:
     return same
 
 
-def _card(
-    model: PreTrainedModel, settings: Model, name: str, reserved_ids: tuple[int, ...], has_selector: bool = False
-) -> ModelCard:
+def load(hosted: Hosted) -> TorchEngine:
+    """An engine over what a recipe hosts: a model, or the merged model of an artifact with its trigger head."""
     from s2t_models import loading
+    from s2t_models.artifact import Artifact
+    from s2t_models.engines.load import capabilities
+    from s2t_models.router import load_router
 
+    artifact = Artifact.load(hosted.artifact) if hosted.artifact else None
+    settings = artifact.model(hosted.settings) if artifact else hosted.settings
+    model = loading.load_model(settings)
+    # A further checkpoint may have fewer rows than the pair's SLM.
+    reserved = artifact.card.reserved_ids if artifact else hosted.reserved_ids
+    reserved = tuple(row for row in reserved if row < model.config.vocab_size)
     end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    ends = tuple(end) if isinstance(end, list) else (end,) if end is not None else ()
     longest = getattr(model.config, "max_position_embeddings", 4096)
-    return ModelCard(
-        name=name,
+    card = ModelCard(
+        name=hosted.name,
         weights=loading.weights_hash(settings),
         tokenizer=loading.tokenizer_hash(settings),
         vocabulary=int(model.config.vocab_size),
         context=settings.context or min(longest, 4096),
-        end_ids=ends,
-        reserved_ids=reserved_ids,
-        has_selector=has_selector,
+        end_ids=tuple(end) if isinstance(end, list) else (end,) if end is not None else (),
+        reserved_ids=reserved,
+        dtype=settings.dtype,
+        router=hosted.router_hash,
+        capabilities=capabilities(hosted),
     )
+    head = artifact.head() if artifact else None
+    return TorchEngine(model, card, settings.slots, head, load_router(hosted.router) if hosted.router else None)

@@ -1,0 +1,54 @@
+"""The one place where engines are made: collection, R2R's labels, the audit, serving and benchmarks all load through it.
+
+Which engine runs a model is the key `engine` of that model in the recipe. A further engine is a module with a function
+`load(hosted) -> Engine` and a line in `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+
+from s2t_models.engines.contract import Capability, Engine
+from s2t_models.hosting import Hosted
+from s2t_models.recipe import RecipeError
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """`module` holds `load`. `plain` are the capabilities with any model; those of `artifact` and `router` come with these."""
+
+    module: str
+    plain: frozenset[Capability] = frozenset()
+    artifact: frozenset[Capability] = frozenset({"select"})
+    router: frozenset[Capability] = frozenset()
+
+
+ENGINES: dict[str, EngineKind] = {
+    "torch": EngineKind(
+        "s2t_models.engines.torch.engine",
+        plain=frozenset({"entropy", "seeded_noise", "multiplex", "features"}),
+        artifact=frozenset({"select", "fused_select"}),
+        router=frozenset({"route"}),
+    ),
+}
+
+
+def kind(hosted: Hosted) -> EngineKind:
+    """The kind of engine that the recipe asks for. Raises RecipeError where there is none of that name."""
+    name = hosted.settings.engine
+    if name not in ENGINES:
+        raise RecipeError(f"{hosted.name}: there is no engine {name!r}; the engines are {', '.join(ENGINES)}")
+    return ENGINES[name]
+
+
+def capabilities(hosted: Hosted) -> frozenset[Capability]:
+    """What the engine will be able to do beyond the core, known before it is loaded."""
+    of = kind(hosted)
+    return of.plain | (of.artifact if hosted.artifact else frozenset()) | (of.router if hosted.router else frozenset())
+
+
+def load(hosted: Hosted) -> Engine:
+    """The engine with its weights. Raises RecipeError where the model cannot be had or the engine does not serve it."""
+    engine: Engine = importlib.import_module(kind(hosted).module).load(hosted)
+    return engine
