@@ -34,19 +34,22 @@ def decision(rng: np.random.Generator, policy: str, agrees: bool) -> dict[str, A
         "candidates_K": [10, 11, 12, 13],
         "logprobs_K": logprobs_K.tolist(),
         "scores_K": teacher_K.tolist(),
+        "preferences_K": teacher_K.tolist(),
+        "teacher_K": teacher_K.tolist(),
         "chosen": 10 + chosen,
         "argmax": 10 + best,
     }
     if policy.startswith("s2t-local"):
         scores_K = rng.random(4) / 2
         scores_K[chosen] = 0.9
-        row |= {"scores_K": scores_K.tolist(), "teacher_K": teacher_K.tolist()}
+        row |= {"scores_K": scores_K.tolist(), "preferences_K": scores_K.tolist()}
     return row
 
 
 def recorded_results(path: Path, renamed: Mapping[str, str] | None = None, **metadata: str) -> Path:
     """A results file of six policies on 40 items with two seeds; answers are right where every decision
     agreed, mostly."""
+    recipe = Recipe.model_validate_json(metadata["s2t.recipe"]) if "s2t.recipe" in metadata else load_recipe(RECIPE)
     rng = np.random.default_rng(0)
     hardness = rng.random(ITEMS)
     rows = []
@@ -64,6 +67,9 @@ def recorded_results(path: Path, renamed: Mapping[str, str] | None = None, **met
                         "task": "embedded",
                         "item": f"embedded/{item}",
                         "policy": (renamed or {}).get(policy, policy),
+                        "kind": policy.partition("@")[0],
+                        "k": recipe.candidates.k if asks else None,
+                        "budget": float(policy.partition("@")[2] or recipe.budget) if asks else None,
                         "seed": seed,
                         "repeat": 0,
                         "request_seed": 1000 * seed + item,
@@ -82,7 +88,6 @@ def recorded_results(path: Path, renamed: Mapping[str, str] | None = None, **met
                         "client_seconds": 1.0 + len(engines),
                     }
                 )
-    recipe = load_recipe(RECIPE)
     write_results(path, rows, {"s2t.recipe": recipe.model_dump_json(), "s2t.splits": '{"test": "abc"}'} | metadata)
     return path
 

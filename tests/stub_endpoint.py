@@ -62,6 +62,8 @@ class Stub(ThreadingHTTPServer):
             "candidates_K": [11, 12, 13],
             "logprobs_K": [-0.4, -1.4, -3.0],
             "scores_K": [0.1, 0.8, 0.1],
+            "preferences_K": [0.1, 0.8, 0.1],
+            "teacher_K": [0.1, 0.8, 0.1],
             "chosen": 12,
             "argmax": 12 if self.right(model, question) else 14,
         }
@@ -90,10 +92,24 @@ class Handler(BaseHTTPRequestHandler):
             engines = {engine: {"weights": self.server.weights} for engine in ("slm", "teacher", "s2t-local")}
             self.reply(200, {"status": "ok", "engines": engines})
         elif self.path == "/v1/models":
-            entries = [{"id": m, "created": time.time(), "needs": NEEDS.get(m, ["slm"])} for m in self.server.models]
+            entries = [self.entry(model) for model in self.server.models]
             self.reply(200, {"object": "list", "data": entries})
         else:
             self.reply(404, {"error": {"message": "no such model", "code": "model_not_found"}})
+
+    def entry(self, model: str) -> dict[str, Any]:
+        kind, _, budget = model.partition("@")
+        votes = int(budget) if kind == "maj" else None
+        asks = model.startswith(("s2t", "takeover"))
+        return {
+            "id": model,
+            "created": time.time(),
+            "needs": NEEDS.get(model, ["slm"]),
+            "kind": model if votes else kind,
+            "k": 8 if asks else None,
+            "budget": float(budget or 0.1) if asks else None,
+            "votes": votes,
+        }
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

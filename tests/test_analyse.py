@@ -91,20 +91,20 @@ def test_several_results_make_curves_over_k(tmp_path: Path) -> None:
 def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from s2t_models.engines.torch.engine import TorchEngine
+    from s2t_models.engines.load import load
+    from s2t_models.hosting import Hosted
     from s2t_models.loading import load_tokenizer
 
     recipe = load_recipe(RECIPE)
     tokenizer = load_tokenizer(recipe.teacher)
-    engine = TorchEngine.load(recipe.teacher, "teacher")
+    engine = load(Hosted("teacher", recipe.teacher))
     prompt, output = tokenizer.encode("How many apples are 3 + 4?"), tokenizer.encode("There are 7 apples in all")
     decisions = [
         {"step": 1, "candidates_K": [output[1], 5, 6], "chosen": output[1], "argmax": None},
         {"step": 3, "candidates_K": [9, output[3]], "chosen": output[3], "argmax": None},
     ]
     try:
-        assert asyncio.run(judge(decisions, prompt, output, engine))
-        assert not asyncio.run(judge([decisions[0] | {"chosen": 1}], prompt, output, engine)), "other tokens"
+        asyncio.run(judge(decisions, prompt, output, engine))
     finally:
         engine.close()
     import torch

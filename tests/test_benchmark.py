@@ -16,13 +16,14 @@ from stub_endpoint import Stub, stub_endpoint
 
 from pipelines.benchmark import client as answers
 from pipelines.benchmark.__main__ import main
-from pipelines.benchmark.job import RESULTS, BenchmarkError, Options, _engines, benchmark
+from pipelines.benchmark.job import RESULTS, Options, _engines, benchmark
 from pipelines.benchmark.questions import QuestionError, Row, check_splits, load_items, plan
 from pipelines.results.summary import read_results, summarise
 from pipelines.tasks import Item, Task
 from pipelines.tasks.splits import fingerprint
 from s2t_models.artifact import write_provenance
-from s2t_models.hosting import hosted
+from s2t_models.hosting import host
+from s2t_models.policies import PolicyError
 from s2t_models.recipe import Recipe, load_recipe
 from serving import app
 
@@ -360,13 +361,15 @@ def test_the_served_pair_answers_the_embedded_task(
 
 
 def test_a_job_serves_the_engines_its_policies_call_and_no_others(recipe_path: Path, untrained_artifact: Path):
-    recipe = load_recipe(recipe_path, [f"artifact={untrained_artifact}"])
-    assert _engines(recipe, ["greedy", "maj@3"]) == {"slm"}
-    assert _engines(recipe, ["s2t-local"]) == {"s2t-local"}
-    assert _engines(recipe, ["greedy", "s2t"]) == {"slm", "teacher"}
-    with pytest.raises(BenchmarkError, match="no policy named 'grredy'"):
-        _engines(recipe, ["grredy"])
-    everything = hosted(recipe)
-    assert set(everything) == {"slm", "teacher", "s2t-local"}
-    assert set(app._chosen(everything, {"slm"})) == {"slm"}
-    assert app._demand(app._chosen(everything, {"slm"}))["CPU"] == recipe.slm.num_cpus
+    hosting = host(load_recipe(recipe_path, [f"artifact={untrained_artifact}"]))
+    assert _engines(hosting, ["greedy", "maj@3"]) == {"slm"}
+    assert _engines(hosting, ["s2t-local"]) == {"s2t-local"}
+    assert _engines(hosting, ["greedy", "s2t"]) == {"slm", "teacher"}
+    assert _engines(hosting, ["s2t-local-kl"]) == {"s2t-local", "teacher"}
+    with pytest.raises(PolicyError, match="no policy named 'grredy'"):
+        _engines(hosting, ["grredy"])
+    with pytest.raises(PolicyError, match="kd needs the engine kd, which is not served here"):
+        _engines(hosting, ["kd"])
+    assert set(hosting.engines) == {"slm", "teacher", "s2t-local"}
+    assert set(hosting.only({"slm"}).engines) == {"slm"}
+    assert app._demand(hosting.only({"slm"}).engines)["CPU"] == hosting.recipe.slm.num_cpus

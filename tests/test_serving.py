@@ -19,7 +19,7 @@ import torch
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling
-from s2t_models.hosting import hosted, thresholds
+from s2t_models.hosting import host
 from s2t_models.recipe import Model, RecipeError, load_recipe
 from serving import app
 
@@ -111,11 +111,13 @@ def test_the_seed_decides_the_sample_and_n_takes_the_seeds_that_follow(client):
 
 def test_the_answer_tells_what_the_policy_did_when_asked(client):
     assert ask(client, chat(model="s2t"))["s2t"]["decisions"] is None
-    for name in ("s2t", "s2t-local", "takeover"):
+    for name in ("s2t", "s2t-local", "s2t-local-kl", "takeover"):
         answer = ask(client, chat(model=name, s2t={"decisions": True}))
         decisions, spans = answer["s2t"]["decisions"], answer["s2t"]["spans"]
         assert decisions
-        assert sum(length for _, length in spans) == answer["usage"]["completion_tokens"]
+        ids = answer["s2t"]["ids"]
+        assert sum(length for _, length in spans) == answer["usage"]["completion_tokens"] == len(ids)
+        assert [ids[decision["step"]] for decision in decisions] == [decision["chosen"] for decision in decisions]
         chosen = sum(length for source, length in spans if source != "slm")
         assert chosen == len(decisions)
         if name != "takeover":
@@ -161,6 +163,9 @@ def test_health_and_models_say_what_is_served(client, endpoint: str):
     entries = {entry["id"]: entry for entry in client.get("/models").json()["data"]}
     assert entries["s2t"]["needs"] == ["slm", "teacher"]
     assert entries["s2t-local"]["needs"] == ["s2t-local"]
+    assert (entries["s2t"]["kind"], entries["s2t"]["k"], entries["s2t"]["budget"]) == ("s2t", 8, 0.1)
+    unavailable = client.get("/models").json()["unavailable"]
+    assert unavailable == {"r2r": "r2r: router.path is not set; `s2t distil --objective router` trains one"}
     engines = httpx.get(endpoint.removesuffix("/v1") + "/health").json()["engines"]
     assert engines["slm"]["weights"] == loading.weights_hash(SLM)
     assert set(engines) == {"slm", "teacher", "s2t-local", "kd"}
@@ -304,14 +309,14 @@ def test_a_calibration_gives_thresholds_to_the_pair_it_was_made_with(recipe_path
     }
     (tmp_path / "thresholds.json").write_text(json.dumps(content))
     recipe = load_recipe(recipe_path, [f"trigger.calibration={tmp_path}"])
-    assert thresholds(recipe) == {"kl": {"0.1": 0.25}, "entropy": {"0.1": 0.5}}
-    assert set(hosted(recipe)) == {"slm", "teacher"}
+    assert host(recipe).thresholds == {"kl": {0.1: 0.25}, "entropy": {0.1: 0.5}}
+    assert set(host(recipe).engines) == {"slm", "teacher"}
     (tmp_path / "thresholds.json").write_text(json.dumps(content | {"teacher": "0"}))
     with pytest.raises(RecipeError, match="made with another teacher"):
-        thresholds(recipe)
+        host(recipe)
     (tmp_path / "thresholds.json").write_text(json.dumps(content))
     with pytest.raises(RecipeError, match=r"thresholds of .* bucket, the recipe's divergence is .* renormalised"):
-        thresholds(load_recipe(recipe_path, [f"trigger.calibration={tmp_path}", "published=true"]))
+        host(load_recipe(recipe_path, [f"trigger.calibration={tmp_path}", "published=true"]))
 
 
 def test_a_calibration_that_is_none_is_refused(recipe_path: Path, tmp_path: Path):
@@ -324,22 +329,22 @@ def test_a_calibration_that_is_none_is_refused(recipe_path: Path, tmp_path: Path
         if content:
             (tmp_path / "thresholds.json").write_text(content)
         with pytest.raises(RecipeError, match=words):
-            thresholds(recipe)
+            host(recipe)
 
 
 def test_an_artifact_is_served_as_it_was_made(recipe_path: Path, untrained_artifact: Path):
     for setting, words in (
-        ("policies.local_prior_weight=0", r"made for policies.local_prior_weight = 2, the recipe says 0; set policies"),
+        ("policies.local.prior_weight=0", r"made for policies.local.prior_weight = 2, the recipe says 0; set policies"),
         ("distil.temperature=0.5", r"made for distil.temperature = 0.1, the recipe says 0.5"),
     ):
         with pytest.raises(RecipeError, match=words):
-            hosted(load_recipe(recipe_path, [f"artifact={untrained_artifact}", setting]))
+            host(load_recipe(recipe_path, [f"artifact={untrained_artifact}", setting]))
 
 
 def test_an_artifacts_kl_thresholds_hold_for_its_divergence_only(recipe_path: Path, untrained_artifact: Path):
     artifact = f"artifact={untrained_artifact}"
-    assert set(thresholds(load_recipe(recipe_path, [artifact]))) == {"head", "kl", "entropy"}
-    assert set(thresholds(load_recipe(recipe_path, [artifact, "published=true"]))) == {"head", "entropy"}
+    assert set(host(load_recipe(recipe_path, [artifact])).thresholds) == {"head", "kl", "entropy"}
+    assert set(host(load_recipe(recipe_path, [artifact, "published=true"])).thresholds) == {"head", "entropy"}
 
 
 def test_a_port_that_is_taken_and_a_cluster_too_small_are_refused(capsys, endpoint: str, recipe_path: Path):
