@@ -20,13 +20,13 @@ import torch
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Sampling, Usage
-from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.engines.load import load
+from s2t_models.hosting import host, pair
 from s2t_models.policies import policy
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.triggers import DivergenceTrigger, Drafted
 from s2t_models.recipe import load_recipe
-from s2t_models.reserved import reserved_rows
 from s2t_models.trigger import calibrate
 
 
@@ -42,11 +42,7 @@ def main() -> None:
     torch.set_num_threads(1)
     recipe = load_recipe(args.recipe, [f"policies.chunk={args.chunk}"])
     tokenizer = loading.load_tokenizer(recipe.slm)
-    reserved = reserved_rows(recipe)
-    running = {
-        name: TorchEngine.load(model, name, reserved)
-        for name, model in (("slm", recipe.slm), ("teacher", recipe.teacher))
-    }
+    running = {name: load(hosted) for name, hosted in pair(recipe).items()}
     engines = Engines(dict(running), tokenizer.decode, tokenizer.encode)
 
     def requests(split: str, count: int) -> list[Request]:
@@ -55,12 +51,12 @@ def main() -> None:
         return [Request(prompt, args.max_tokens) for prompt in prompts]
 
     values = asyncio.run(_divergences(engines, requests("calibration", args.calibration)))
-    thresholds = {"kl": {f"{budget:g}": value for budget, value in calibrate(values, args.budgets).items()}}
+    hosting = replace(host(recipe), thresholds={"kl": calibrate(values, args.budgets)})
     print(
         f"{'budget':<8}{'side':<10}{'seconds':>9}{'CPU':>8}{'teacher forwards':>18}{'SLM forwards':>14}{'triggered':>11}"
     )
     for budget in args.budgets:
-        chunked = policy(f"s2t@{budget:g}", recipe, thresholds)
+        chunked = policy(f"s2t@{budget:g}", hosting)
         assert isinstance(chunked, Collaborate)
         _compare(engines, {"chunks": chunked, "steps": replace(chunked, chunk=1)}, requests("test", args.items), budget)
     for engine in running.values():
@@ -70,7 +66,9 @@ def main() -> None:
 async def _divergences(engines: Engines, requests: list[Request]) -> list[float]:
     async def one(request: Request) -> list[float]:
         draft = await engines["slm"].generate(request.prompt, Sampling(request.max_tokens, support=64))
-        judgement = await DivergenceTrigger(0.0).judge(engines, Drafted(request.prompt, draft, 0, 0, 0))
+        judgement = await DivergenceTrigger(0.0).judge(
+            engines, Drafted(request.prompt, draft.ids, draft.supported, 0, 0, 0)
+        )
         return judgement.values_T.tolist()
 
     return [value for values in await asyncio.gather(*map(one, requests)) for value in values]

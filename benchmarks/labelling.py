@@ -32,9 +32,11 @@ def _start(kind: str, recipe: Recipe) -> None:
     import torch
 
     from pipelines.collect import actors as labelling
+    from s2t_models.hosting import pair
 
     torch.set_num_threads(1)
-    _actor = getattr(labelling, kind)(recipe)
+    hosted = pair(recipe)["slm" if kind == "Rollouts" else "teacher"]
+    _actor = getattr(labelling, kind)(recipe, hosted)
 
 
 def _work(rows: pa.Table) -> tuple[pa.Table, float]:

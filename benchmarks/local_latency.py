@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from s2t_models import loading
-from s2t_models.artifact import Artifact
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Decision, Draft, Sampling, Selection
-from s2t_models.engines.torch.engine import TorchEngine
-from s2t_models.recipe import Model, Recipe, load_recipe
+from s2t_models.engines.torch.engine import TorchEngine, load
+from s2t_models.hosting import Hosted
+from s2t_models.recipe import Candidates, Model, Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
 from s2t_models.trigger import TriggerHead
 
@@ -55,16 +55,16 @@ def main() -> None:
 def _engine(recipe: Recipe, artifact: Path) -> TorchEngine:
     settings: Model = recipe.slm
     if artifact.is_dir():
-        engine = TorchEngine.load_artifact(Artifact.load(artifact), settings, "s2t-local")
+        engine = load(Hosted("s2t-local", settings, artifact=artifact))
         print(f"engine: {artifact}")
     else:
         model = loading.load_model(settings)
-        base = TorchEngine.load(settings, "slm", reserved_rows(recipe))
+        base = load(Hosted("slm", settings, reserved_rows(recipe)))
         card = asyncio.run(base.card())
         base.close()
         torch.manual_seed(0)
         head = TriggerHead(model.config.hidden_size, recipe.trigger_head.hidden)
-        engine = TorchEngine(model, replace(card, has_selector=True), settings.slots, head)
+        engine = TorchEngine(model, card, settings.slots, head)
         print(f"engine: the SLM with an untrained head ({artifact} is not there)")
     # Texts that end early would be compared by their luck: nothing ends a text here.
     engine._card = replace(engine._card, end_ids=())
@@ -75,7 +75,7 @@ async def _threshold(engine: TorchEngine, prompts: list[list[int]], budget: floa
     """The threshold at which `budget` of S2T-Local's own steps trigger: its texts are not those of greedy decoding."""
 
     async def decisions(threshold: float) -> list[Decision]:
-        selection = Selection(threshold, k=8, method="top_k")
+        selection = Selection(threshold, Candidates(k=8, method="top_k"))
         drafts = await asyncio.gather(*(engine.generate_selecting(p, Sampling(TOKENS), selection) for p in prompts))
         return [decision for draft in drafts for decision in draft.decisions]
 
@@ -95,7 +95,7 @@ async def _compare(engine: TorchEngine, prompts: list[list[int]], rounds: int) -
         return await engine.generate(prompt, Sampling(TOKENS))
 
     def selecting(threshold: float):  # type: ignore[no-untyped-def]
-        selection = Selection(threshold, k=8, method="top_k")
+        selection = Selection(threshold, Candidates(k=8, method="top_k"))
         return lambda prompt: engine.generate_selecting(prompt, Sampling(TOKENS), selection)
 
     sides = {"greedy": greedy} | {f"S2T-Local {b:.0%}": selecting(t) for b, t in zip(BUDGETS, thresholds, strict=True)}

@@ -29,6 +29,7 @@ from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models import loading
 from s2t_models.embedded import generator
+from s2t_models.hosting import Hosted, pair
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
 
@@ -273,7 +274,7 @@ def test_failing_rows_cost_no_other_row(recipe: Recipe) -> None:
         Prompt(problem.uid, [{"role": "user", "content": problem.question}])
         for problem in generator.problems("train", 4)
     ]
-    rollouts = Rollouts(recipe)
+    rollouts = Rollouts(recipe, pair(recipe)["slm"])
     generate = rollouts.engine.generate
     bad = rows(prompts, recipe)[2]["seed"]
 
@@ -289,7 +290,7 @@ def test_failing_rows_cost_no_other_row(recipe: Recipe) -> None:
 
     lengths = [len(row["prompt_ids"]) + len(row["output_ids"]) for row in rolled.to_pylist() if row["error"] is None]
     narrow = recipe.teacher.model_copy(update={"context": max(lengths) - 1})
-    labelled = Labels(recipe.model_copy(update={"teacher": narrow}))(rolled).to_pylist()
+    labelled = Labels(recipe, Hosted("teacher", narrow, reserved_rows(recipe)))(rolled).to_pylist()
     assert labelled[2]["error"] == "failed: RuntimeError: the model fell over"
     assert [row["error"] or "" for row in labelled].count("") >= 1
     assert any((row["error"] or "").startswith("too long:") for row in labelled)

@@ -24,7 +24,7 @@ from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
 from s2t_models.engines.contract import ContextOverflow, Engine, Sampling
 from s2t_models.engines.load import load
-from s2t_models.hosting import pair
+from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
 
@@ -61,11 +61,11 @@ class UnusablePrompt(ValueError):
 
 
 class Rollouts:
-    """SLM rollouts of a batch of prompts."""
+    """SLM rollouts of a batch of prompts. `hosted` is the SLM."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.tokenizer = loading.load_tokenizer(recipe.slm)
-        self.engine: Engine = load(pair(recipe)["slm"])
+    def __init__(self, recipe: Recipe, hosted: Hosted) -> None:
+        self.tokenizer = loading.load_tokenizer(hosted.settings)
+        self.engine: Engine = load(hosted)
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 
@@ -101,10 +101,10 @@ class Labels:
     """The teacher's view of a batch of rollouts: one forward a trajectory, and every step's candidates.
 
     Which steps are worth keeping is decided over the whole collection, once all of it is there (see
-    `publish`)."""
+    `publish`). `hosted` is the teacher."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.engine: Engine = load(pair(recipe)["teacher"])
+    def __init__(self, recipe: Recipe, hosted: Hosted) -> None:
+        self.engine: Engine = load(hosted)
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 

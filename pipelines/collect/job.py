@@ -33,6 +33,7 @@ from pipelines.runtime.folders import only_one
 from pipelines.runtime.progress import Progress
 from s2t_models import loading
 from s2t_models.errors import UserError
+from s2t_models.hosting import pair
 from s2t_models.recipe import Recipe, Stage
 from serving import cluster
 
@@ -131,6 +132,7 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
         return sum(parquet.read_metadata(record).num_rows for record in records)
 
     if rows_done() < len(rows):
+        engines = pair(recipe)
         cluster.start()
         collect = recipe.collect
         # One CPU more reads and writes, and one filters out what an earlier run has done.
@@ -150,8 +152,9 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
             dataset = ray.data.read_parquet(str(work / "prompts.parquet"))
             # A block is written, committed, and at most lost where something is killed, as one.
             dataset = dataset.repartition(target_num_rows_per_block=collect.rollout.batch)
-            for actor, stage in ((Rollouts, collect.rollout), (Labels, collect.label)):
-                dataset = dataset.map_batches(actor, fn_constructor_args=(recipe,), **_pool(stage))
+            for actor, engine, stage in ((Rollouts, "slm", collect.rollout), (Labels, "teacher", collect.label)):
+                arguments = (recipe, engines[engine])
+                dataset = dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(stage))
             with Progress("collect", "rows", len(rows), rows_done):
                 dataset.write_datasink(ArrowSink(labelled))
         except ray.exceptions.RayError as error:

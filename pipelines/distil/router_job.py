@@ -23,7 +23,7 @@ from pipelines.runtime.folders import only_one
 from s2t_models import loading
 from s2t_models.artifact import refuse_foreign, replacing, write_provenance
 from s2t_models.engines.load import load
-from s2t_models.hosting import pair
+from s2t_models.hosting import Hosted, pair
 from s2t_models.policies import r2r_labels
 from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r_labels import label
@@ -40,9 +40,9 @@ LABELLED = pa.schema(
 class RouterLabels:
     """An actor that holds both engines and labels batches of prompts."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        tokenizer = loading.load_tokenizer(recipe.slm)
-        slm, teacher = (load(hosted) for hosted in pair(recipe).values())
+    def __init__(self, recipe: Recipe, hosted: dict[str, Hosted]) -> None:
+        tokenizer = loading.load_tokenizer(hosted["slm"].settings)
+        slm, teacher = load(hosted["slm"]), load(hosted["teacher"])
 
         def encode(text: str) -> list[int]:
             return tokenizer.encode(text, add_special_tokens=False)
@@ -99,7 +99,7 @@ def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: 
     labelled = ray.data.from_arrow(prompts).repartition(max(stage.actors, -(-len(prompts) // stage.batch)))
     rows = labelled.map_batches(
         RouterLabels,
-        fn_constructor_args=(recipe,),
+        fn_constructor_args=(recipe, pair(recipe)),
         batch_size=stage.batch,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=stage.actors),
