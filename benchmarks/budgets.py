@@ -3,7 +3,7 @@
     python -m benchmarks.budgets --recipe runs/demo/recipe.yaml [--items 500] [--budgets 0.01 0.05 0.10 0.20]
 
 It is a benchmark job like any other: it serves what it needs, can be killed and run again, and leaves results, tables and figures in
-its output folder. The table shows accuracy in percent with its 95% interval, and the teacher's tokens an answer.
+its output folder. The table shows accuracy in percent with its 95% interval, and the teacher's tokens per answer.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _at(recipe: Recipe, budgets: list[float]) -> Recipe:
 
 
 def table(summaries: list[Summary], budgets: list[float]) -> str:
-    """Two rows a policy, a column a budget, as Markdown."""
+    """Two rows per policy, one column per budget, as Markdown."""
     found = {summary.policy: summary for summary in summaries}
     rows = []
     for policy in POLICIES:
