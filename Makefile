@@ -3,10 +3,12 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# The versions that were tried; `make CONSTRAINTS=/dev/null ...` takes the newest that pyproject.toml allows.
+CONSTRAINTS ?= constraints.txt
 # One thread a process: the pipelines run many processes, and two threads in one slow the others down.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint test-slow pair bench mlflow clean
+.PHONY: demo test lint test-slow docs pair bench mlflow clean
 
 demo: $(INSTALLED)
 	@$(BIN)/s2t demo
@@ -18,10 +20,15 @@ lint: $(INSTALLED)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo --no-cache
 
 # What takes longer: the pair trained again from nothing, the whole demo.
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
+
+# The parts of docs/ that are written from the code: the tree and the tables of settings.
+docs: $(INSTALLED)
+	@$(BIN)/python docs/generate.py
 
 pair: $(INSTALLED)
 	@$(BIN)/python -m s2t_models.embedded.build --output runs/pair
@@ -32,11 +39,11 @@ bench: $(INSTALLED)
 mlflow: $(INSTALLED)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Installing into .venv with $(PYTHON) (a few minutes the first time) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS)
 	@touch $(INSTALLED)
 
 clean:

@@ -1,0 +1,1 @@
+"""Commands that measure one thing each and print a table of ratios."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ from s2t_models.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from s2t_models.training.trainer import Objective
 
-RECIPE = Path(__file__).resolve().parent.parent / "cluster" / "recipes" / "embedded.yaml"
+RECIPE = "embedded"
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
 CALIBRATION_PROMPTS = 400
 VALIDATION_ITEMS = 200
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("demo", work, options.output)
 
 
-def demo(recipe_path: Path, overrides: list[str], output: Path, items: int) -> dict[str, Any]:
+def demo(recipe_path: str | Path, overrides: list[str], output: Path, items: int) -> dict[str, Any]:
     """Run what is missing of the loop in `output`; returns the summary. Raises the stages' own errors (UserError)."""
     from serving import cluster
 
@@ -64,10 +65,11 @@ def demo(recipe_path: Path, overrides: list[str], output: Path, items: int) -> d
     summary = _compare(_with(recipe, "benchmark", items=items), calibration, output)
     _analyse(calibration, output)
     print(MEANING.format(budget=recipe.budget))
+    tools = os.path.relpath(Path(sys.executable).parent)
     print(
         f"\nfinished in {(time.monotonic() - began) / 60:.1f} minutes; the figures are in {output / 'summary.json'}\n"
-        f"compare in MLflow   make mlflow   then open http://127.0.0.1:5000\n"
-        f"serve it            .venv/bin/s2t serve --recipe {output / 'recipe.yaml'}"
+        f"compare in MLflow   {tools}/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   opens http://127.0.0.1:5000\n"
+        f"serve it            {tools}/s2t serve --recipe {output / 'recipe.yaml'}"
     )
     return summary
 
@@ -178,7 +180,7 @@ def _say(what: str) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="s2t demo", description="The whole loop on the embedded pair.")
-    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--recipe", default=RECIPE, help="a YAML file, or a shipped name")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--items", type=int, default=500, help="test problems (500 or more for a firm answer)")

@@ -1,6 +1,6 @@
 """The recipe: a model pair with all settings, one typed, validated YAML file read by pipelines and serving alike.
 
-    load_recipe("cluster/recipes/embedded.yaml", ["budget=0.05", "collect.prompts=200"])
+    load_recipe("embedded", ["budget=0.05", "collect.prompts=200"])
 
 Unknown keys and bad values are refused by name. The recipe knows nothing of Ray; resource numbers are plain numbers.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -311,13 +312,11 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides (values are YAML) and validate it.
 
-    Raises RecipeError with one line that names the file and every wrong key.
+    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Raises RecipeError with one
+    line that names the file and every wrong key.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file")
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(_find(path).read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -328,6 +327,25 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{path}: {_one_line(error)}") from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that ship with the project, by name: the files of the data package `cluster`, where it is installed."""
+    try:
+        folder = Path(str(files("cluster") / "recipes"))
+    except ModuleNotFoundError:
+        return {}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(path: str | Path) -> Path:
+    """The recipe's file. A file that is there comes before a shipped recipe of the same name."""
+    if Path(path).is_file():
+        return Path(path)
+    shipped = shipped_recipes()
+    if str(path) in shipped:
+        return shipped[str(path)]
+    raise RecipeError(f"{path}: no such recipe file; recipes that ship, by name: {', '.join(shipped) or 'none'}")
 
 
 def _set(values: dict[str, Any], override: str) -> None:

@@ -119,7 +119,7 @@ def run(hosting: Hosting, blocking: bool = True, name: str = NAME) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="s2t serve", description="Serve a recipe's policies behind the OpenAI API.")
-    parser.add_argument("--recipe", required=True, help="recipe file (YAML)")
+    parser.add_argument("--recipe", required=True, help="recipe: a YAML file, or a shipped name")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     options = parser.parse_args(arguments)
 

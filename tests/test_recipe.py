@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from s2t_models.recipe import RecipeError, load_recipe
@@ -45,9 +47,18 @@ def test_published_choices_beside_a_section_that_is_none(recipe_path):
         load_recipe(recipe_path, ["divergence=3", "published=true"])
 
 
+def test_a_shipped_recipe_goes_by_its_name_unless_a_file_is_called_the_same(recipe_path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("embedded") == load_recipe(Path("embedded")) == load_recipe(recipe_path)
+    (tmp_path / "embedded").write_text("name: mine")
+    with pytest.raises(RecipeError, match="embedded: missing key slm"):
+        load_recipe("embedded")
+
+
 def test_missing_and_broken_files_are_named(tmp_path):
-    with pytest.raises(RecipeError, match="no such recipe"):
-        load_recipe(tmp_path / "none.yaml")
+    for path in (tmp_path / "none.yaml", "embeded"):
+        with pytest.raises(RecipeError, match=f"{path}: no such recipe file; recipes that ship, by name: embedded"):
+            load_recipe(path)
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
     with pytest.raises(RecipeError, match="not valid YAML"):

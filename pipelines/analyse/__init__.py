@@ -1,0 +1,1 @@
+"""The paper's curves and tables from shards and results."""

@@ -1,0 +1,1 @@
+"""Policies on tasks over a served endpoint, graded."""

@@ -1,0 +1,1 @@
+"""SLM rollouts and teacher labels into Arrow shards."""

@@ -1,0 +1,1 @@
+"""What the stages hand on: the schema of rows, and shards."""

@@ -1,0 +1,1 @@
+"""What graded rows say: statistics, tables, figures and MLflow runs."""

@@ -8,7 +8,9 @@ from pathlib import Path
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """`--recipe` and `--set`, for `load_recipe`."""
-    parser.add_argument("--recipe", type=Path, required=True, help="the model pair with all settings (YAML)")
+    parser.add_argument(
+        "--recipe", type=Path, required=True, help="the model pair with all settings: a YAML file, or a shipped name"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting of the recipe"
     )

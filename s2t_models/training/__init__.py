@@ -1,0 +1,1 @@
+"""Training of the selector, the trigger head and the controls, without Ray."""

@@ -1,0 +1,1 @@
+"""The torch engine: exact, many calls at once, on one device."""
