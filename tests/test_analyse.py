@@ -13,7 +13,7 @@ import pytest
 from recorded import RECIPE, recorded_results, recorded_shards
 
 from pipelines.analyse.__main__ import main
-from pipelines.analyse.audit import judge
+from pipelines.analyse.audit import audit, judge
 from pipelines.analyse.decisions import scores_by_rank, tables
 from pipelines.analyse.shard_tables import hits, read_steps
 from pipelines.data.shards import read_shards
@@ -119,6 +119,34 @@ def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
             logits = model(torch.tensor([prompt + output[: decision["step"]]])).logits[0, -1].float()
         assert decision["argmax"] == int(logits.argmax())
         assert decision["teacher_K"] == pytest.approx(logits.softmax(-1)[decision["candidates_K"]].tolist(), abs=1e-5)
+
+
+def test_the_audit_reads_the_recorded_ids_and_not_the_text() -> None:
+    """Ids that the text would not give back: the same words, tokenised otherwise."""
+    from pipelines.tasks import load
+    from s2t_models.loading import load_tokenizer
+
+    recipe = load_recipe(RECIPE)
+    tokenizer = load_tokenizer(recipe.slm)
+    item = load("embedded", None)[1][0]
+    ids = [tokenizer.encode(character)[0] for character in "There are"]
+    assert tokenizer.encode("There are") != ids
+    decision = {
+        "step": 3,
+        "candidates_K": [ids[3], 5],
+        "logprobs_K": [-0.1, -3.0],
+        "scores_K": [0.9, 0.1],
+        "preferences_K": [0.9, 0.1],
+        "chosen": ids[3],
+        "argmax": None,
+        "teacher_K": None,
+    }
+    row = {"task": "embedded", "item": item.uid, "policy": "s2t-local", "output": "There are"}
+    rows = [row | {"decisions": json.dumps([decision]), "output_ids": known} for known in (ids, None)]
+    audited = [json.loads(text)[0] for text in audit(pd.DataFrame(rows), recipe, None)["decisions"]]
+    assert len(audited[0]["teacher_K"]) == 2
+    assert audited[0]["argmax"] is not None
+    assert audited[1] == decision, "without ids a row stays as it was"
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
