@@ -8,7 +8,7 @@ Without --endpoint the recipe is served for the length of the job. The job can b
 same command asks only what was not answered yet, and ends with the same results. The output folder, which all
 nodes of a cluster must share, holds
 
-    answers/*.jsonl     every answer as it came, by key (`answers.py`)
+    answers/*.jsonl     every answer as it came, by key (`answer_log.py`)
     results.parquet     one graded row an answer (schema RESULT), with the job's recipe and item hashes
     tables.md, figures  what the rows say (`report.py`); MLflow gets the same
 """
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,9 @@ from typing import Any
 
 from ray import serve
 
-from pipelines.benchmark.client import ask, base_url, read_answers, served_models
+from pipelines.benchmark.answer_log import read_answers
+from pipelines.benchmark.asking import ask
+from pipelines.benchmark.endpoint import base_url, served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan
 from pipelines.benchmark.verdicts import grade, kept
 from pipelines.grading import sandbox
@@ -36,10 +38,10 @@ from pipelines.results import report
 from pipelines.results.names import triggered
 from pipelines.results.summary import write_results
 from pipelines.runtime import tracking
-from pipelines.runtime.folders import only_one
 from pipelines.runtime.progress import Progress
 from pipelines.tasks import Item, Task, humaneval
-from s2t_models.errors import UserError
+from s2t_models.errors import NothingDone, UserError, one_line
+from s2t_models.files import locked
 from s2t_models.hosting import thresholds, with_router
 from s2t_models.policies import PolicyError, policy
 from s2t_models.recipe import Recipe
@@ -73,8 +75,8 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     """Run or finish the job in `output`; returns its tables as Markdown.
 
     Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster is too
-    small, or the endpoint stopped answering."""
-    with only_one(output, BenchmarkError):
+    small, the endpoint stopped answering, or (NothingDone) every row errored."""
+    with locked(output):
         chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
         splits = check_splits(recipe, chosen, options.data)
         tracking.use_store(options.tracking)  # before the first question: a store that is not there must not cost them
@@ -94,13 +96,26 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
         }
         write_results(output / RESULTS, graded, metadata)
         tables = report.report(output / RESULTS, output, options.tracking)
-    if unanswered:
-        reason = next(iter(unanswered.values()))
-        print(
-            f"benchmark: {len(unanswered)} questions got no answer (the first: {reason}); run the same command again to ask them",
-            file=sys.stderr,
-        )
+    _say_what_errored(graded, len(unanswered), output)
     return tables
+
+
+def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, output: Path) -> None:
+    """One line on stderr where rows errored, with the first reason. Raises NothingDone with that line where all of them did."""
+    reasons = [row["error"] for row in graded if row["verdict"] == "errored"]
+    if not reasons:
+        return
+    advice = "run the same command again to ask what got no answer"
+    if unanswered < len(reasons):
+        advice += (
+            f"; delete {output / ANSWERS} to ask the rest again too"
+            if unanswered
+            else f"; to ask again, delete {output / ANSWERS}"
+        )
+    line = f"{len(reasons)} of {len(graded)} rows errored (the first: {one_line(reasons[0] or 'no reason')}); {advice}"
+    if len(reasons) == len(graded):
+        raise NothingDone(line)
+    print(f"benchmark: {line}", file=sys.stderr)
 
 
 def _engines(recipe: Recipe, names: Sequence[str]) -> set[str]:
@@ -196,5 +211,7 @@ def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Op
     url = run(recipe, blocking=False, only=engines, name=name)
     try:
         yield url
-    finally:
-        serve.delete(name)
+    except BaseException:
+        serve.delete(name, _blocking=False)  # not a minute's wait after Ctrl-C
+        raise
+    serve.delete(name)
