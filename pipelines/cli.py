@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] not in COMMANDS:
         print(f"s2t: no command {argv[0]!r}; there are: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0)
+    try:
+        return int(importlib.import_module(COMMANDS[argv[0]][0]).main(argv[1:]) or 0)
+    except KeyboardInterrupt:  # before the command itself had begun (`s2t_models.commands`)
+        return 130
 
 
 if __name__ == "__main__":

@@ -173,7 +173,7 @@ def _grader(options: argparse.Namespace, chosen: Task) -> Grader:
     if chosen.judged:
         if not (options.judge and options.judge_model):
             raise ValueError("mt_bench is graded by a judge model: name one with --judge URL --judge-model NAME")
-        from pipelines.benchmark.client import base_url
+        from pipelines.benchmark.endpoint import base_url
 
         ask = judge.endpoint(base_url(options.judge), options.judge_model, os.environ.get("OPENAI_API_KEY", ""))
 

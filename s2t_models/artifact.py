@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from s2t_models.errors import UserError
+from s2t_models.files import whole
 from s2t_models.loading import TOKENIZER_FILES
 from s2t_models.recipe import Model
 
@@ -172,10 +173,6 @@ def replacing(folder: str | Path, mark: str) -> Iterator[Path]:
     ArtifactError as `refuse_foreign` does."""
     folder = Path(folder)
     refuse_foreign(folder, mark)
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    yield beside
-    if folder.exists():
-        shutil.rmtree(folder)
-    beside.rename(folder)
+    with whole(folder) as part:
+        part.mkdir(parents=True)
+        yield part

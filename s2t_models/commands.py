@@ -6,16 +6,25 @@ the machine, and its traceback is kept in `errors.log`. With S2T_DEBUG=1 nothing
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
-from s2t_models.errors import UserError
+from s2t_models.errors import UserError, one_line
 
 LOG = "errors.log"
+#: The exit status of what Ctrl-C stopped, by the shells' convention.
+INTERRUPTED = 130
+#: How long a command may tidy up after Ctrl-C.
+GRACE_S = 5.0
 
 
 def debugging() -> bool:
@@ -24,27 +33,61 @@ def debugging() -> bool:
 
 
 def run_command(name: str, work: Callable[[], int | None], output: Path | None = None, resumes: bool = True) -> int:
-    """Run `work` and return the exit status: its own (0 for None), 1 for a fault, 2 for a `UserError`, 130 for Ctrl-C.
+    """Run `work` and return the exit status: its own (0 for None), 1 for a fault, the error's for a `UserError`, 130 for Ctrl-C.
 
     `output` is where the traceback of a fault is kept (the current folder where there is none); `resumes` says whether the same
     command goes on where it stopped."""
-    try:
+    if debugging():
         return work() or 0
+    try:
+        with _ctrl_c_stops(f"{name}: stopped" + ("; the same command goes on from here" if resumes else "")):
+            return work() or 0
     except KeyboardInterrupt:
-        # Ctrl-C again, while processes are being ended, must not bring the traceback back.
-        print(f"\n{name}: stopped" + ("; the same command goes on from here" if resumes else ""), file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except UserError as error:
-        if debugging():
-            raise
         print(f"{name}: {error}{_kept(error, output) if error.__cause__ else ''}", file=sys.stderr)
-        return 2
+        return error.status
     except Exception as error:
-        if debugging():
-            raise
-        line = " ".join(str(error).split())[:300]
-        print(f"{name}: unexpected {type(error).__name__}: {line}{_kept(error, output)}", file=sys.stderr)
+        print(f"{name}: unexpected {type(error).__name__}: {one_line(error)}{_kept(error, output)}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _ctrl_c_stops(line: str) -> Iterator[None]:
+    """Ctrl-C prints `line`, silences the process and raises KeyboardInterrupt. The process ends GRACE_S later at the latest, and
+    at once when Ctrl-C is pressed again: libraries that are stopped in the middle print tracebacks and may wait for long, and
+    no job here needs more than a moment, since what counts is on the disk."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # someone else's thread, or SIGINT is ignored (a background job of a shell)
+        return
+
+    newline = "\n" if os.isatty(2) else ""
+
+    def leave(*_: Any) -> NoReturn:
+        os._exit(INTERRUPTED)
+
+    def stop(*_: Any) -> NoReturn:
+        signal.signal(signal.SIGINT, leave)
+        # A terminal shows ^C and perhaps a line of progress; and print may be what was interrupted, so it is not used here.
+        os.write(2, f"{newline}{line}\n".encode())
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        timer = threading.Timer(GRACE_S, leave)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is not leave:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first served,
+            # so this one comes before Ray's.
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _kept(error: BaseException, output: Path | None) -> str:

@@ -16,10 +16,11 @@ import signal
 import socket
 import sys
 import threading
-import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+
+import httpx
 
 from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
@@ -207,19 +208,17 @@ def _check_port_is_serves(recipe: Recipe) -> None:
     """Serve has one port a cluster: where it runs, the recipe's has to be that one."""
     address = f"{recipe.serving.host}:{recipe.serving.port}"
     try:
-        with urllib.request.urlopen(f"http://{address}/-/healthz", timeout=10) as response:
-            answers = response.status == 200
-    except OSError:
+        answers = httpx.get(f"http://{address}/-/healthz", timeout=10, trust_env=False).is_success
+    except httpx.HTTPError:
         answers = False
     if not answers:
         raise RecipeError(f"serving.port: Serve runs on this cluster already, and not at {address}; give its port")
 
 
 def _wait() -> None:
-    """Until SIGINT or SIGTERM."""
+    """Until Ctrl-C, which `run_command` handles, or SIGTERM, which is how supervisors end a service."""
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     stopped.wait()
 
 

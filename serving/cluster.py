@@ -6,6 +6,7 @@ starts one on this machine otherwise. It knows nothing of what will run there.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -13,50 +14,110 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from s2t_models.commands import debugging
-from s2t_models.errors import UserError
+from s2t_models.errors import UserError, one_line
 
 #: Logical CPUs of a local cluster at the least. Actors here wait for each other more than they compute, and
 #: Ray Data holds slots for its own reading and filtering: a cluster of two would wait for ever without a
 #: word.
 LOCAL_CPUS = 8
 _PATIENCE_S = 60.0
+_PROBE_S = 10.0
 
 
 class ClusterError(UserError):
-    """The cluster cannot hold what a recipe asks for; the message is one line."""
+    """The cluster cannot be joined, or cannot hold what a recipe asks for; the message is one line."""
 
 
 def start(cpus: float = LOCAL_CPUS) -> bool:
     """Join the cluster that RAY_ADDRESS names, or start one here with `cpus` logical CPUs at the least, unless this process is on
-    one already. Returns whether it was started here."""
+    one already. Returns whether it was started here. Raises ClusterError where RAY_ADDRESS names no cluster that can be joined."""
     # Ray's own complaints about what is meant here: actors that ask for no GPU, and more actors than cores.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(LOCAL_CPUS))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    if not debugging():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
 
     started = False
     if not ray.is_initialized():
-        quiet: dict[str, Any] = {"log_to_driver": debugging(), "logging_level": "ERROR"}
-        with _native_stderr_closed():
-            if os.environ.get("RAY_ADDRESS"):
-                ray.init(**quiet)
+        options: dict[str, Any] = {"log_to_driver": debugging(), "logging_level": "INFO" if debugging() else "ERROR"}
+        with contextlib.nullcontext() if debugging() else _native_stderr_closed():
+            if address := os.environ.get("RAY_ADDRESS"):
+                _join(address, options)
             else:
                 # CPUs are Ray's bookkeeping: small engines share cores, and one's own machine need not refuse that.
                 logical = max(math.ceil(cpus), os.cpu_count() or 1)
-                ray.init(address="local", num_cpus=logical, include_dashboard=True, **quiet)
+                ray.init(address="local", num_cpus=logical, include_dashboard=True, **options)
                 started = True
-    _quieten()
+    if not debugging():
+        _quieten()
     return started
 
 
-@contextmanager
+def _join(address: str, options: dict[str, Any]) -> None:
+    import ray
+
+    logging.getLogger("ray").setLevel(options["logging_level"])
+    _probe(address)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(f"RAY_ADDRESS={address}: cannot be joined: {one_line(error)}") from error
+
+
+def _probe(address: str) -> None:
+    """Ask the cluster for its id. Left to itself, Ray tries for minutes in native code, which Ctrl-C does not reach, and then ends
+    the process. Raises ClusterError where nothing answers within _PROBE_S, or a token is wanted."""
+    import grpc
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
+    from ray.exceptions import AuthenticationError
+
+    is_client = address.startswith("ray://")
+    target = address.removeprefix("ray://") if is_client else _canonical(address)
+    question = "/ray.rpc.RayletDriver/ClusterInfo" if is_client else "/ray.rpc.NodeInfoGcsService/GetClusterId"
+    if not target:
+        return
+    try:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as ray.init does
+        with init_grpc_channel(target, GLOBAL_GRPC_OPTIONS) as channel:
+            channel.unary_unary(question)(b"", timeout=_PROBE_S)
+    except AuthenticationError:
+        raise ClusterError(_wants_a_token(address)) from None
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+            raise ClusterError(_wants_a_token(address)) from None
+        if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            raise ClusterError(
+                f"RAY_ADDRESS={address}: no Ray cluster answers there; start it (ray start --head), or unset RAY_ADDRESS to "
+                "start one on this machine"
+            ) from None
+
+
+def _canonical(address: str) -> str | None:
+    """host:port of a RAY_ADDRESS such as "auto"; None where it asks for a cluster of its own ("local")."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        return canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError) as error:
+        raise ClusterError(f"RAY_ADDRESS={address}: {one_line(error)}") from None
+
+
+def _wants_a_token(address: str) -> str:
+    return (
+        f"RAY_ADDRESS={address}: the cluster wants a token, and the one here is missing or wrong; set RAY_AUTH_MODE=token "
+        "and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
+    )
+
+
+@contextlib.contextmanager
 def _native_stderr_closed() -> Iterator[None]:
     """Ray's native code announces its log level on stderr, whatever the level. Exceptions are not touched."""
     sys.stderr.flush()

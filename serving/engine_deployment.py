@@ -6,6 +6,7 @@ replica can serve any call. Neither knows of policies, text or HTTP.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,8 @@ class RemoteEngine:
         # Over gRPC: for the many small calls of collaborative decoding, Serve's way through Ray's actor calls costs more
         # than what they compute (Takeover took 1.4 times as long).
         self._handle = handle.options(_by_reference=False)
+        # Serve's gRPC would take an `http_proxy` of the environment to the next replica; Ray's own gRPC never does.
+        os.environ["grpc_proxy"] = ""  # noqa: SIM112
         self._card: ModelCard | None = None
 
     async def card(self) -> ModelCard:

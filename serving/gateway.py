@@ -6,6 +6,7 @@ holds no model. A client that goes away cancels its request: Serve cancels the h
 
 import dataclasses
 import logging
+import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -189,9 +190,9 @@ class Gateway:
     async def _decode(
         self, policy: base.Policy, request: api.CompletionSettings, prompt: list[int], field: str
     ) -> tuple[list[str], list[api.FinishReason], api.TokenUsage, api.S2T]:
-        """Run the policy once a choice, with seeds that follow each other."""
+        """Run the policy once a choice, with seeds that follow each other: from the request's, or from one drawn for it."""
         limit = await self._limit(policy, len(prompt), request.limit(), field)
-        seed = self._recipe.seed if request.seed is None else request.seed
+        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         began = time.perf_counter()
         requests = [
             base.Request(prompt, limit, seed + choice, request.temperature, request.top_p)
@@ -212,6 +213,7 @@ class Gateway:
         )
         s2t = api.S2T(
             usage=api.usage_by_engine([choice.usage for choice in decoded]),
+            seed=seed,
             seconds=seconds,
             models={name: card.weights for name, card in (await self._cards(policy)).items()},
             samples=[self._text(ids) for choice in decoded for ids in choice.samples],

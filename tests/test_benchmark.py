@@ -14,8 +14,10 @@ import pandas as pd
 import pytest
 from stub_endpoint import Stub, stub_endpoint
 
-from pipelines.benchmark import client as answers
+from pipelines.benchmark import asking
 from pipelines.benchmark.__main__ import main
+from pipelines.benchmark.answer_log import AnswersError, read_answers
+from pipelines.benchmark.endpoint import EndpointError, served_models
 from pipelines.benchmark.job import RESULTS, Options, _engines, benchmark
 from pipelines.benchmark.questions import QuestionError, Row, check_splits, load_items, plan
 from pipelines.results.summary import read_results, summarise
@@ -44,7 +46,7 @@ def stub(items: list[tuple[Task, list[Item]]]) -> Iterator[Stub]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(asking, "FIRST_DELAY_S", 0.01)
 
 
 def job(recipe_path: Path, *overrides: str) -> Recipe:
@@ -134,7 +136,7 @@ def test_refusals_are_answers_and_lasting_faults_are_asked_again_next_time(
     frame = run(recipe, tmp_path / "out", stub)
     (summary,) = summarise(frame)
     assert summary.errored == refused + broken
-    assert f"{broken} questions got no answer" in capsys.readouterr().err
+    assert f"{refused + broken} of 48 rows errored (the first: " in capsys.readouterr().err
     assert set(frame["error"].dropna()) == {"400: no such thing", "500 after 8 attempts: internal error"}
     assert (summary.correct + summary.wrong + summary.errored) == summary.rows
     stub.fault = lambda body, before: None
@@ -148,9 +150,9 @@ def test_an_endpoint_that_refuses_everything_gives_no_answers(
     ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
 ) -> None:
     stub.fault = lambda body, before: (404, {"detail": "Path '/v1/chat/completions' not found"}, {})
-    with pytest.raises(answers.EndpointError, match=r"404: .*not found"):
+    with pytest.raises(EndpointError, match=r"404: .*not found"):
         run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)
-    assert not answers.read_answers(tmp_path / "out" / "answers")
+    assert not read_answers(tmp_path / "out" / "answers")
     stub.fault = lambda body, before: None
     assert run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)["error"].isna().all()
 
@@ -197,9 +199,9 @@ def test_an_endpoint_that_goes_away_ends_the_job_and_its_answers_are_kept(
 
     stub.fault = fault
     recipe = job(recipe_path, "benchmark.policies=[greedy]", "benchmark.concurrency=4")
-    with pytest.raises(answers.EndpointError, match="stopped answering"):
+    with pytest.raises(EndpointError, match="stopped answering"):
         run(recipe, tmp_path / "out", stub)
-    assert 20 <= len(answers.read_answers(tmp_path / "out" / "answers")) < 48
+    assert 20 <= len(read_answers(tmp_path / "out" / "answers")) < 48
     stub.fault, stub.down = lambda body, before: None, False
     assert len(run(recipe, tmp_path / "out", stub)) == 48
     assert set(stub.answered.values()) == {1}
@@ -217,14 +219,14 @@ def test_killed_at_any_point_it_goes_on_without_asking_again(
     # On a cluster of its own, as a user starts it; the kill takes that down too.
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     try:
-        while len(answers.read_answers(output / "answers")) < 40:
+        while len(read_answers(output / "answers")) < 40:
             assert process.poll() is None, "the job ended before it could be killed"
             time.sleep(0.05)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_until_quiet(stub)
-    kept = answers.read_answers(output / "answers")
+    kept = read_answers(output / "answers")
     assert 40 <= len(kept) < len(POLICIES) * 48, "it was killed in the middle"
     asked_before = dict(stub.asked)
     stub.delay_s = 0.0
@@ -247,10 +249,10 @@ def wait_until_quiet(stub: Stub) -> None:
 
 def test_torn_lines_are_left_out_and_damage_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"key": "1"}\n{"key": "2", "out')
-    assert answers.read_answers(tmp_path).keys() == {"1"}
+    assert read_answers(tmp_path).keys() == {"1"}
     (tmp_path / "b.jsonl").write_bytes(b'{"key": "3"}\nnoise\n{"key": "4"}\n')
-    with pytest.raises(answers.AnswersError, match=r"b\.jsonl:2"):
-        answers.read_answers(tmp_path)
+    with pytest.raises(AnswersError, match=r"b\.jsonl:2"):
+        read_answers(tmp_path)
 
 
 def test_the_cache_key_holds_all_that_an_answer_depends_on(
@@ -319,7 +321,7 @@ def test_a_job_serves_beside_what_is_served_already(
     assert main([*command, "--policies", "greedy"]) == 0
     assert "greedy" in capsys.readouterr().out
     assert set(serve.status().applications) == {app.NAME}
-    assert answers.served_models(endpoint, ["greedy"]), "the endpoint of before still answers"
+    assert served_models(endpoint, ["greedy"]), "the endpoint of before still answers"
 
 
 def test_bad_calls_end_in_one_line(recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,11 +24,11 @@ from pipelines.collect.job import collect
 from pipelines.collect.prompts import Prompt, PromptError, from_file, from_task, rows
 from pipelines.collect.sink import committed
 from pipelines.data.shards import read_shards
-from pipelines.runtime.folders import only_one
 from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models import loading
 from s2t_models.embedded import generator
+from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
@@ -264,7 +264,7 @@ def test_more_actors_than_the_cluster_has_fails_at_once(
 def test_second_job_in_the_same_folder_is_refused(
     recipe_path: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with only_one(tmp_path, RuntimeError):
+    with locked(tmp_path):
         assert _main(recipe_path, tmp_path, prompts) == 2
     assert "another job is at work there" in capsys.readouterr().err
 

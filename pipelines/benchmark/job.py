@@ -8,7 +8,7 @@ Without --endpoint the recipe is served for the length of the job. The job can b
 same command asks only what was not answered yet, and ends with the same results. The output folder, which all
 nodes of a cluster must share, holds
 
-    answers/*.jsonl     every answer as it came, by key (`answers.py`)
+    answers/*.jsonl     every answer as it came, by key (`answer_log.py`)
     results.parquet     one graded row an answer (schema RESULT), with the job's recipe and item hashes
     tables.md, figures  what the rows say (`report.py`); MLflow gets the same
 """
@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,9 @@ from typing import Any
 
 from ray import serve
 
-from pipelines.benchmark.client import ask, base_url, read_answers, served_models
+from pipelines.benchmark.answer_log import read_answers
+from pipelines.benchmark.asking import ask
+from pipelines.benchmark.endpoint import base_url, served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan
 from pipelines.benchmark.verdicts import grade, kept
 from pipelines.grading import sandbox
@@ -35,10 +37,10 @@ from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
 from pipelines.results.summary import write_results
 from pipelines.runtime import tracking
-from pipelines.runtime.folders import only_one
 from pipelines.runtime.progress import Progress
 from pipelines.tasks import Item, Task, humaneval
-from s2t_models.errors import UserError
+from s2t_models.errors import NothingDone, UserError, one_line
+from s2t_models.files import locked
 from s2t_models.hosting import Hosting, host
 from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
@@ -72,14 +74,15 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     """Run or finish the job in `output`; returns its tables as Markdown.
 
     Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster is too
-    small, or the endpoint stopped answering."""
-    with only_one(output, BenchmarkError):
+    small, the endpoint stopped answering, or (NothingDone) every row errored."""
+    with locked(output):
         chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
         splits = check_splits(recipe, chosen, options.data)
         tracking.use_store(options.tracking)  # before the first question: a store that is not there must not cost them
         cluster.start()
         with _endpoint(recipe, chosen, options, output) as url:
-            settings = policy_settings(recipe, url)
+            # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.
+            settings = served_models(url, recipe.benchmark.policies)
             rows = plan(recipe, chosen, settings, options.repeats)
             unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency)
             answers = read_answers(output / ANSWERS)
@@ -93,13 +96,26 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
         }
         write_results(output / RESULTS, graded, metadata)
         tables = report.report(output / RESULTS, output, options.tracking)
-    if unanswered:
-        reason = next(iter(unanswered.values()))
-        print(
-            f"benchmark: {len(unanswered)} questions got no answer (the first: {reason}); run the same command again to ask them",
-            file=sys.stderr,
-        )
+    _say_what_errored(graded, len(unanswered), output)
     return tables
+
+
+def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, output: Path) -> None:
+    """One line on stderr where rows errored, with the first reason. Raises NothingDone with that line where all of them did."""
+    reasons = [row["error"] for row in graded if row["verdict"] == "errored"]
+    if not reasons:
+        return
+    advice = "run the same command again to ask what got no answer"
+    if unanswered < len(reasons):
+        advice += (
+            f"; delete {output / ANSWERS} to ask the rest again too"
+            if unanswered
+            else f"; to ask again, delete {output / ANSWERS}"
+        )
+    line = f"{len(reasons)} of {len(graded)} rows errored (the first: {one_line(reasons[0] or 'no reason')}); {advice}"
+    if len(reasons) == len(graded):
+        raise NothingDone(line)
+    print(f"benchmark: {line}", file=sys.stderr)
 
 
 def _engines(hosting: Hosting, names: Sequence[str]) -> set[str]:
@@ -131,12 +147,6 @@ def _judge(options: Options, url: str, output: Path) -> Ask:
     identity = options.judge or json.dumps(served_models(url, [options.judge_model]), sort_keys=True)
     key = os.environ.get("OPENAI_API_KEY", "") if options.judge else ""
     return kept(endpoint(judge, options.judge_model, key), f"{options.judge_model} {identity}", output / "judgements")
-
-
-def policy_settings(recipe: Recipe, url: str) -> dict[str, dict[str, Any]]:
-    """The endpoint's entry of each policy: its settings, and the cards of its engines with the hashes of their weights. It goes into
-    the cache keys, so that no answer outlives a change of weights, thresholds or settings."""
-    return served_models(url, recipe.benchmark.policies)
 
 
 def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) -> dict[str, str]:
@@ -172,5 +182,7 @@ def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Op
     url = run(hosting, blocking=False, name=name)
     try:
         yield url
-    finally:
-        serve.delete(name)
+    except BaseException:
+        serve.delete(name, _blocking=False)  # not a minute's wait after Ctrl-C
+        raise
+    serve.delete(name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmark.client import Question
+from pipelines.benchmark.answer_log import Question
 from pipelines.tasks import Item, Task, TaskError, load
 from pipelines.tasks.splits import fingerprint, refuse_overlap
 from s2t_models.artifact import read_provenance

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmark.client import Answer, AnswerLog, read_answers
+from pipelines.benchmark.answer_log import Answer, AnswerLog, read_answers
 from pipelines.benchmark.questions import Row
 from pipelines.grading.judge import Ask
 from pipelines.tasks import Graded, Item, mt_bench

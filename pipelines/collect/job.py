@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,13 @@ from ray.data.checkpoint import CheckpointConfig
 
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import PROMPT, Labels, Rollouts
-from pipelines.collect.publish import SUMMARY, publish
+from pipelines.collect.publish import SUMMARY, publish, write_json
 from pipelines.collect.sink import ArrowSink, committed
 from pipelines.data.shards import FOLDER, RECORD, shard_metadata
-from pipelines.runtime.folders import only_one
 from pipelines.runtime.progress import Progress
 from s2t_models import loading
-from s2t_models.errors import UserError
+from s2t_models.errors import NothingDone, UserError, one_line
+from s2t_models.files import locked
 from s2t_models.hosting import pair
 from s2t_models.recipe import Recipe, Stage
 from serving import cluster
@@ -46,19 +47,26 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     """Run or finish the collection in `output`; returns its summary, as in `collect.json`.
 
     Prompts come from the file `prompts` or, without one, from the recipe's task. Raises RecipeError,
-    PromptError, ShardError, ClusterError or CollectError.
+    PromptError, ShardError, ClusterError, CollectError or, where every row errored, NothingDone.
     """
     task = f"file:{prompts.name}" if prompts else recipe.collect.task
     chosen = sources.from_file(prompts) if prompts else sources.from_task(task, data, recipe)
     rows = sources.rows(chosen, recipe)
-    with only_one(output, CollectError):
+    with locked(output):
         metadata = _claim(recipe, output, task, rows)
         if not (output / FOLDER).is_dir():
             work = output / "work"
             files = _run(recipe, work, rows)
-            publish(files, [row["uid"] for row in rows], output, metadata, recipe)
+            try:
+                publish(files, [row["uid"] for row in rows], output, metadata, recipe)
+            except NothingDone as error:
+                raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
             shutil.rmtree(work)
-        return json.loads((output / SUMMARY).read_text())
+        summary = json.loads((output / SUMMARY).read_text())
+    if errored := sum(summary["errors"].values()):
+        first = one_line(summary["first_error"])
+        print(f"collect: {errored} of {summary['rows']} rows errored (the first: {first})", file=sys.stderr)
+    return summary
 
 
 def report(summary: dict[str, Any], output: Path) -> str:
@@ -107,9 +115,7 @@ def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) 
     }
     path = output / RECORD
     if not path.is_file():
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"settings": settings, "metadata": metadata}, indent=2) + "\n")
-        part.rename(path)
+        write_json(path, {"settings": settings, "metadata": metadata})
     record = json.loads(path.read_text())
     different = [key for key, value in settings.items() if record["settings"].get(key) != value]
     if different:
@@ -158,10 +164,9 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
             with Progress("collect", "rows", len(rows), rows_done):
                 dataset.write_datasink(ArrowSink(labelled))
         except ray.exceptions.RayError as error:
-            last = str(error).strip().rsplit("\n", 1)[-1]
             raise CollectError(
-                f"{recipe.name}: an actor failed: {last}; the same command goes on from {work}"
-            ) from None
+                f"{recipe.name}: an actor failed: {one_line(error)}; the same command goes on from {work}"
+            ) from error
         finally:
             context.checkpoint_config = None
     return committed(labelled, checkpoint)

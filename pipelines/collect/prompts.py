@@ -53,16 +53,22 @@ def from_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise PromptError(f"{path}: no such file of prompts")
     try:
-        lines = path.read_text().split("\n")  # a line break of another kind may stand inside a text
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a line break of another kind may stand inside a text
     except UnicodeDecodeError as error:
         raise PromptError(f"{path}: is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read: {error.strerror}") from None
     prompts = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             prompts.append(_read(json.loads(line)))
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError):
+        except UnicodeEncodeError:
+            raise PromptError(
+                f"{path}:{number}: holds half a character, a lone surrogate such as \\ud83d, which no model can read"
+            ) from None
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise PromptError(
                 f'{path}:{number}: expected {{"uid": ..., "prompt": "..."}} or {{"uid": ..., "messages": '
                 '[{"role": "user", "content": "..."}]}'
@@ -103,7 +109,9 @@ def _read(line: dict[str, Any]) -> Prompt:
     messages = [{"role": str(message["role"]), "content": message["content"]} for message in chat]
     if not all(isinstance(message["content"], str) for message in messages):
         raise TypeError("a message's content is text")
-    return Prompt(str(line["uid"]), messages)
+    prompt = Prompt(str(line["uid"]), messages)
+    json.dumps([prompt.uid, messages], ensure_ascii=False).encode()  # raises UnicodeEncodeError for a lone surrogate
+    return prompt
 
 
 def _seed(seed: int, uid: str) -> int:

@@ -11,7 +11,6 @@ Axes: _S all steps of the collection.
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ import pyarrow as pa
 
 from pipelines.data.schema import SHARD
 from pipelines.data.shards import FOLDER, ShardError, questions, shard_name, write_shard
+from s2t_models.errors import NothingDone, one_line
+from s2t_models.files import whole
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
 from s2t_models.trigger import BUDGETS, calibrate
@@ -37,40 +38,39 @@ def publish(
 ) -> dict[str, Any]:
     """Write `output`'s shards, thresholds and summary from the rows in `files`; returns the summary.
 
-    The shards appear last and all at once. Raises ShardError where a row is missing.
+    The shards appear last and all at once. Raises ShardError where a row is missing, NothingDone where every row errored.
     """
     rows = _rows(files, uids)
-    whole = pa.concat_tables(rows)
-    steps_S = {name: _flat(whole, name) for name in ("kl_T", "entropy_T", "teacher_rank_T")}
+    everything = pa.concat_tables(rows)
+    steps_S = {name: _flat(everything, name) for name in ("kl_T", "entropy_T", "teacher_rank_T")}
     if not len(steps_S["kl_T"]):
-        first = next(error for error in whole["error"].to_pylist() if error)
-        raise ShardError(f"all {len(uids)} rows failed, and there is nothing to publish; the first one: {first}")
+        first = next((error for error in everything["error"].to_pylist() if error), "no token was written")
+        raise NothingDone(
+            f"all {len(uids)} rows errored, and there is nothing to publish (the first: {one_line(first)})"
+        )
     least_kl = calibrate(steps_S["kl_T"], [recipe.collect.steps])[recipe.collect.steps]
 
-    part = output / f"{FOLDER}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     starts = range(0, len(rows), _ROWS_A_SHARD)
     kept = 0
-    for index, start in enumerate(starts):
-        table = _keep(pa.concat_tables(rows[start : start + _ROWS_A_SHARD]).combine_chunks(), least_kl, recipe)
-        kept += len(table["kept"].combine_chunks().flatten())
-        write_shard(part / shard_name(index, len(starts)), table, metadata)
-
-    thresholds: dict[str, Any] = {
-        "kl": _by_budget(steps_S["kl_T"]),
-        "entropy": _by_budget(steps_S["entropy_T"]),
-        "steps": len(steps_S["kl_T"]),
-        "rows": questions(whole),
-        **{name: metadata[f"s2t.{name}"] for name in ("task", "slm", "teacher", "tokenizer", "divergence")},
-    }
-    summary = _summary(whole, steps_S, thresholds["kl"]["0.01"]) | {
-        "kept_steps": kept,
-        "least_kl": float(least_kl),
-    }
-    _write_json(output / THRESHOLDS, thresholds)
-    _write_json(output / SUMMARY, summary)
-    part.rename(output / FOLDER)
+    with whole(output / FOLDER) as part:
+        part.mkdir()
+        for index, start in enumerate(starts):
+            table = _keep(pa.concat_tables(rows[start : start + _ROWS_A_SHARD]).combine_chunks(), least_kl, recipe)
+            kept += len(table["kept"].combine_chunks().flatten())
+            write_shard(part / shard_name(index, len(starts)), table, metadata)
+        thresholds: dict[str, Any] = {
+            "kl": _by_budget(steps_S["kl_T"]),
+            "entropy": _by_budget(steps_S["entropy_T"]),
+            "steps": len(steps_S["kl_T"]),
+            "rows": questions(everything),
+            **{name: metadata[f"s2t.{name}"] for name in ("task", "slm", "teacher", "tokenizer", "divergence")},
+        }
+        summary = _summary(everything, steps_S, thresholds["kl"]["0.01"]) | {
+            "kept_steps": kept,
+            "least_kl": float(least_kl),
+        }
+        write_json(output / THRESHOLDS, thresholds)
+        write_json(output / SUMMARY, summary)
     return summary
 
 
@@ -116,6 +116,7 @@ def _summary(table: pa.Table, steps_S: dict[str, np.ndarray], top_kl: float) -> 
     return {
         "rows": len(table),
         "errors": dict(sorted(errors.items())),
+        "first_error": next((error for error in table["error"].to_pylist() if error), None),
         "finish": dict(sorted(Counter(reason for reason in table["finish"].to_pylist() if reason).items())),
         "steps": len(steps_S["kl_T"]),
         "agreement": float((steps_S["teacher_rank_T"] == 0).mean()),
@@ -139,7 +140,6 @@ def _quantiles(values_S: np.ndarray) -> dict[str, float]:
     return {str(q): float(value) for q, value in zip(QUANTILES, np.quantile(values_S, QUANTILES), strict=True)}
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    part.rename(path)
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n")

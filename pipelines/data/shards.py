@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from pipelines.data.schema import METADATA, SHARD, VERSION
 from s2t_models.errors import UserError
+from s2t_models.files import whole
 from s2t_models.recipe import Recipe
 
 FOLDER = "shards"
@@ -42,11 +43,9 @@ def shard_metadata(recipe: Recipe, slm: str, teacher: str, tokenizer: str, task:
 
 def write_shard(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:
     """Write one shard whole or not at all."""
-    part = path.with_suffix(".part")
     schema = SHARD.with_metadata(metadata)
-    with pa.ipc.new_file(part, schema) as writer:
+    with whole(path) as part, pa.ipc.new_file(part, schema) as writer:
         writer.write_table(table.cast(schema))
-    part.rename(path)
 
 
 def read_shards(collection: str | Path) -> tuple[pa.Table, dict[str, str]]:

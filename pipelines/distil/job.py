@@ -30,13 +30,13 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from pipelines.data.shards import FOLDER, ShardError, check_pair, questions, read_shards
 from pipelines.distil.worker import read_state, train
 from pipelines.runtime import tracking
-from pipelines.runtime.folders import only_one
 from pipelines.runtime.progress import Progress
 from pipelines.tasks import TASKS
 from pipelines.tasks.splits import refuse_overlap
 from s2t_models import loading
 from s2t_models.artifact import CARD, CHECKPOINT, read_provenance, refuse_foreign
 from s2t_models.errors import UserError
+from s2t_models.files import locked
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.training.batches import Trajectory, trajectories
 from s2t_models.training.build import build
@@ -80,7 +80,7 @@ def distil(
         settings.workers * settings.num_gpus,
         f"{recipe.name}: distil with {settings.workers} workers",
     )
-    with only_one(training, DistilError):
+    with locked(training):
         tracking.use_store()
         with tracking.start_run(
             f"distil-{objective}", params={"recipe": recipe.model_dump(), "objective": objective}

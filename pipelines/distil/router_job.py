@@ -19,10 +19,10 @@ from transformers import AutoConfig
 from pipelines.data.shards import questions
 from pipelines.distil.job import DistilError, beside, read_training
 from pipelines.runtime import tracking
-from pipelines.runtime.folders import only_one
 from s2t_models import loading
 from s2t_models.artifact import refuse_foreign, replacing, write_provenance
 from s2t_models.engines.load import load
+from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
 from s2t_models.policies import r2r_labels
 from s2t_models.policies.base import Engines
@@ -85,7 +85,7 @@ def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
         "settings": recipe.router.model_dump(mode="json"),
     }
     training = beside(output)
-    with only_one(training, DistilError):
+    with locked(training):
         report = _label_and_train(recipe, table, output.resolve(), provenance)
     shutil.rmtree(training)
     return f"{report}\nwritten to   {output}"

@@ -18,8 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines.data.schema import RESULT, VERSION
+from pipelines.data.text import encodable
 from pipelines.results.statistics import Paired, accuracy, over_seeds, paired
 from s2t_models.errors import UserError
+from s2t_models.files import whole
 
 VERDICTS = ("correct", "wrong", "truncated", "errored")
 PAIR = ["item", "seed", "repeat"]
@@ -32,9 +34,17 @@ class ResultsError(UserError):
 def write_results(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) -> None:
     """Write the rows whole or not at all, as Parquet with the job's metadata."""
     schema = RESULT.with_metadata({"s2t.results": VERSION, **metadata})
-    part = path.with_suffix(".part")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), part)
-    part.rename(path)
+    table = pa.Table.from_pylist(
+        [{key: _encodable(value) for key, value in row.items()} for row in rows], schema=schema
+    )
+    with whole(path) as part:
+        pq.write_table(table, part)
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return encodable(value)
+    return [_encodable(item) for item in value] if isinstance(value, list) else value
 
 
 def read_results(path: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:

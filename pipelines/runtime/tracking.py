@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from s2t_models.errors import UserError
+from pipelines.runtime import http
+from s2t_models.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STORE = "sqlite:///runs/mlflow.db"
 EXPERIMENT = "s2t"
+_PROBE_S = 10
+_DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
 
 
 class TrackingError(UserError):
@@ -42,13 +47,42 @@ def use_store(uri: str | None = None) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         location = (folder / "mlartifacts").as_uri()
     try:
+        _probe(uri)
         mlflow.set_tracking_uri(uri)
-        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-            mlflow.create_experiment(EXPERIMENT, artifact_location=location)
+        with _impatient():
+            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+                mlflow.create_experiment(EXPERIMENT, artifact_location=location)
         mlflow.set_experiment(EXPERIMENT)
-    except (mlflow.exceptions.MlflowException, OSError) as error:
-        raise TrackingError(f"MLflow store {uri}: {' '.join(str(error).split())[:300]}") from None
+    except (mlflow.exceptions.MlflowException, OSError, ValueError) as error:
+        raise TrackingError(f"MLflow store {uri}: cannot be used: {one_line(error)}") from None
     return uri
+
+
+def _probe(uri: str) -> None:
+    """Reach a near server directly, and see that a database answers. Raises OSError where it does not."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https"):
+        if http.is_near(uri):
+            known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+            os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [known, parts.hostname]))
+    elif parts.hostname and (port := parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0])):
+        socket.create_connection((parts.hostname, port), timeout=_PROBE_S).close()
+
+
+@contextmanager
+def _impatient() -> Iterator[None]:
+    """One attempt of a few seconds: MLflow's own patience, minutes of it without a word, is for a store that has answered before."""
+    few = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_PROBE_S)}
+    before = {name: os.environ.get(name) for name in few}
+    os.environ.update(few)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -1,0 +1,58 @@
+"""Questions, and the answers that are kept, so that none is paid for twice.
+
+An answer is written and synced to `ANSWERS/*.jsonl` before it counts as answered; a job that was killed reads these files and asks
+only the rest. What a judge said is kept in the same way.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+from s2t_models.errors import UserError
+
+#: A question is {"key", "model", "seed", "max_tokens", "messages": JSON, "turns": JSON list of later user texts}.
+Question = dict[str, Any]
+#: An answer is {"key", "outputs": one text a turn, "finish", "s2t": extension or {}, "tokens", "seconds", "error"}.
+Answer = dict[str, Any]
+
+
+class AnswersError(UserError):
+    """Kept answers that cannot be read."""
+
+
+def read_answers(folder: Path) -> dict[str, Answer]:
+    """Every answer kept in `folder`, by key. The torn last line of a killed writer is left out; anything else that is not an
+    answer raises AnswersError, naming the file and line."""
+    answers: dict[str, Answer] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        *lines, torn = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        for number, line in enumerate(lines, 1):
+            try:
+                answer = json.loads(line)
+                answers.setdefault(answer["key"], answer)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise AnswersError(
+                    f"{path}:{number}: not an answer; delete that line to ask its question again"
+                ) from None
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            answer = json.loads(torn)
+            answers.setdefault(answer["key"], answer)
+    return answers
+
+
+class AnswerLog:
+    """An append-only file of this process's own: an answer is on the disk when `append` returns."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = (folder / f"{uuid.uuid4().hex}.jsonl").open("ab", buffering=0)
+
+    def append(self, answer: Answer) -> None:
+        self.file.write(json.dumps(answer).encode() + b"\n")  # in ASCII: a lone surrogate is no UTF-8
+        os.fsync(self.file.fileno())

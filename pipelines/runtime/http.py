@@ -1,0 +1,26 @@
+"""HTTP clients that agree about proxies: what is near is reached directly, whatever `http_proxy` and `no_proxy` say."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+
+def client(url: str, **options: Any) -> httpx.Client:
+    """A client for the host of `url`: through the environment's proxy only where `is_near` is false."""
+    return httpx.Client(trust_env=not is_near(url), **options)
+
+
+def is_near(url: str) -> bool:
+    """Whether every address of the URL's host is a loopback, private or link-local one. A host without an address here is far:
+    a proxy may know it."""
+    try:
+        found = socket.getaddrinfo(urlsplit(url).hostname or "", None)
+    except (OSError, ValueError):
+        return False
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    return bool(addresses) and all(a.is_loopback or a.is_private or a.is_link_local for a in addresses)
