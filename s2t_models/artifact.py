@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from s2t_models.errors import UserError
-from s2t_models.loading import TOKENIZER_FILES
 from s2t_models.recipe import Model
 
 if TYPE_CHECKING:
@@ -150,13 +149,6 @@ def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The very files, not ones that mean the same: models that work together are told by their tokenizers' hash.
-    origin = Path(tokenizer.name_or_path)
-    if any((origin / name).is_file() for name in TOKENIZER_FILES):
-        for name in TOKENIZER_FILES:
-            (folder / name).unlink(missing_ok=True)
-            if (origin / name).is_file():
-                shutil.copy(origin / name, folder / name)
 
 
 def refuse_foreign(folder: str | Path, mark: str) -> None:

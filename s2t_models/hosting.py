@@ -43,16 +43,15 @@ def hosted(recipe: Recipe) -> dict[str, Hosted]:
 
     Raises RecipeError where a folder is missing, or tokenizers or weights do not belong together.
     """
-    tokenizer = loading.tokenizer_hash(recipe.slm)
     slm, reserved = _absolute(recipe.slm), reserved_rows(recipe)
     engines = [Hosted("slm", slm, reserved), Hosted("teacher", _absolute(recipe.teacher), reserved)]
     for name, path in recipe.checkpoints.items():
         checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
         engines.append(Hosted(name, _absolute(checkpoint), reserved))
     for engine in engines:
-        if loading.tokenizer_hash(engine.settings) != tokenizer:
+        if difference := loading.tokenizer_difference(engine.settings, recipe.slm):
             raise RecipeError(
-                f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}; "
+                f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}: {difference}; "
                 "models that work together share one"
             )
     if recipe.artifact:

@@ -18,6 +18,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.tasks import load
+from s2t_models import chat
 from s2t_models.engines.contract import Engine
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.loading import load_tokenizer
@@ -53,9 +54,8 @@ async def _judged(row: Any, prompt: list[dict[str, str]], tokenizer: PreTrainedT
     decisions: list[Decision] = json.loads(row.decisions)
     if not row.policy.startswith("s2t-local") or not decisions:
         return row.decisions
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    output_ids = tokenizer.encode(row.output, add_special_tokens=False)
-    await judge(decisions, list(prompt_ids), output_ids, engine)  # type: ignore[arg-type]
+    prompt_ids, output_ids = chat.prompt_ids(tokenizer, prompt), chat.encode(tokenizer, row.output)
+    await judge(decisions, prompt_ids, output_ids, engine)
     return json.dumps(decisions)
 
 

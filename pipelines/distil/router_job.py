@@ -20,7 +20,7 @@ from pipelines.data.shards import questions
 from pipelines.distil.job import DistilError, beside, read_training
 from pipelines.runtime import tracking
 from pipelines.runtime.folders import only_one
-from s2t_models import loading
+from s2t_models import chat, loading
 from s2t_models.artifact import refuse_foreign, replacing, write_provenance
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.policies import r2r_labels
@@ -47,7 +47,7 @@ class RouterLabels:
         teacher = TorchEngine.load(recipe.teacher, "teacher", reserved)
 
         def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False)
+            return chat.encode(tokenizer, text)
 
         self.engines = Engines(
             {"slm": slm, "teacher": teacher}, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), encode
