@@ -98,7 +98,7 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerFast:
         raise RecipeError(f"{settings.path}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise RecipeError(f"{settings.path}: {type(tokenizer).__name__} has no fast form; add a tokenizer.json")
-    if not tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False):  # what comes of files that are missing
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
         raise RecipeError(f"{settings.path}: holds no tokenizer; add its tokenizer.json")
     return tokenizer
 
