@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import torch
 
-from s2t_models import loading
+from s2t_models import chat, loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Sampling, Usage
 from s2t_models.engines.load import load
@@ -47,7 +47,7 @@ def main() -> None:
 
     def requests(split: str, count: int) -> list[Request]:
         chats = [[{"role": "user", "content": problem.question}] for problem in problems(split, count)]  # type: ignore[arg-type]
-        prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+        prompts = [chat.prompt_ids(tokenizer, messages) for messages in chats]
         return [Request(prompt, args.max_tokens) for prompt in prompts]
 
     values = asyncio.run(_divergences(engines, requests("calibration", args.calibration)))

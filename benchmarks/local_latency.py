@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from s2t_models import loading
+from s2t_models import chat, loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Decision, Draft, Sampling, Selection
 from s2t_models.engines.torch.engine import TorchEngine, load
@@ -43,9 +43,7 @@ def main() -> None:
     engine = _engine(recipe, args.artifact)
     tokenizer = loading.load_tokenizer(recipe.slm)
     prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=False
-        )
+        chat.prompt_ids(tokenizer, [{"role": "user", "content": problem.question}])
         for problem in problems("calibration", args.items)
     ]
     asyncio.run(_compare(engine, prompts, args.rounds))

@@ -11,7 +11,6 @@ an engine uses any of it.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from s2t_models.errors import UserError
 from s2t_models.files import whole
-from s2t_models.loading import TOKENIZER_FILES
 from s2t_models.recipe import Model
 
 if TYPE_CHECKING:
@@ -151,13 +149,6 @@ def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The very files, not ones that mean the same: models that work together are told by their tokenizers' hash.
-    origin = Path(tokenizer.name_or_path)
-    if any((origin / name).is_file() for name in TOKENIZER_FILES):
-        for name in TOKENIZER_FILES:
-            (folder / name).unlink(missing_ok=True)
-            if (origin / name).is_file():
-                shutil.copy(origin / name, folder / name)
 
 
 def refuse_foreign(folder: str | Path, mark: str) -> None:

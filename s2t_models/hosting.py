@@ -5,6 +5,7 @@ It reads folders and hashes; it knows nothing of engines' code, policies, Ray or
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,10 @@ class Hosted:
     @property
     def router_hash(self) -> str | None:
         """sha256 of the router's weights, where there is a router."""
-        return loading.file_hash(self.router / WEIGHTS) if self.router else None
+        if self.router is None:
+            return None
+        with (self.router / WEIGHTS).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,9 @@ def pair(recipe: Recipe) -> dict[str, Hosted]:
 
 
 def _check_tokenizer(engine: Hosted, recipe: Recipe) -> None:
-    if loading.tokenizer_hash(engine.settings) != loading.tokenizer_hash(recipe.slm):
+    if difference := loading.tokenizer_difference(engine.settings, recipe.slm):
         raise RecipeError(
-            f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}; "
+            f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}: {difference}; "
             "models that work together share one"
         )
 

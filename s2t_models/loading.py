@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from s2t_models.errors import one_line
 from s2t_models.recipe import Model, RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
 def resolve(settings: Model) -> Path:
@@ -41,8 +42,9 @@ def _download(settings: Model) -> Path:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RecipeError(f"{settings.path}: neither a folder here nor to be had from the hub: {reason}") from None
+        raise RecipeError(
+            f"{settings.path}: neither a folder here nor to be had from the hub: {one_line(error, 200)}"
+        ) from None
 
 
 def device_of(settings: Model) -> str:
@@ -54,15 +56,29 @@ def device_of(settings: Model) -> str:
     return settings.device
 
 
-def load_model(settings: Model, attention: str = "sdpa") -> PreTrainedModel:
-    """The causal language model, in eval mode, on its device, with transformers' `attention` implementation."""
+def load_model(settings: Model, attention: str | None = None) -> PreTrainedModel:
+    """The causal language model, in eval mode, on its device. `attention` is transformers' implementation; None: the fastest that
+    computes what the model asks for.
+
+    Raises RecipeError where transformers has no decoder-only language model for the folder's configuration."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    folder = resolve(settings)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise RecipeError(f"{settings.path}: its config.json cannot be used: {one_line(error, 200)}") from None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+        raise RecipeError(f"{settings.path}: {config.model_type} is no decoder-only language model of transformers'")
+    if getattr(config, "attn_logit_softcapping", None):  # which transformers' faster ones leave out without a word
+        attention = attention or "eager"
     model = AutoModelForCausalLM.from_pretrained(
-        resolve(settings),
+        folder,
+        config=config,
         dtype=getattr(torch, settings.dtype),
         attn_implementation=attention,
         use_safetensors=True,
@@ -71,37 +87,87 @@ def load_model(settings: Model, attention: str = "sdpa") -> PreTrainedModel:
     return model.to(device_of(settings)).eval()  # type: ignore[arg-type]  # its decorator hides the signature
 
 
-def load_tokenizer(settings: Model) -> PreTrainedTokenizerBase:
-    """The model's tokenizer with its chat template."""
-    from transformers import AutoTokenizer
+def load_tokenizer(settings: Model) -> PreTrainedTokenizerFast:
+    """The model's tokenizer with its chat template. Raises RecipeError where the folder holds none that can be used."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    return AutoTokenizer.from_pretrained(resolve(settings), trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(settings), trust_remote_code=False)
+    except RecipeError:
+        raise
+    except Exception as error:  # anything, from the many formats of tokenizer files
+        raise RecipeError(f"{settings.path}: its tokenizer cannot be loaded: {one_line(error, 200)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise RecipeError(f"{settings.path}: {type(tokenizer).__name__} has no fast form; add a tokenizer.json")
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
+        raise RecipeError(f"{settings.path}: holds no tokenizer; add its tokenizer.json")
+    return tokenizer
 
 
 def weights_hash(settings: Model) -> str:
     """sha256 over the model's weight files in order of name."""
-    return _hash(tuple(sorted(resolve(settings).glob("*.safetensors"))))
+    return _weights_hash(_stamps(sorted(resolve(settings).glob("*.safetensors"))))
 
 
 def tokenizer_hash(settings: Model) -> str:
-    """sha256 over the tokenizer's files: two models may work together only where this agrees."""
-    folder = resolve(settings)
-    return _hash(tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file()))
+    """sha256 over what the tokenizer does, however its files are written: two models may work together only where this agrees.
+
+    Raises RecipeError as `load_tokenizer` does."""
+    small = (path for path in resolve(settings).iterdir() if path.is_file() and path.suffix != ".safetensors")
+    return _tokenizer_hash(Model(path=settings.path, revision=settings.revision), _stamps(sorted(small)))
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of one file."""
-    return _hash((path,))
+def tokenizer_difference(one: Model, other: Model) -> str | None:
+    """In a few words, how the tokenizers of two models differ; None where they are the same."""
+    if tokenizer_hash(one) == tokenizer_hash(other):
+        return None
+    first, second = _meaning(load_tokenizer(one)), _meaning(load_tokenizer(other))
+    different = [name for name in first if first[name] != second[name]]
+    if "tokens" not in different:
+        return f"they differ in {', '.join(different)}"
+    tokens, others = first["tokens"], second["tokens"]
+    if len(tokens) != len(others):
+        return f"one has {len(tokens)} tokens, the other {len(others)}"
+    token = min((token for token in tokens if tokens[token] != others.get(token)), key=lambda token: tokens[token])
+    return f"token {tokens[token]} is {token!r} in one of them alone"
 
 
-def _hash(paths: tuple[Path, ...]) -> str:
-    return _hash_as_of(tuple((path, path.stat().st_mtime_ns) for path in paths))
+def _meaning(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What the tokenizer does, part by part. How it was saved (versions, order, settings left out because they are the default)
+    is gone, since this is what the library makes of it now; padding and truncation are a matter of calls."""
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = whole.pop("model")
+    vocabulary = model.pop("vocab")
+    return {
+        "tokens": tokenizer.get_vocab(),
+        "scores": vocabulary if isinstance(vocabulary, list) else None,  # a unigram model's
+        "merges": model.pop("merges", None),
+        "model": {key: value for key, value in model.items() if value},
+        "special tokens": sorted(whole["added_tokens"], key=lambda token: token["id"]),
+        **{
+            name.replace("_", "-"): whole[name] for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+        },
+    }
+
+
+_Stamps = tuple[tuple[Path, int, int], ...]
+
+
+def _stamps(paths: Iterable[Path]) -> _Stamps:
+    """Files as they are now: a hash holds as long as they do not change."""
+    return tuple((path, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in paths)
 
 
 @lru_cache(maxsize=64)
-def _hash_as_of(paths: tuple[tuple[Path, int], ...]) -> str:
+def _weights_hash(files: _Stamps) -> str:
     digest = hashlib.sha256()
-    for path, _ in paths:
+    for path, _, _ in files:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _tokenizer_hash(settings: Model, files: _Stamps) -> str:
+    meaning = _meaning(load_tokenizer(settings))
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

@@ -116,10 +116,12 @@ class Collect(Settings):
 
 
 class Lora(Settings):
+    """`targets` are the ends of linear layers' names, such as q_proj; none: all layers but the output embedding."""
+
     rank: Count = 64
     alpha: float = Field(128, gt=0)
     dropout: Fraction = 0.05
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets: tuple[str, ...] = ()
 
 
 class Distil(Settings):

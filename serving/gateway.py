@@ -15,7 +15,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from jinja2 import TemplateError
 from pydantic_core import to_jsonable_python
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -23,6 +22,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
+from s2t_models import chat
 from s2t_models.engines.contract import ContextOverflow, ModelCard
 from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
@@ -88,7 +88,7 @@ class Gateway:
         self._engines = base.Engines(
             by_name={**self._remote},
             decode=self._text,
-            encode=lambda text: self._tokenizer.encode(text, add_special_tokens=False),
+            encode=lambda text: chat.encode(self._tokenizer, text),
         )
         self._policies, self._refused = offer(hosting)
         self._started = int(time.time())
@@ -148,10 +148,9 @@ class Gateway:
         policy = self._policy(request.model)
         messages = [{"role": message.role, "content": message.text()} for message in request.messages]
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise api.ApiError(400, f"messages: the chat template refuses them: {error}", param="messages") from None
-        prompt = self._tokenizer.encode(str(text), add_special_tokens=False)
+            prompt = chat.prompt_ids(self._tokenizer, messages)
+        except chat.ChatError as error:
+            raise api.ApiError(400, f"messages: {error}", param="messages", code="invalid_value") from None
         texts, reasons, usage, s2t = await self._decode(policy, request, prompt, "messages")
         return api.ChatResponse(
             id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -168,7 +167,7 @@ class Gateway:
     async def _completions(self, http: Request) -> api.CompletionResponse:
         request = api.read(api.CompletionRequest, await http.body())
         policy = self._policy(request.model)
-        prompt = self._tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else request.prompt
+        prompt = request.prompt if isinstance(request.prompt, list) else self._begun(request.prompt)
         if not prompt:
             raise api.ApiError(400, "prompt: it is empty", param="prompt", code="invalid_value")
         if not all(0 <= token < len(self._tokenizer) for token in prompt):
@@ -253,6 +252,12 @@ class Gateway:
             message = f"model: {reason}; models here: {', '.join(self._policies)}"
             raise api.ApiError(404, message, param="model", code="model_not_found")
         return found
+
+    def _begun(self, prompt: str) -> list[int]:
+        try:
+            return chat.encode(self._tokenizer, prompt, special=True)
+        except chat.ChatError as error:
+            raise api.ApiError(400, f"prompt: {error}", param="prompt", code="invalid_value") from None
 
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

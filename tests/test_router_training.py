@@ -10,7 +10,8 @@ import pytest
 from pipelines.collect.job import collect
 from pipelines.distil.__main__ import main
 from s2t_models import loading
-from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.engines.load import load
+from s2t_models.hosting import host
 from s2t_models.policies import policy
 from s2t_models.policies.base import Engines, Request, gather
 from s2t_models.recipe import load_recipe
@@ -48,11 +49,12 @@ def test_the_router_is_trained_from_shards_and_decodes(ray_cluster, recipe_path,
 
     recipe = load_recipe(recipe_path, [*SETTINGS, f"router.path={output}"])
     tokenizer = loading.load_tokenizer(recipe.slm)
-    slm, teacher = TorchEngine.load(recipe.slm, "slm"), TorchEngine.load(recipe.teacher, "teacher")
+    hosting = host(recipe)
+    slm, teacher = (load(hosting.engines[name]) for name in ("slm", "teacher"))
     engines = Engines({"slm": slm, "teacher": teacher}, tokenizer.decode, tokenizer.encode)
     message = [{"role": "user", "content": "Mia has 3 pens and buys 14 more. How many pens does Mia have?"}]
     prompt = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
-    decoded = asyncio.run(gather(policy("r2r", recipe, {}).decode(engines, Request(prompt, 40))))
+    decoded = asyncio.run(gather(policy("r2r", hosting).decode(engines, Request(prompt, 40))))
     slm.close()
     teacher.close()
     assert len(decoded.ids) == 40 or decoded.finish == "end"

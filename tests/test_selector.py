@@ -19,6 +19,7 @@ from s2t_models.training.tree import pack
 #: One block at the end of the vocabulary, and one with unused rows above it.
 BLOCKS = {"last rows": range(88, 96), "rows below the last": range(80, 88)}
 LORA = Lora(rank=4, alpha=8, dropout=0.1)
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
@@ -70,7 +71,7 @@ def test_merged_model_differs_in_the_adapted_linears_and_the_reserved_rows_alone
     rows = torch.zeros(96, dtype=torch.bool)
     rows[list(block)] = True
     for name, value in merged.state_dict().items():
-        adapted = any(name.endswith(f"{target}.weight") for target in LORA.targets)
+        adapted = any(name.endswith(f"{target}.weight") for target in LINEARS)
         is_output = name == "lm_head.weight" or (
             name == "model.embed_tokens.weight" and base.config.tie_word_embeddings
         )

@@ -17,6 +17,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from pipelines.tasks import load
+from s2t_models import chat
 from s2t_models.engines.contract import Engine
 from s2t_models.engines.load import load as load_engine
 from s2t_models.hosting import pair
@@ -53,8 +54,7 @@ async def _judged(row: Any, prompt: list[dict[str, str]], tokenizer: PreTrainedT
     open_ones = [one for one in decisions if one["candidates_K"] and one["teacher_K"] is None]
     if not open_ones or row.output_ids is None:
         return row.decisions
-    prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    await judge(open_ones, list(prompt_ids), list(row.output_ids), engine)  # type: ignore[arg-type]
+    await judge(open_ones, chat.prompt_ids(tokenizer, prompt), list(row.output_ids), engine)
     return json.dumps(decisions)
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 
 from pipelines.data.schema import SHARD
-from s2t_models import loading
+from s2t_models import chat, loading
 from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
 from s2t_models.engines.contract import ContextOverflow, Engine, Sampling
@@ -74,8 +74,11 @@ class Rollouts:
         return pa.Table.from_pylist(rows, ROLLOUT)
 
     async def roll_out(self, row: Row) -> Row:
-        prompt = _render(self.tokenizer, json.loads(row["messages"]))
-        prompt_ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        messages = json.loads(row["messages"])
+        if not any(message["content"].strip() for message in messages):
+            raise UnusablePrompt("empty prompt: no message has any text")
+        prompt = chat.render(self.tokenizer, messages)
+        prompt_ids = chat.encode(self.tokenizer, prompt)
         collect = self.recipe.collect
         sampling = Sampling(
             max_tokens=collect.max_new_tokens,
@@ -159,12 +162,6 @@ def teacher_rank(ids_TN: np.ndarray, argmax_T: np.ndarray) -> np.ndarray:
     return np.where(hit_TN.any(-1), hit_TN.argmax(-1), ids_TN.shape[1])
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    if not any(message["content"].strip() for message in messages):
-        raise UnusablePrompt("empty prompt: no message has any text")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
 async def _each(rows: list[Row], work: Callable[[Row], Awaitable[Row]]) -> list[Row]:
     """All rows at once. A row that fails keeps what it had and says why; a row that had failed before is
     passed on."""
@@ -174,7 +171,7 @@ async def _each(rows: list[Row], work: Callable[[Row], Awaitable[Row]]) -> list[
             return row
         try:
             return row | await work(row)
-        except UnusablePrompt as error:
+        except (UnusablePrompt, chat.ChatError) as error:
             reason = str(error)
         except ContextOverflow as error:
             reason = f"too long: {error}"

@@ -92,9 +92,10 @@ def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) 
     """
     slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
     tokenizer = loading.tokenizer_hash(recipe.slm)
-    if loading.tokenizer_hash(recipe.teacher) != tokenizer:
+    if difference := loading.tokenizer_difference(recipe.slm, recipe.teacher):
         raise CollectError(
-            f"{recipe.name}: the tokenizers of {recipe.slm.path} and {recipe.teacher.path} differ; a pair shares one"
+            f"{recipe.name}: the tokenizers of {recipe.slm.path} and {recipe.teacher.path} are not the same: {difference}; "
+            "a pair shares one"
         )
     metadata = shard_metadata(recipe, slm, teacher, tokenizer, task)
     settings = {

@@ -40,6 +40,7 @@ from s2t_models.files import locked
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.training.batches import Trajectory, trajectories
 from s2t_models.training.build import build
+from s2t_models.training.selector import check_targets
 from s2t_models.training.trainer import Objective
 from serving import cluster
 
@@ -68,6 +69,7 @@ def distil(
     settings = recipe.distil
     if settings.batch % settings.workers:
         raise RecipeError(f"distil.batch = {settings.batch} does not divide among distil.workers = {settings.workers}")
+    check_targets(recipe.slm, settings.lora)
     refuse_foreign(output, CARD if objective == "selector" else CHECKPOINT)
     provenance = _check(recipe, objective, shards, calibration)
     known = read_provenance(output)

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from pipelines.data.shards import questions
 from pipelines.distil.job import DistilError, beside, read_training
 from pipelines.runtime import tracking
-from s2t_models import loading
+from s2t_models import chat, loading
 from s2t_models.artifact import refuse_foreign, replacing, write_provenance
 from s2t_models.engines.load import load
 from s2t_models.files import locked
@@ -45,7 +45,7 @@ class RouterLabels:
         slm, teacher = load(hosted["slm"]), load(hosted["teacher"])
 
         def encode(text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False)
+            return chat.encode(tokenizer, text)
 
         self.engines = Engines(
             {"slm": slm, "teacher": teacher}, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), encode

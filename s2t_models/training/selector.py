@@ -15,18 +15,44 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from s2t_models.recipe import Lora
+from s2t_models.loading import resolve
+from s2t_models.output_head import OutputHead
+from s2t_models.recipe import Lora, Model, RecipeError
 from s2t_models.reserved import bins
 
 
 def score(logits_R: torch.Tensor, bins_R: torch.Tensor) -> torch.Tensor:
     """The preference score v . softmax(z[R]) in [0, 1], over the last axis (Eq. 5): [..., R] -> [...]."""
     return logits_R.float().softmax(-1) @ bins_R
+
+
+def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
+    """The ends of the names of the linear layers that get a LoRA: those listed, or all but the output embedding.
+
+    Raises RecipeError where one that is listed is the end of no linear layer's name."""
+    output = model.get_output_embeddings()
+    linear = (nn.Linear, Conv1D)
+    names = [name for name, module in model.named_modules() if isinstance(module, linear) and module is not output]
+    missing = [target for target in lora.targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    ends = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    if missing:
+        raise RecipeError(
+            f"distil.lora.targets: {model.config.model_type} has no linear layers called {', '.join(missing)}; "
+            f"it has {', '.join(ends)}; list none to take them all"
+        )
+    return list(lora.targets) or ends
+
+
+def check_targets(settings: Model, lora: Lora) -> None:
+    """Raise RecipeError as `lora_targets` does, from the model's configuration alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(settings)))
+    lora_targets(model, lora)
 
 
 class Selector(nn.Module):
@@ -41,13 +67,14 @@ class Selector(nn.Module):
             r=lora.rank,
             lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
             lora_dropout=lora.dropout,
-            target_modules=list(lora.targets),
+            target_modules=lora_targets(model, lora),
         )
         output_VH = model.get_output_embeddings().weight
         self.reserved_ids = tuple(reserved_ids)
         self.rows_RH = nn.Parameter(output_VH[list(reserved_ids)].detach().float().clone())
         self.register_buffer("bins_R", bins(len(reserved_ids)).to(output_VH.device), persistent=False)
         self.adapted = get_peft_model(model, config)
+        self.output = OutputHead(self.model)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -69,16 +96,24 @@ class Selector(nn.Module):
 
     def scores(self, leaves_H: torch.Tensor) -> torch.Tensor:
         """Scores from the leaves' hidden states, [..., H] -> [...]. Only the reserved rows of the output head are computed."""
-        return score(F.linear(leaves_H.float(), self.rows_RH), self.bins_R)
+        bias_V = self._bias_V
+        bias_R = None if bias_V is None else bias_V[list(self.reserved_ids)].float()
+        return score(self.output.rows(leaves_H.float(), self.rows_RH, bias_R), self.bins_R)
 
     def text_logits(self, states_H: torch.Tensor) -> torch.Tensor:
         """Logits over the vocabulary without the reserved rows, [..., H] -> [..., V - R], in order of id."""
-        output_VH = self.model.get_output_embeddings().weight
-        first, last = self.reserved_ids[0], self.reserved_ids[-1] + 1
-        logits = F.linear(states_H, output_VH[:first]).float()
-        if last == len(output_VH):
-            return logits
-        return torch.cat((logits, F.linear(states_H, output_VH[last:]).float()), dim=-1)
+        output_VH, bias_V = self.model.get_output_embeddings().weight, self._bias_V
+        text = slice(0, self.reserved_ids[0]), slice(self.reserved_ids[-1] + 1, len(output_VH))
+        parts = [
+            self.output.rows(states_H, output_VH[rows], None if bias_V is None else bias_V[rows]).float()
+            for rows in text
+            if rows.start < rows.stop
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @property
+    def _bias_V(self) -> torch.Tensor | None:
+        return getattr(self.model.get_output_embeddings(), "bias", None)
 
     def trained(self) -> dict[str, torch.Tensor]:
         """What training changes, by name: LoRA factors and reserved rows, on the CPU."""

@@ -32,10 +32,10 @@ from s2t_models.engines.contract import (
     Selected,
     Selection,
 )
-from s2t_models.engines.torch import calls
+from s2t_models.engines.torch import calls, families
 from s2t_models.engines.torch.calls import Feed, Procedure, Step
 from s2t_models.engines.torch.sampling import pick, support
-from s2t_models.engines.torch.slots import LEAF_ROOM, Query, Slots
+from s2t_models.engines.torch.slots import LEAF_ROOM, Query
 from s2t_models.noise import uniforms
 from s2t_models.recipe import MultiplexSettings
 
@@ -64,7 +64,8 @@ class _Call:
 class TorchEngine:
     """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `router` R2R's router.
 
-    It can be called from any event loop: its work is done in a thread of its own."""
+    It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the model, or the
+    card's context, cannot be served exactly."""
 
     def __init__(
         self,
@@ -78,9 +79,11 @@ class TorchEngine:
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
         self._router = router.to(model.device).eval() if router is not None else None
-        self._slots = Slots(model, slots, card.context)
+        self._slots, self._output = families.prepare(model, slots, card.context, _context_setting(card.name))
         self._reserved = torch.tensor(card.reserved_ids, dtype=torch.long, device=model.device)
-        self._readout_HR = model.get_output_embeddings().weight[self._reserved].T.detach()
+        embedding: Any = model.get_output_embeddings()
+        bias = getattr(embedding, "bias", None)
+        self._reserved_rows = embedding.weight[self._reserved], None if bias is None else bias[self._reserved]
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
@@ -318,7 +321,7 @@ class TorchEngine:
                 continue
             leaf = len(feed.ids) - 1
             if feed.choose is not None:
-                leaf = feed.choose(hidden_TH[first:end] @ self._readout_HR)
+                leaf = feed.choose(self._output.rows(hidden_TH[first:end], *self._reserved_rows))
                 kept.append((query, leaf))
             stepping.append(i)
             last.append(first + leaf)
@@ -358,10 +361,7 @@ class TorchEngine:
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Text logits: the reserved rows are masked, so they are never generated."""
-        logits_TV = self._model.get_output_embeddings()(hidden_TH)
-        cap = getattr(self._model.config, "final_logit_softcapping", None)
-        if cap:
-            logits_TV = torch.tanh(logits_TV / cap) * cap
+        logits_TV = self._output(hidden_TH)
         if len(self._reserved):
             logits_TV[:, self._reserved] = -torch.inf
         return logits_TV
@@ -382,6 +382,11 @@ def _common(known: list[int], tokens: list[int]) -> int:
     return same
 
 
+def _context_setting(name: str) -> str:
+    """The recipe's key for the context of the engine of that name."""
+    return f"{'teacher' if name == 'teacher' else 'slm'}.context"
+
+
 def load(hosted: Hosted) -> TorchEngine:
     """An engine over what a recipe hosts: a model, or the merged model of an artifact with its trigger head."""
     from s2t_models import loading
@@ -396,13 +401,12 @@ def load(hosted: Hosted) -> TorchEngine:
     reserved = artifact.card.reserved_ids if artifact else hosted.reserved_ids
     reserved = tuple(row for row in reserved if row < model.config.vocab_size)
     end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    longest = getattr(model.config, "max_position_embeddings", 4096)
     card = ModelCard(
         name=hosted.name,
         weights=loading.weights_hash(settings),
         tokenizer=loading.tokenizer_hash(settings),
         vocabulary=int(model.config.vocab_size),
-        context=settings.context or min(longest, 4096),
+        context=settings.context or families.default_context(model),
         end_ids=tuple(end) if isinstance(end, list) else (end,) if end is not None else (),
         reserved_ids=reserved,
         dtype=settings.dtype,

@@ -4,7 +4,7 @@ Slots are the rows of a static KV cache, each at its own position. A forward tak
 for one slot: a decode step (1 token), a prompt or a draft to verify (a chain of tokens), or a fan of K candidate leaves
 (each seeing its prefix and itself). Queries are packed into one flat row of tokens, so that linear layers do no work for
 padding between a decode step and a fan; attention runs once per group of queries of like length. transformers' own
-modelling code does the rest: any model whose attention goes through its attention interface is served.
+modelling code does the rest, for any model whose attention goes through its attention interface.
 
 Axes: _T flat token, _B query of a group, _Q token of a query, _L cache position.
 """
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 ATTENTION = "s2t_slots"
 #: Cache columns past the context where leaves are written before one of them is kept.
 LEAF_ROOM = MOST_CANDIDATES
+
+
+class UnsupportedAttention(Exception):
+    """The model's attention does something that the cache cannot express; the message says what."""
 
 
 @dataclass
@@ -86,15 +90,12 @@ class _Plan:
 class Slots:
     """A static KV cache of `count` slots of `length` tokens, and what token each position holds.
 
-    Raises ValueError for models whose attention this cache cannot express (logit soft-capping, attention sinks)."""
+    Which models it can hold, `families` checks."""
 
     def __init__(self, model: PreTrainedModel, count: int, length: int) -> None:
         config: Any = model.config
-        if getattr(config, "attn_logit_softcapping", None):
-            raise ValueError(
-                f"{config.model_type}: attention with logit soft-capping is not supported by the torch engine"
-            )
         self.model = model
+        self.decoder = model.get_decoder()
         self.length = length
         self.device = model.device
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -102,8 +103,11 @@ class Slots:
         shape = (config.num_hidden_layers, 2, count, heads, length + LEAF_ROOM, head_dim)
         self.cache = torch.zeros(shape, dtype=model.dtype, device=self.device)
         self.tokens: list[list[int]] = [[] for _ in range(count)]
-        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
-        self._masks = dict.fromkeys(layers | {"full_attention"})
+        #: Each layer's sliding window, as its attention last asked for it.
+        self.windows: dict[int, int | None] = {}
+        # Classes with kinds of layers look a mask up for each; the others make none where they are given none.
+        kinds = getattr(config, "layer_types", None)
+        self._masks = dict.fromkeys({*kinds, "full_attention"}) if kinds else None
         model.set_attn_implementation(ATTENTION)
         self._plan: _Plan | None = None
 
@@ -128,7 +132,7 @@ class Slots:
                 embeds_TH[first] = query.embedding
         for query in queries:
             del self.tokens[query.slot][query.start :]
-        hidden_TH = self.model.base_model(
+        hidden_TH = self.decoder(
             inputs_embeds=embeds_TH[None],
             position_ids=self._to_device(position_T)[None],
             attention_mask=self._masks,
@@ -197,10 +201,18 @@ class Slots:
             self.tokens[query.slot].append(query.ids[leaf])
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        cap: float | None,
     ) -> torch.Tensor:
         """Write the new keys and values [1, heads, T, D], attend group by group; returns [1, T, heads, D]."""
         assert self._plan is not None
+        self.windows[layer] = window
         keys, values = self.cache[layer, 0], self.cache[layer, 1]
         plan = self._plan
         keys[plan.slot_T, :, plan.write_T] = key[0].transpose(0, 1)
@@ -215,7 +227,10 @@ class Slots:
             q = q.reshape(kv_heads, repeats, size, width, dim).permute(2, 0, 1, 3, 4).flatten(2, 3)
             k, v = keys[group.rows, :, : group.length], values[group.rows, :, : group.length]
             mask = group.mask(repeats, window, query.dtype)
-            o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            if cap is None:
+                o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+            else:
+                o = _capped_attention(q, k, v, mask, scale, cap)
             o = o.unflatten(2, (repeats, width)).permute(0, 3, 1, 2, 4)
             out.append(o.reshape(-1, heads, dim))
         laid = out[0] if len(out) == 1 else torch.cat(out)
@@ -242,14 +257,26 @@ def _attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     slots: Slots | None = None,
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    if slots is None or s_aux is not None:
-        raise ValueError("this model's attention is not supported by the torch engine")
+    if slots is None:
+        raise UnsupportedAttention("its class does not pass arguments on to its attention")
+    if s_aux is not None:
+        raise UnsupportedAttention("its attention has sinks")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return slots.attend(int(module.layer_idx), query, key, value, scale, sliding_window), None  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return slots.attend(layer, query, key, value, scale, sliding_window, softcap), None
+
+
+def _capped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, cap: float
+) -> torch.Tensor:
+    """Attention whose logits are soft-capped before the mask (Gemma 2), which no fused kernel offers."""
+    logits = torch.tanh(query @ key.transpose(-1, -2) * scale / cap) * cap + mask
+    return logits.float().softmax(-1).to(value.dtype) @ value
 
 
 def _register() -> None:
