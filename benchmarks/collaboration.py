@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from s2t_models import loading
+from s2t_models.calibration import calibrate
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Sampling, Usage
 from s2t_models.engines.torch.engine import TorchEngine
@@ -27,7 +28,6 @@ from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.triggers import DivergenceTrigger, Drafted
 from s2t_models.recipe import load_recipe
 from s2t_models.reserved import reserved_rows
-from s2t_models.trigger import calibrate
 
 
 def main() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
         return [Request(prompt, args.max_tokens) for prompt in prompts]
 
     values = asyncio.run(_divergences(engines, requests("calibration", args.calibration)))
-    thresholds = {"kl": {f"{budget:g}": value for budget, value in calibrate(values, args.budgets).items()}}
+    thresholds = {"kl": calibrate(values, args.budgets)}
     print(
         f"{'budget':<8}{'side':<10}{'seconds':>9}{'CPU':>8}{'teacher forwards':>18}{'SLM forwards':>14}{'triggered':>11}"
     )

@@ -5,13 +5,12 @@ It reads folders and hashes; it knows nothing of Ray or HTTP.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
+from s2t_models.calibration import Calibration, CalibrationError
 from s2t_models.engines.contract import Engine
 from s2t_models.policies import Thresholds
 from s2t_models.recipe import Model, Recipe, RecipeError
@@ -67,10 +66,10 @@ def thresholds(recipe: Recipe) -> Thresholds:
     An artifact's KL thresholds hold for the teacher and the divergence they were calibrated with, and are left out beside
     another. Raises RecipeError where either is missing or was made for another SLM.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[float, float]] = {}
     if recipe.artifact:
         card = _artifact(recipe).card
-        calibrated = (card.provenance.get("teacher_weights"), card.provenance.get("divergence"))
+        calibrated = (card.provenance.teacher_weights, card.provenance.divergence)
         same_kl = calibrated == (loading.weights_hash(recipe.teacher), str(recipe.divergence))
         found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_kl}
     if recipe.trigger.calibration:
@@ -86,7 +85,8 @@ def with_router(recipe: Recipe) -> Recipe:
     path = Path(recipe.router.path)
     if not (path / SETTINGS).is_file():
         raise RecipeError(f"router.path: {path} holds no router; `s2t distil --objective router` trains one")
-    _same_weights("router.path", path, "SLM", read_provenance(path).get("base_weights"), recipe.slm)
+    provenance = read_provenance(path)
+    _same_weights("router.path", path, "SLM", provenance.base_weights if provenance else None, recipe.slm)
     router = recipe.router.model_copy(update={"path": str(path.resolve())})
     return recipe.model_copy(update={"router": router})
 
@@ -97,7 +97,7 @@ def _artifact(recipe: Recipe) -> Artifact:
     except ArtifactError as error:
         raise RecipeError(f"artifact: {error}") from None
     card = artifact.card
-    _same_weights("artifact", artifact.folder, "SLM", card.provenance.get("base_weights"), recipe.slm)
+    _same_weights("artifact", artifact.folder, "SLM", card.provenance.base_weights, recipe.slm)
     for key, trained, here in (
         ("distil.temperature", card.temperature, recipe.distil.temperature),
         ("policies.local_prior_weight", card.prior_weight, recipe.policies.local_prior_weight),
@@ -110,33 +110,24 @@ def _artifact(recipe: Recipe) -> Artifact:
     return artifact
 
 
-def calibration(path: Path) -> dict[str, Any]:
+def calibration(path: Path) -> Calibration:
     """What `s2t collect` wrote as thresholds.json, in the folder or file `path`. Raises RecipeError where it is none."""
-    path = path / "thresholds.json" if path.is_dir() else path
-    if not path.is_file():
-        raise RecipeError(f"trigger.calibration: {path}: no such file; `s2t collect` writes one")
     try:
-        content = json.loads(path.read_text())
-        missing = [
-            key for key in ("kl", "entropy", "task", "rows", "slm", "teacher", "divergence") if key not in content
-        ]
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"trigger.calibration: {path}: not valid JSON: {error}") from None
-    if missing:
-        raise RecipeError(f"trigger.calibration: {path}: lacks {', '.join(missing)}; `s2t collect` writes such a file")
-    return content
+        return Calibration.read(path)
+    except CalibrationError as error:
+        raise RecipeError(f"trigger.calibration: {error}") from None
 
 
-def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[str, float]]:
+def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[float, float]]:
     content = calibration(path)
-    _same_weights("trigger.calibration", path, "SLM", content.get("slm"), recipe.slm)
-    _same_weights("trigger.calibration", path, "teacher", content.get("teacher"), recipe.teacher)
-    if content.get("divergence") != str(recipe.divergence):
+    _same_weights("trigger.calibration", path, "SLM", content.slm, recipe.slm)
+    _same_weights("trigger.calibration", path, "teacher", content.teacher, recipe.teacher)
+    if content.divergence != str(recipe.divergence):
         raise RecipeError(
-            f"trigger.calibration: {path} holds thresholds of {content.get('divergence')}, the recipe's divergence is "
+            f"trigger.calibration: {path} holds thresholds of {content.divergence}, the recipe's divergence is "
             f"{recipe.divergence}; collect with this one"
         )
-    return {metric: content[metric] for metric in ("kl", "entropy")}
+    return content.thresholds
 
 
 def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: Model) -> None:

@@ -19,9 +19,9 @@ from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, Rand
 from s2t_models.recipe import Recipe
 
 THRESHOLDS: Thresholds = {
-    "kl": {"0.01": 3.0, "0.05": 2.0, "0.1": 1.0},
-    "entropy": {"0.01": 1.5},
-    "head": {"0.01": 4.0, "0.20": -1.0},
+    "kl": {0.01: 3.0, 0.05: 2.0, 0.1: 1.0},
+    "entropy": {0.01: 1.5},
+    "head": {0.01: 4.0, 0.2: -1.0},
 }
 MODEL = {"path": "embedded:slm"}
 RECIPE = Recipe.model_validate({"name": "pair", "slm": MODEL, "teacher": MODEL, "checkpoints": {"distilled": "x"}})
@@ -115,7 +115,7 @@ def test_r2r_is_takeover_by_a_router():
         ("takeover-k4", "no policy named 'takeover-k4'"),
         ("s2t-w0", "no policy named 's2t-w0'"),
         ("s2t@0.2", "s2t@0.2: no kl threshold for budget 0.2; calibrated budgets: 0.01, 0.05, 0.1"),
-        ("s2t-local@0.05", "no head threshold for budget 0.05; calibrated budgets: 0.01, 0.20"),
+        ("s2t-local@0.05", "no head threshold for budget 0.05; calibrated budgets: 0.01, 0.2"),
         ("s2t-random@2", "s2t-random@2: a budget is a share of the steps above 0 and up to 1"),
         ("r2r", "r2r: router.path is not set; `s2t distil --objective router` trains one"),
     ],

@@ -39,6 +39,7 @@ from pipelines.runtime import tracking
 from pipelines.runtime.folders import only_one
 from pipelines.runtime.progress import Progress
 from pipelines.tasks import Item, Task, humaneval
+from s2t_models.calibration import calibration_file
 from s2t_models.errors import UserError
 from s2t_models.hosting import thresholds, with_router
 from s2t_models.policies import PolicyError, policy
@@ -152,8 +153,7 @@ def local_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     whole = recipe.model_dump(mode="json")
     models = {key: {k: whole[key][k] for k in ("path", "revision", "dtype")} for key in ("slm", "teacher")}
     files = [Path(recipe.artifact) / "artifact.json"] if recipe.artifact else []
-    files += [Path(recipe.trigger.calibration)] if recipe.trigger.calibration else []
-    files = [path / "thresholds.json" if path.is_dir() else path for path in files]
+    files += [calibration_file(Path(recipe.trigger.calibration))] if recipe.trigger.calibration else []
     if name == "r2r" and recipe.router.path:
         files = sorted(path for path in Path(recipe.router.path).iterdir() if path.is_file())
     thresholds = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()]

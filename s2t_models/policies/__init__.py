@@ -28,7 +28,7 @@ from s2t_models.policies.variants import Variant, variant
 from s2t_models.recipe import MOST_CANDIDATES, Recipe
 
 #: metric ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of calibration steps.
-Thresholds = Mapping[str, Mapping[str, float]]
+Thresholds = Mapping[str, Mapping[float, float]]
 
 _MAJORITY = re.compile(r"maj@([1-9]\d{0,3})")
 #: Samples of one answer at most.
@@ -45,7 +45,7 @@ def names(recipe: Recipe, thresholds: Thresholds) -> list[str]:
 
     def has(metric: str) -> bool:
         fixed = metric == recipe.trigger.metric and recipe.trigger.threshold is not None
-        return fixed or any(float(known) == budget for known in thresholds.get(metric, {}))
+        return fixed or budget in thresholds.get(metric, {})
 
     found = ["greedy", "sample", f"maj@{recipe.policies.votes}", "llm", "llm-sample"]
     metrics = [metric for metric in ("kl", "entropy", "random") if metric == "random" or has(metric)]
@@ -172,10 +172,12 @@ def _threshold(name: str, metric: str, budget: float | None, recipe: Recipe, thr
         return recipe.trigger.threshold
     wanted = _budget(name, budget, recipe)
     known = thresholds.get(metric, {})
-    for text, value in known.items():
-        if float(text) == wanted:
-            return value
-    calibrated = ", ".join(known) or "none (set trigger.calibration to what `s2t collect` wrote, or trigger.threshold)"
+    if wanted in known:
+        return known[wanted]
+    calibrated = (
+        ", ".join(f"{tau:g}" for tau in known)
+        or "none (set trigger.calibration to what `s2t collect` wrote, or trigger.threshold)"
+    )
     raise PolicyError(f"{name}: no {metric} threshold for budget {wanted:g}; calibrated budgets: {calibrated}")
 
 

@@ -17,7 +17,6 @@ from s2t_models.candidates import propose
 from s2t_models.engines.contract import Decision, Draft, Finish, Multiplex, Sampling, Scores, Selection, Usage
 from s2t_models.engines.torch.sampling import top
 from s2t_models.noise import uniforms
-from s2t_models.reserved import bins
 
 #: How many of the most probable tokens candidates are drawn from where the caller did not ask for more.
 SUPPORT = 64
@@ -143,9 +142,14 @@ def generate(cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[
 
 
 def generate_selecting(
-    cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], selection: Selection
+    cached: int,
+    prefix: list[int],
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+    selection: Selection,
+    bins_R: torch.Tensor,
 ) -> Row:
-    """The S2T-Local loop: trigger, propose, score, commit. Returns a Draft.
+    """The S2T-Local loop: trigger, propose, score (with the reserved rows' values `bins_R`), commit. Returns a Draft.
 
     The scoring pass is the next decode step: the chosen leaf gives the distribution of the step that follows."""
     drafting = _Drafting(cached, prefix, sampling, end_ids, trigger=True)
@@ -154,14 +158,16 @@ def generate_selecting(
         following: Step | None = None
         token = step.token
         if step.trigger >= selection.threshold and drafting.step >= selection.warmup:
-            decision, following = yield from _select(drafting, step, selection)
+            decision, following = yield from _select(drafting, step, selection, bins_R)
             token = decision.chosen
         if finish := drafting.add(token, step):
             return drafting.draft(finish)
         step = following or (yield drafting.read_last())
 
 
-def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[Feed, Any, tuple[Decision, Step]]:
+def _select(
+    drafting: _Drafting, step: Step, selection: Selection, bins_R: torch.Tensor
+) -> Generator[Feed, Any, tuple[Decision, Step]]:
     whole = selection.method == "multinomial" or selection.ratio > 0
     ids_N, logprobs_N = step.look(SUPPORT if whole else selection.k)
     noise_K = None
@@ -172,7 +178,7 @@ def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[
     decision = Decision(drafting.step, step.trigger, candidates_K, logprobs_K.tolist(), [], -1)
 
     def choose(reserved_KR: torch.Tensor) -> int:
-        scores_K = (reserved_KR.float().softmax(-1).cpu() @ bins(reserved_KR.shape[-1])).numpy()  # Eq. 5
+        scores_K = (reserved_KR.float().softmax(-1).cpu() @ bins_R).numpy()  # Eq. 5
         leaf = int(np.argmax(scores_K / selection.temperature + selection.prior_weight * logprobs_K))
         decision.scores_K, decision.chosen = scores_K.tolist(), candidates_K[leaf]
         return leaf

@@ -14,7 +14,7 @@ import asyncio
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from s2t_models.engines.torch.sampling import pick, support
 from s2t_models.engines.torch.slots import LEAF_ROOM, Query, Slots
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Model
+from s2t_models.reserved import bins as uniform_bins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +61,8 @@ class _Call:
 
 
 class TorchEngine:
-    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact."""
+    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `bins` the values of its
+    reserved rows, by default uniform (Eq. 5)."""
 
     def __init__(
         self,
@@ -68,12 +70,14 @@ class TorchEngine:
         card: ModelCard,
         slots: int = 32,
         head: torch.nn.Module | None = None,
+        bins: Sequence[float] = (),
     ) -> None:
         self._card = card
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
         self._slots = Slots(model, slots, card.context)
         self._reserved = torch.tensor(card.reserved_ids, dtype=torch.long, device=model.device)
+        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.reserved_ids))
         self._readout_HR = model.get_output_embeddings().weight[self._reserved].T.detach()
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
@@ -101,7 +105,7 @@ class TorchEngine:
         merged = artifact.model(settings)
         model = loading.load_model(merged)
         card = _card(model, merged, name, artifact.card.reserved_ids, has_selector=True)
-        return cls(model, card, settings.slots, artifact.head())
+        return cls(model, card, settings.slots, artifact.head(), artifact.card.bins)
 
     async def card(self) -> ModelCard:
         return self._card
@@ -115,7 +119,9 @@ class TorchEngine:
         self._check_selector(selection.k)
         return await self._call(
             prefix,
-            lambda cached: rows.generate_selecting(cached, prefix, sampling, self._card.end_ids, selection),
+            lambda cached: rows.generate_selecting(
+                cached, prefix, sampling, self._card.end_ids, selection, self._bins_R
+            ),
         )
 
     async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: Multiplex) -> Draft:
