@@ -28,7 +28,9 @@ class SelectorObjective(Objective):
         settings, scores_GK = self.settings, outputs.scores_GK
         preference_GK = self.preference(batch, outputs)
         selection = losses.selection(preference_GK, batch.target_G, batch.valid_GK)
-        margin = losses.margin(preference_GK, scores_GK, batch.target_G, batch.valid_GK, settings.temperature)
+        margin = losses.margin(
+            preference_GK, scores_GK, batch.target_G, batch.valid_GK, settings.temperature, settings.margin_spread
+        )
         stability = losses.stability(outputs.base_SV, outputs.tuned_SV).mean()
         return [
             Term("selection_loss", selection, 1.0, per="groups"),
