@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 
 from s2t_models import chat, loading
+from s2t_models.calibration import calibrate
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Sampling, Usage
 from s2t_models.engines.load import load
@@ -27,7 +28,6 @@ from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.triggers import DivergenceTrigger, Drafted
 from s2t_models.recipe import load_recipe
-from s2t_models.trigger import calibrate
 
 
 def main() -> None:

@@ -17,13 +17,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, load_recipe
-
-if TYPE_CHECKING:
-    from s2t_models.training.trainer import Objective
 
 RECIPE = "embedded"
 BUDGETS = (0.01, 0.02, 0.05, 0.10)
@@ -81,7 +78,7 @@ def _collect(recipe: Recipe, folder: Path) -> None:
     print(collect.report(collect.collect(recipe, folder), folder))
 
 
-def _distil(recipe: Recipe, train: Path, output: Path, objective: Objective, calibration: Path | None = None) -> None:
+def _distil(recipe: Recipe, train: Path, output: Path, objective: str, calibration: Path | None = None) -> None:
     from pipelines.distil import job as distil
 
     what = "the selector and the trigger head" if objective == "selector" else "the kd control, the same labels,"

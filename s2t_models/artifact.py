@@ -2,7 +2,7 @@
 
     model/                     the merged transformers checkpoint (safetensors) with its tokenizer
     trigger_head.safetensors   the trigger head
-    artifact.json              reserved ids, bins, thresholds and where it all came from (`Card`)
+    artifact.json              reserved ids, bins, thresholds and provenance (`Card`)
 
 The reserved rows live in the model's output embedding, so loading needs transformers alone. The module does not know how
 an engine uses any of it.
@@ -10,17 +10,17 @@ an engine uses any of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from s2t_models.errors import UserError
+from s2t_models.errors import UserError, first_problem
 from s2t_models.files import whole
+from s2t_models.provenance import Provenance
 from s2t_models.recipe import Model
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 CARD, HEAD, MODEL = "artifact.json", "trigger_head.safetensors", "model"
 #: What tells a plain checkpoint directory.
 CHECKPOINT = "config.json"
-#: Where what was trained, but is no artifact, keeps its provenance.
-PROVENANCE = "provenance.json"
 
 
 class ArtifactError(UserError):
@@ -42,9 +40,9 @@ class ArtifactError(UserError):
 class Card(BaseModel):
     """What artifact.json holds.
 
-    `temperature` and `prior_weight` are those of decoding, `trained_prior_weight` the one of training; `thresholds` maps a
-    trigger ("head", on its logit; "kl" and "entropy", in nats) to budget -> threshold. `provenance`: recipe digest, base weights
-    hash, shard hashes, hashes of the rows, settings, seeds, validation metrics.
+    `bins` are the values v of the reserved rows (Eq. 5). `temperature` and `prior_weight` are those of decoding,
+    `trained_prior_weight` the one of training. `thresholds` maps a trigger ("head", on its logit; "kl" and "entropy", in
+    nats) to budget -> threshold.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,8 +53,8 @@ class Card(BaseModel):
     temperature: float
     prior_weight: float
     trained_prior_weight: float
-    thresholds: dict[str, dict[str, float]]
-    provenance: dict[str, Any]
+    thresholds: dict[str, dict[float, float]]
+    provenance: Provenance
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,7 @@ class Artifact:
         try:
             card = Card.model_validate_json((folder / CARD).read_text())
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise ArtifactError(f"{folder / CARD}: {key}: {first['msg'].lower()}") from None
+            raise ArtifactError(f"{folder / CARD}: {first_problem(error)}") from None
         return cls(folder, card)
 
     def model(self, base: Model) -> Model:
@@ -117,30 +113,22 @@ def save(
 
 
 def save_checkpoint(
-    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: dict[str, Any]
-) -> Path:
-    """Write a plain merged checkpoint (the `kd` control); one that is already there is replaced as a whole. Raises
+    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: Provenance
+) -> None:
+    """Write a plain transformers checkpoint with its provenance; one that is already there is replaced as a whole. Raises
     ArtifactError where `folder` holds something else."""
     with replacing(folder, CHECKPOINT) as parts:
         _save_model(parts, model, tokenizer)
-        write_provenance(parts, provenance)
-    return Path(folder)
+        provenance.write(parts)
 
 
-def write_provenance(folder: Path, provenance: dict[str, Any]) -> None:
-    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-
-
-def read_provenance(folder: str | Path) -> dict[str, Any]:
-    """Where an artifact, a checkpoint or a router comes from; nothing for what was not distilled here. Raises ArtifactError
-    where the file cannot be read."""
+def read_provenance(folder: str | Path) -> Provenance | None:
+    """Where an artifact, a checkpoint or a router comes from; None for what was not distilled here. Raises ArtifactError or
+    ProvenanceError where the file cannot be read."""
     folder = Path(folder)
     if (folder / CARD).is_file():
         return Artifact.load(folder).card.provenance
-    try:
-        return json.loads((folder / PROVENANCE).read_text()) if (folder / PROVENANCE).is_file() else {}
-    except ValueError as error:
-        raise ArtifactError(f"{folder / PROVENANCE}: not valid JSON: {error}") from None
+    return Provenance.read(folder)
 
 
 def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

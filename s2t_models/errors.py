@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class UserError(Exception):
     """Something that cannot be done as asked. The message is one line: what is wrong, where, and what to do. Commands print
@@ -23,3 +28,10 @@ def one_line(error: BaseException | str, longest: int = 300) -> str:
     if "Traceback (most recent call last)" in text or text.startswith("ray::"):
         text = text.rsplit("\n", 1)[-1]
     return " ".join(text.split())[:longest] or (type(error).__name__ if isinstance(error, BaseException) else "")
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with a file that pydantic refused, in one line: the first key and its problem."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the file"
+    return f"{key}: {first['msg'].lower()}"

@@ -6,14 +6,13 @@ It reads folders and hashes; it knows nothing of engines' code, policies, Ray or
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
+from s2t_models.calibration import Calibration, CalibrationError
 from s2t_models.recipe import Model, Recipe, RecipeError
 from s2t_models.reserved import reserved_rows
 from s2t_models.router import SETTINGS, WEIGHTS
@@ -106,13 +105,9 @@ def _thresholds(recipe: Recipe) -> Thresholds:
     found: dict[str, dict[float, float]] = {}
     if recipe.artifact:
         card = _artifact(recipe).card
-        calibrated = (card.provenance.get("teacher_weights"), card.provenance.get("divergence"))
+        calibrated = (card.provenance.teacher_weights, card.provenance.divergence)
         same_kl = calibrated == (loading.weights_hash(recipe.teacher), str(recipe.divergence))
-        found = {
-            metric: {float(budget): value for budget, value in card.thresholds[metric].items()}
-            for metric in card.thresholds
-            if metric != "kl" or same_kl
-        }
+        found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_kl}
     if recipe.trigger.calibration:
         found |= _calibration(recipe, Path(recipe.trigger.calibration))
     return found
@@ -121,7 +116,8 @@ def _thresholds(recipe: Recipe) -> Thresholds:
 def _router(recipe: Recipe, path: Path) -> Path:
     if not (path / SETTINGS).is_file():
         raise RecipeError(f"router.path: {path} holds no router; `s2t distil --objective router` trains one")
-    _same_weights("router.path", path, "SLM", read_provenance(path).get("base_weights"), recipe.slm)
+    provenance = read_provenance(path)
+    _same_weights("router.path", path, "SLM", provenance.base_weights if provenance else None, recipe.slm)
     return path.resolve()
 
 
@@ -131,7 +127,7 @@ def _artifact(recipe: Recipe) -> Artifact:
     except ArtifactError as error:
         raise RecipeError(f"artifact: {error}") from None
     card = artifact.card
-    _same_weights("artifact", artifact.folder, "SLM", card.provenance.get("base_weights"), recipe.slm)
+    _same_weights("artifact", artifact.folder, "SLM", card.provenance.base_weights, recipe.slm)
     for key, trained, here in (
         ("distil.temperature", card.temperature, recipe.distil.temperature),
         ("policies.local.prior_weight", card.prior_weight, recipe.policies.local.prior_weight),
@@ -144,33 +140,24 @@ def _artifact(recipe: Recipe) -> Artifact:
     return artifact
 
 
-def calibration(path: Path) -> dict[str, Any]:
+def calibration(path: Path) -> Calibration:
     """What `s2t collect` wrote as thresholds.json, in the folder or file `path`. Raises RecipeError where it is none."""
-    path = path / "thresholds.json" if path.is_dir() else path
-    if not path.is_file():
-        raise RecipeError(f"trigger.calibration: {path}: no such file; `s2t collect` writes one")
     try:
-        content = json.loads(path.read_text())
-        missing = [
-            key for key in ("kl", "entropy", "task", "rows", "slm", "teacher", "divergence") if key not in content
-        ]
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"trigger.calibration: {path}: not valid JSON: {error}") from None
-    if missing:
-        raise RecipeError(f"trigger.calibration: {path}: lacks {', '.join(missing)}; `s2t collect` writes such a file")
-    return content
+        return Calibration.read(path)
+    except CalibrationError as error:
+        raise RecipeError(f"trigger.calibration: {error}") from None
 
 
 def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[float, float]]:
     content = calibration(path)
-    _same_weights("trigger.calibration", path, "SLM", content.get("slm"), recipe.slm)
-    _same_weights("trigger.calibration", path, "teacher", content.get("teacher"), recipe.teacher)
-    if content.get("divergence") != str(recipe.divergence):
+    _same_weights("trigger.calibration", path, "SLM", content.slm, recipe.slm)
+    _same_weights("trigger.calibration", path, "teacher", content.teacher, recipe.teacher)
+    if content.divergence != str(recipe.divergence):
         raise RecipeError(
-            f"trigger.calibration: {path} holds thresholds of {content.get('divergence')}, the recipe's divergence is "
+            f"trigger.calibration: {path} holds thresholds of {content.divergence}, the recipe's divergence is "
             f"{recipe.divergence}; collect with this one"
         )
-    return {metric: {float(budget): value for budget, value in content[metric].items()} for metric in ("kl", "entropy")}
+    return content.thresholds
 
 
 def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: Model) -> None:

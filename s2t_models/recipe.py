@@ -132,6 +132,7 @@ class Distil(Settings):
     temperature: float = Field(0.1, gt=0)
     prior_weight: float = Field(0.0, ge=0)
     margin: float = Field(0.5, ge=0)
+    margin_spread: Literal["group", "batch"] = "group"
     beta: float = Field(30.0, ge=0)
     kd_beta: float = Field(1.0, ge=0)
     min_teacher_margin: Fraction = 0.3

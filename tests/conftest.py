@@ -44,6 +44,7 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
     """The embedded SLM as an S2T-Local artifact nobody trained: its rows and its head are drawn at random, which is all
     that plumbing and exactness need. The recipe's budget triggers often."""
     import torch
+    from made_up import provenance
 
     from s2t_models import artifact, loading
     from s2t_models.recipe import load_recipe
@@ -56,7 +57,7 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
     reserved = reserved_ids(model.config.vocab_size, len(tokenizer), recipe.reserved)
     with torch.no_grad():
         model.get_output_embeddings().weight[list(reserved)] = torch.randn(len(reserved), model.config.hidden_size)
-    budget = str(recipe.budget)
+    budget = recipe.budget
     card = artifact.Card(
         reserved_ids=reserved,
         bins=tuple(bins(len(reserved)).tolist()),
@@ -64,11 +65,11 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
         prior_weight=recipe.policies.local.prior_weight,
         trained_prior_weight=recipe.distil.prior_weight,
         thresholds={"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}},
-        provenance={
-            "base_weights": loading.weights_hash(recipe.slm),
-            "teacher_weights": loading.weights_hash(recipe.teacher),
-            "divergence": str(recipe.divergence),
-        },
+        provenance=provenance(
+            base_weights=loading.weights_hash(recipe.slm),
+            teacher_weights=loading.weights_hash(recipe.teacher),
+            divergence=str(recipe.divergence),
+        ),
     )
     head = TriggerHead(model.config.hidden_size, 16).eval()
     return artifact.save(tmp_path_factory.mktemp("artifact") / "untrained", model, tokenizer, head, card).folder

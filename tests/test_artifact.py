@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from made_up import provenance
 from test_tree import SIZES
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from s2t_models import artifact
-from s2t_models.artifact import Artifact, ArtifactError, Card
-from s2t_models.recipe import Model
+from s2t_models.artifact import Artifact, ArtifactError, Card, read_provenance
+from s2t_models.engines.contract import Sampling, Selection
+from s2t_models.engines.torch.engine import load
+from s2t_models.hosting import Hosted
+from s2t_models.loading import load_tokenizer
+from s2t_models.provenance import ProvenanceError
+from s2t_models.recipe import Candidates, Model, load_recipe
 from s2t_models.reserved import bins
 from s2t_models.trigger import TriggerHead
 
@@ -23,8 +33,8 @@ CARD = Card(
     temperature=0.1,
     prior_weight=2.0,
     trained_prior_weight=1.0,
-    thresholds={"head": {"0.01": 2.5, "0.1": 0.25}},
-    provenance={"recipe": "abc", "seed": 0},
+    thresholds={"head": {0.01: 2.5, 0.1: 0.25}},
+    provenance=provenance(rows={"training (x)": ("a", "b")}, settings={"distil.lora": {"targets": ["q"]}}),
 )
 
 
@@ -77,6 +87,7 @@ def test_missing_and_foreign_files_are_named_in_one_line(tmp_path: Path, parts):
         ({"format": "other/3"}, "format"),
         ({"colour": "red"}, "colour"),
         ({"reserved_ids": "all"}, "reserved_ids"),
+        ({"provenance": {"objective": "selector"}}, "provenance.recipe: field required"),
     ):
         (folder / "artifact.json").write_text(json.dumps(card | change))
         with pytest.raises(ArtifactError, match=complaint) as caught:
@@ -85,3 +96,43 @@ def test_missing_and_foreign_files_are_named_in_one_line(tmp_path: Path, parts):
     (folder / "artifact.json").write_text("{")
     with pytest.raises(ArtifactError, match="json"):
         Artifact.load(folder)
+
+
+def test_a_provenance_tells_what_would_be_trained_again(tmp_path: Path):
+    planned = provenance(rows={"training (x)": ("a", "b")}, settings={"distil.lora": {"targets": ["q"]}})
+    done = planned.model_copy(
+        update={"recipe": "other", "validation": {"spearman": float("nan")}, "begun_at_steps": (0, 4)}
+    )
+    done.write(tmp_path)
+    read = read_provenance(tmp_path)
+    assert read is not None
+    assert read.begun_at_steps == (0, 4)
+    assert math.isnan(read.validation["spearman"])
+    assert read.has_inputs_of(planned)
+    for change in ({"settings": {"distil.lora": {"targets": ["k"]}}}, {"shards": {}}, {"objective": "kd"}):
+        assert not read.has_inputs_of(planned.model_copy(update=change))
+    (tmp_path / "provenance.json").write_text('{"objective": 3}')
+    with pytest.raises(ProvenanceError, match=r"provenance\.json: objective: "):
+        read_provenance(tmp_path)
+    assert read_provenance(tmp_path / "elsewhere") is None
+
+
+def test_the_engine_scores_with_the_cards_bins(untrained_artifact: Path, recipe_path: Path, tmp_path: Path):
+    """Bins in reverse order turn every preference round."""
+    recipe, loaded = load_recipe(recipe_path), Artifact.load(untrained_artifact)
+    turned = tmp_path / "turned"
+    shutil.copytree(untrained_artifact, turned)
+    card = loaded.card.model_copy(update={"bins": loaded.card.bins[::-1]})
+    (turned / "artifact.json").write_text(card.model_dump_json())
+    prefix = load_tokenizer(recipe.slm).encode("Mia has 3 pens and buys 14 more.")
+    selection = Selection(-1e9, Candidates(k=4, method="top_k"))
+    scores = []
+    for folder in (untrained_artifact, turned):
+        engine = load(Hosted("s2t-local", recipe.slm, artifact=folder))
+        draft = asyncio.run(engine.generate_selecting(prefix, Sampling(1), selection))
+        selected = asyncio.run(engine.select(prefix, draft.decisions[0].candidates_K))
+        engine.close()
+        scores.append(np.array(draft.decisions[0].scores_K))
+        np.testing.assert_allclose(selected.scores_K, scores[-1], atol=1e-6)
+    np.testing.assert_allclose(scores[0] + scores[1], 1.0, atol=1e-6)
+    assert np.ptp(scores[0]) > 1e-3

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from made_up import calibration, provenance
 from stub_endpoint import Stub, stub_endpoint
 
 from pipelines.benchmark import asking
@@ -23,7 +24,6 @@ from pipelines.benchmark.questions import QuestionError, Row, check_splits, load
 from pipelines.results.summary import read_results, summarise
 from pipelines.tasks import Item, Task
 from pipelines.tasks.splits import fingerprint
-from s2t_models.artifact import write_provenance
 from s2t_models.hosting import host
 from s2t_models.policies import PolicyError
 from s2t_models.recipe import Recipe, load_recipe
@@ -291,12 +291,8 @@ def test_test_rows_among_the_training_rows_are_refused(recipe_path: Path) -> Non
 
 def test_rows_that_anything_of_the_recipe_was_made_with_are_refused(recipe_path: Path, tmp_path: Path) -> None:
     hashes = sorted(fingerprint(load_items(job(recipe_path), None)[0][1][:2]))
-    write_provenance(tmp_path, {"rows": {"training (file:mine.jsonl)": hashes}})
-    (tmp_path / "thresholds.json").write_text(
-        json.dumps(
-            {key: {} for key in ("kl", "entropy", "slm", "teacher", "divergence")} | {"task": "mine", "rows": hashes}
-        )
-    )
+    provenance(rows={"training (file:mine.jsonl)": hashes}).write(tmp_path)
+    (tmp_path / "thresholds.json").write_text(calibration(task="mine", rows=hashes).model_dump_json())
     for setting, made_with in (
         (f"checkpoints.kd={tmp_path}", r"training \(file:mine.jsonl\)"),
         (f"router.path={tmp_path}", r"training \(file:mine.jsonl\)"),

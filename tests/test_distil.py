@@ -16,21 +16,22 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from labelled_rows import failed_row, labelled_rows
 from scipy import stats
 
 from pipelines.data.schema import SHARD
-from pipelines.data.shards import FOLDER, read_shards, shard_metadata, shard_name, write_shard
+from pipelines.data.shards import FOLDER, shard_metadata, shard_name, write_shard
 from pipelines.distil import job
 from pipelines.distil.__main__ import main
+from pipelines.distil.inputs import read_trajectories, training_folder
 from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models.artifact import Artifact
-from s2t_models.divergence import divergence
 from s2t_models.loading import load_model, load_tokenizer, tokenizer_hash, weights_hash
 from s2t_models.recipe import Divergence, Model, Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
 from s2t_models.training import losses
-from s2t_models.training.batches import BatchOrder, collate, decisive, split_by_prompt, trajectories
+from s2t_models.training.batches import BatchOrder, collate, drop_narrow_margins, split_by_prompt, trajectories
 from s2t_models.training.trainer import Trainer
 
 SETTINGS = [
@@ -44,52 +45,8 @@ SETTINGS = [
 
 
 def label(recipe: Recipe, task_name: str, count: int) -> pa.Table:
-    """Rows as collect makes them, with the written solutions in place of rollouts; every fourth step is kept. One more row
-    failed."""
-    slm, teacher, tokenizer = load_model(recipe.slm), load_model(recipe.teacher), load_tokenizer(recipe.slm)
-    rows = []
-    items = task(task_name).load()
-    for item in items[:count]:
-        prompt = tokenizer.apply_chat_template(item.prompt, add_generation_prompt=True, tokenize=False)
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        output_ids = tokenizer.encode(item.metadata["solution"], add_special_tokens=False)[:24]
-        steps = slice(len(prompt_ids) - 1, -1)
-        with torch.no_grad():
-            ids = torch.tensor([prompt_ids + output_ids])
-            slm_TV, teacher_TV = (model(ids).logits[0, steps].log_softmax(-1) for model in (slm, teacher))
-        top_TN = slm_TV.topk(64).indices
-        kl_T = divergence(slm_TV.gather(1, top_TN), teacher_TV.gather(1, top_TN))
-        kept = [
-            {
-                "step": t,
-                "by_kl": t % 8 == 0,
-                "candidates_K": top_TN[t, :16].tolist(),
-                "slm_logprobs_K": slm_TV[t, top_TN[t, :16]].tolist(),
-                "teacher_logprobs_K": teacher_TV[t, top_TN[t, :16]].tolist(),
-            }
-            for t in range(0, len(output_ids), 4)
-        ]
-        rows.append(
-            {
-                "uid": item.uid,
-                "questions": sorted(fingerprint([item])),
-                "prompt": prompt,
-                "prompt_ids": prompt_ids,
-                "output_ids": output_ids,
-                "seed": 0,
-                "temperature": 0.0,
-                "finish": "end",
-                "kl_T": kl_T.tolist(),
-                "entropy_T": (-(slm_TV.exp() * slm_TV).sum(-1)).tolist(),
-                "teacher_argmax_T": teacher_TV.argmax(-1).tolist(),
-                "teacher_rank_T": [0] * len(output_ids),
-                "kept": kept,
-                "error": None,
-            }
-        )
-    failed = {"uid": items[count].uid, "questions": sorted(fingerprint([items[count]])), "error": "empty prompt"}
-    rows.append(failed)
-    return pa.Table.from_pylist(rows, SHARD)
+    """Rows of a collection; one more row failed."""
+    return pa.Table.from_pylist([*labelled_rows(recipe, task_name, count), failed_row(task_name, count)], SHARD)
 
 
 def write(folder: Path, table: pa.Table, recipe: Recipe, task: str) -> Path:
@@ -115,7 +72,7 @@ def shards(recipe: Recipe, table: pa.Table, tmp_path_factory: pytest.TempPathFac
 
 
 def test_trajectories_carry_the_rows_labels(table: pa.Table):
-    data = trajectories(table)
+    data = trajectories(table.to_pylist())
     assert len(data) == len(table) - 1  # the row with an error is left out
     row = table.slice(3, 1).to_pylist()[0]
     item = data[3]
@@ -132,14 +89,14 @@ def test_trajectories_carry_the_rows_labels(table: pa.Table):
 
 
 def test_margin_filter_drops_what_the_loss_calls_narrow(table: pa.Table):
-    for item in trajectories(table):
+    for item in trajectories(table.to_pylist()):
         labels = collate([item], torch.device("cpu"))
         _, margin_G = losses.teacher_choice(labels.teacher_logprobs_GK, labels.valid_GK)
-        assert len(decisive(item, 0.5).by_kl_G) == (margin_G >= 0.5).sum()
+        assert len(drop_narrow_margins(item, 0.5).by_kl_G) == (margin_G >= 0.5).sum()
 
 
 def test_the_split_is_one_of_prompts_whatever_the_order(table: pa.Table):
-    data = trajectories(table)
+    data = trajectories(table.to_pylist())
     training, validation = split_by_prompt(data, 0.25, seed=0)
     assert len(validation) == 6
     assert not {item.prompt for item in training} & {item.prompt for item in validation}
@@ -163,7 +120,7 @@ def test_every_epoch_takes_each_trajectory_once_in_batches_of_like_length():
 
 @pytest.mark.parametrize("objective", ["selector", "kd"])
 def test_training_learns_and_goes_on_where_it_stopped(recipe: Recipe, table: pa.Table, objective: str):
-    data = trajectories(table)
+    data = trajectories(table.to_pylist())
     recipe = recipe.model_copy(update={"distil": recipe.distil.model_copy(update={"steps": 12})})
     whole = Trainer(recipe, objective, data)
     before = whole.evaluate()
@@ -191,7 +148,10 @@ def test_training_learns_and_goes_on_where_it_stopped(recipe: Recipe, table: pa.
 @pytest.mark.parametrize("objective", ["selector", "kd"])
 def test_the_gradient_is_the_batch_mean_however_it_is_spread(recipe: Recipe, table: pa.Table, objective: str):
     """Two workers' gradients, averaged as DDP does, are one worker's; their trajectories have unlike numbers of groups."""
-    data = [item.keeping(np.arange(len(item.by_kl_G)) % (2 + i) == 0) for i, item in enumerate(trajectories(table)[:8])]
+    data = [
+        item.with_groups(np.arange(len(item.by_kl_G)) % (2 + i) == 0)
+        for i, item in enumerate(trajectories(table.to_pylist())[:8])
+    ]
     settings = recipe.distil.model_copy(update={"batch": 4, "validation": 0.3, "min_teacher_margin": 0.0})
     recipe = recipe.model_copy(update={"distil": settings})
 
@@ -210,7 +170,7 @@ def test_the_gradient_is_the_batch_mean_however_it_is_spread(recipe: Recipe, tab
 
 def test_validation_figures_equal_a_forward_a_candidate(recipe: Recipe, table: pa.Table):
     """The untrained selector is the SLM with its reserved rows, so plain transformers can say what it should find."""
-    trainer = Trainer(recipe, "selector", trajectories(table))
+    trainer = Trainer(recipe, "selector", trajectories(table.to_pylist()))
     found = trainer.evaluate()
     model, ids = load_model(recipe.slm), list(reserved_rows(recipe))
     settings = recipe.distil
@@ -241,7 +201,7 @@ def test_validation_figures_equal_a_forward_a_candidate(recipe: Recipe, table: p
 
 
 def test_trajectories_without_a_labelled_step_are_trained_and_evaluated_with(recipe: Recipe, table: pa.Table):
-    data = [item.keeping(np.zeros(len(item.by_kl_G), dtype=bool)) for item in trajectories(table)]
+    data = [item.with_groups(np.zeros(len(item.by_kl_G), dtype=bool)) for item in trajectories(table.to_pylist())]
     trainer = Trainer(recipe, "selector", data)
     assert trainer.advance()["selection_loss"] == 0.0
     assert trainer.evaluate()["agree_at_1"] == 0.0
@@ -276,19 +236,20 @@ def kill_a_worker(after: Path, done: threading.Event) -> None:
 def run(command: list[str], output: Path, meanwhile: Callable[[Path, threading.Event], None] | None = None) -> int:
     """distil's exit status, with `meanwhile` running beside it."""
     done = threading.Event()
-    beside = threading.Thread(target=meanwhile, args=(output.with_name(output.name + ".training"), done))
+    thread = threading.Thread(target=meanwhile, args=(training_folder(output), done))
     if meanwhile:
-        beside.start()
+        thread.start()
     status = main([*command, "--output", str(output)])
     done.set()
     if meanwhile:
-        beside.join()
+        thread.join()
     return status
 
 
 @pytest.fixture
 def command(recipe_path: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.chdir(tmp_path)  # where errors.log goes
     settings = [*SETTINGS, "distil.steps=80", "distil.evaluate_every=4"]
     return ["--recipe", str(recipe_path), "--shards", str(shards), *(part for s in settings for part in ("--set", s))]
 
@@ -305,26 +266,26 @@ def test_two_workers_survive_a_killed_one_and_leave_an_artifact(
     assert "Agree@1" in capsys.readouterr().out
     artifact = Artifact.load(output)
     provenance = artifact.card.provenance
-    assert provenance["begun_at_steps"][0] == 0
-    assert len(provenance["begun_at_steps"]) == 2
-    assert provenance["begun_at_steps"][1] >= 4
-    assert provenance["base_weights"] == weights_hash(recipe.slm)
-    assert set(provenance["shards"]) == {"training", "calibration"}
-    rows = provenance["rows"]
+    assert provenance.begun_at_steps[0] == 0
+    assert len(provenance.begun_at_steps) == 2
+    assert provenance.begun_at_steps[1] >= 4
+    assert provenance.base_weights == weights_hash(recipe.slm)
+    assert set(provenance.shards) == {"training", "calibration"}
+    rows = provenance.rows
     assert {name: len(hashes) for name, hashes in rows.items()} == {
         "training (embedded-train)": 25,
         "calibration (embedded-calibration)": 7,
     }
     assert rows["training (embedded-train)"][0] in fingerprint(task("embedded-train").load()[:25])
     assert tokenizer_hash(artifact.model(recipe.slm)) == tokenizer_hash(recipe.slm)
-    assert not output.with_name("artifact.training").exists()
+    assert not training_folder(output).exists()
 
     written = (output / "artifact.json").stat().st_mtime_ns
     assert run([*command, *more], output) == 0
     assert (output / "artifact.json").stat().st_mtime_ns == written, "what is done is not done again"
 
-    steps = provenance["calibration_steps"]
-    data = trajectories(read_shards(calibration)[0])
+    steps = provenance.calibration_steps
+    data = read_trajectories(calibration)
     assert steps == sum(len(item.kl_T) for item in data)
     model, base = load_model(artifact.model(recipe.slm)), load_model(recipe.slm)
     ids = list(artifact.card.reserved_ids)
@@ -340,7 +301,7 @@ def test_two_workers_survive_a_killed_one_and_leave_an_artifact(
             states = model.get_decoder()(torch.from_numpy(item.tree.tokens)[None]).last_hidden_state[0]
             logits += head(states[item.tree.prompt - 1 : -1]).tolist()
     for budget in (0.01, 0.02, 0.05, 0.1, 0.2):
-        threshold = artifact.card.thresholds["head"][str(budget)]
+        threshold = artifact.card.thresholds["head"][budget]
         assert sum(logit >= threshold - 1e-4 for logit in logits) == pytest.approx(round(budget * steps), abs=1)
 
     import mlflow
@@ -368,10 +329,11 @@ def test_the_same_command_goes_on_after_the_job_failed(
     assert run(command, output, meanwhile=kill_a_worker) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("distil: ")]
     assert "the same command goes on" in line
+    assert "Traceback" in (tmp_path / "errors.log").read_text()
     assert not output.exists()
 
-    begun: list[list[int]] = []
-    monkeypatch.setattr(job, "report", lambda summary, _: begun.append(summary["begun_at_steps"]) or "")
+    begun: list[tuple[int, ...]] = []
+    monkeypatch.setattr(job, "report", lambda done, _: begun.append(done.begun_at_steps) or "")
     assert run(command, output) == 0
     assert begun[0][0] == 0
     assert begun[0][1] >= 4
@@ -386,7 +348,7 @@ def refused(command: list[str], output: Path, capsys: pytest.CaptureFixture[str]
     """The one line that distil gives up with."""
     assert run(command, output) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert not output.with_name(output.name + ".training").exists()
+    assert not training_folder(output).exists()
     return line
 
 

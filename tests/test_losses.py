@@ -36,25 +36,30 @@ def loop_selection(scores, slm, teacher, valid, w):
     return total / len(scores)
 
 
-def loop_margin(scores, slm, teacher, valid, w):
-    """Eqs. 13 and 14: max(0, m_eff - (s(c*) - s(c-))) in units of the loss's logits, m_eff = std(s) / T."""
+def deviation(values):
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+
+
+def loop_margin(scores, slm, teacher, valid, w, spread):
+    """Eqs. 13 and 14: max(0, m_eff - (s(c*) - s(c-))) in units of the loss's logits, m_eff = std(s) / T, with the deviation of
+    the group's own scores or of all scores in the batch."""
     total = torch.zeros((), dtype=scores.dtype)
+    everything = [scores[g, k].item() for g in range(len(scores)) for k in range(scores.shape[1]) if valid[g, k]]
     for g in range(len(scores)):
         members = [k for k in range(scores.shape[1]) if valid[g, k]]
         best = max(members, key=lambda k: teacher[g, k].item())
         wrong = [scores[g, k] / T + w * slm[g, k] for k in members if k != best]
         if not wrong:
             continue
-        values = [scores[g, k].item() for k in members]
-        mean = sum(values) / len(values)
-        effective = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) / T
+        effective = deviation([scores[g, k].item() for k in members] if spread == "group" else everything) / T
         hinge = effective - (scores[g, best] / T + w * slm[g, best] - torch.stack(wrong).max())
         total = total + torch.clamp(hinge, min=0)
     return total / len(scores)
 
 
 @pytest.mark.parametrize("w", [0.0, W])
-@pytest.mark.parametrize("name", ["selection", "margin"])
+@pytest.mark.parametrize("name", ["selection", "group margin", "batch margin"])
 def test_value_and_gradient_equal_a_loop(groups, name, w):
     fast = groups["scores"].clone().requires_grad_()
     slow = groups["scores"].clone().requires_grad_()
@@ -64,8 +69,9 @@ def test_value_and_gradient_equal_a_loop(groups, name, w):
         value = losses.selection(preference_GK, target_G, groups["valid"])
         expected = loop_selection(slow, groups["slm"], groups["teacher"], groups["valid"], w)
     else:
-        value = losses.margin(preference_GK, fast, target_G, groups["valid"], T)
-        expected = loop_margin(slow, groups["slm"], groups["teacher"], groups["valid"], w)
+        spread = name.removesuffix(" margin")
+        value = losses.margin(preference_GK, fast, target_G, groups["valid"], T, spread)
+        expected = loop_margin(slow, groups["slm"], groups["teacher"], groups["valid"], w, spread)
     torch.testing.assert_close(value, expected, atol=1e-9, rtol=1e-9)
     value.backward()
     expected.backward()
@@ -116,10 +122,11 @@ def test_distillation_answers_where_labelled_and_stays_elsewhere():
     torch.testing.assert_close(tuned.grad, slow.grad, atol=1e-9, rtol=1e-9)
 
 
-def test_a_batch_without_groups_costs_nothing_and_still_has_a_gradient():
+@pytest.mark.parametrize("spread", ["group", "batch"])
+def test_a_batch_without_groups_costs_nothing_and_still_has_a_gradient(spread):
     scores = torch.zeros(0, 4, requires_grad=True)
     valid, target = torch.zeros(0, 4, dtype=torch.bool), torch.zeros(0, dtype=torch.long)
     preference = losses.preference(scores, torch.zeros(0, 4), T, W)
-    loss = losses.selection(preference, target, valid) + losses.margin(preference, scores, target, valid, T)
+    loss = losses.selection(preference, target, valid) + losses.margin(preference, scores, target, valid, T, spread)
     loss.backward()
     assert loss.item() == 0.0

@@ -24,6 +24,7 @@ from reference_engine import (
     torch_engines,
 )
 
+from s2t_models import recipe
 from s2t_models.engines.contract import Draft, Sampling, Scores, Usage
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.policies.answers import answer_key, boxed
@@ -41,12 +42,10 @@ from s2t_models.recipe import MultiplexSettings, SamplerSettings, SpecReasonSett
 from s2t_models.router import (
     Router,
     RouterSettings,
-    RouterTraining,
     load_router,
-    recall_threshold,
     save_router,
-    train_router,
 )
+from s2t_models.training.router import recall_threshold, train_router
 
 PROMPT = encode("Ada has 12 ")
 WARM = SamplerSettings(temperature=0.9, top_p=0.95, top_k=20)
@@ -316,7 +315,11 @@ def test_router_learns_and_is_saved_with_its_threshold(tmp_path):
     settings = RouterSettings(hidden=8, support=10, width=32, blocks=2)
     reports: list[dict[str, float]] = []
     router = train_router(
-        inputs, labels, settings, RouterTraining(learning_rate=3e-3, batch=128, epochs=30, patience=30), reports.append
+        inputs,
+        labels,
+        settings,
+        recipe.Router(learning_rate=3e-3, batch=128, epochs=30, patience=30),
+        report=reports.append,
     )
     p = router.probabilities(inputs)
     predicted = p >= router.settings.threshold
@@ -336,7 +339,7 @@ def test_router_trains_on_the_labels_of_a_pair(engines):
         pytest.fail("the tiny pair gives labels of one kind only: choose another seed")
     inputs, labels = np.concatenate([inputs] * 4), np.concatenate([labels] * 4)
     settings = RouterSettings(hidden=32, support=40, width=32, blocks=1)
-    router = train_router(inputs, labels, settings, RouterTraining(learning_rate=3e-3, epochs=30, batch=64))
+    router = train_router(inputs, labels, settings, recipe.Router(learning_rate=3e-3, epochs=30, batch=64))
     assert (router.probabilities(inputs)[labels == 1] >= router.settings.threshold).mean() >= 0.9
 
 
@@ -362,7 +365,7 @@ def test_router_errors_are_one_line(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="holds no router"):
         load_router(tmp_path)
     with pytest.raises(ValueError, match="both kinds are needed"):
-        train_router(np.zeros((20, 26), np.float32), np.zeros(20), RouterSettings(8, 10, 8, 1), RouterTraining())
+        train_router(np.zeros((20, 26), np.float32), np.zeros(20), RouterSettings(8, 10, 8, 1), recipe.Router())
 
 
 # Multiplex Thinking

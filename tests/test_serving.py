@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from made_up import calibration
 
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
@@ -215,7 +216,7 @@ def test_every_error_has_openais_shape_and_names_what_is_wrong(client, body, sta
 
 
 @pytest.mark.parametrize(
-    ("body", "words"), [("{", "not valid JSON"), ("", "not valid JSON"), ("[]", "not a JSON object")]
+    ("body", "words"), [("{", "the file: invalid json"), ("", "not valid JSON"), ("[]", "not a JSON object")]
 )
 def test_a_malformed_body_is_a_400(client, body: str, words: str):
     for path in ("/chat/completions", "/completions"):
@@ -298,15 +299,7 @@ def test_models_that_do_not_belong_together_are_refused(
 
 
 def test_a_calibration_gives_thresholds_to_the_pair_it_was_made_with(recipe_path: Path, tmp_path: Path):
-    content = {
-        "kl": {"0.1": 0.25},
-        "entropy": {"0.1": 0.5},
-        "slm": loading.weights_hash(SLM),
-        "teacher": loading.weights_hash(TEACHER),
-        "divergence": "KL(SLM || teacher), top 64, bucket",
-        "task": "embedded-calibration",
-        "rows": [],
-    }
+    content = calibration(slm=loading.weights_hash(SLM), teacher=loading.weights_hash(TEACHER)).model_dump(mode="json")
     (tmp_path / "thresholds.json").write_text(json.dumps(content))
     recipe = load_recipe(recipe_path, [f"trigger.calibration={tmp_path}"])
     assert host(recipe).thresholds == {"kl": {0.1: 0.25}, "entropy": {0.1: 0.5}}
@@ -323,8 +316,8 @@ def test_a_calibration_that_is_none_is_refused(recipe_path: Path, tmp_path: Path
     recipe = load_recipe(recipe_path, [f"trigger.calibration={tmp_path}"])
     for content, words in (
         (None, "no such file"),
-        ("{", "not valid JSON"),
-        ('{"kl": {}}', "lacks entropy, task, rows"),
+        ("{", "the file: invalid json"),
+        ('{"kl": {}}', "lacks entropy, steps, rows"),
     ):
         if content:
             (tmp_path / "thresholds.json").write_text(content)

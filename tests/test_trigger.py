@@ -8,7 +8,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from s2t_models import recipe
-from s2t_models.trigger import auc, calibrate, train
+from s2t_models.calibration import calibrate
+from s2t_models.training.trigger_head import auc, train_head
 
 SETTINGS = recipe.TriggerHead(hidden=32, epochs=60, learning_rate=3e-2)
 
@@ -23,10 +24,10 @@ def samples() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_the_head_learns_what_a_linear_rule_cannot_and_training_is_reproducible():
     hidden_MH, positive_M, trajectory_M = samples()
     state = torch.get_rng_state()
-    head, figures = train(hidden_MH, positive_M, trajectory_M, SETTINGS)
+    head, figures = train_head(hidden_MH, positive_M, trajectory_M, SETTINGS)
     assert torch.equal(torch.get_rng_state(), state)
     assert figures["auc"] > 0.95
-    again, _ = train(hidden_MH, positive_M, trajectory_M, SETTINGS)
+    again, _ = train_head(hidden_MH, positive_M, trajectory_M, SETTINGS)
     with torch.no_grad():
         assert torch.equal(head(hidden_MH), again(hidden_MH))
     assert not head.training
@@ -39,14 +40,16 @@ def test_the_held_out_share_is_one_of_trajectories():
     positive = torch.rand(60, generator=generator) < 0.5
     trajectory_M = torch.arange(60).repeat_interleave(30)
     hidden_MH = marks[trajectory_M] + 0.01 * torch.randn(1800, 32, generator=generator)
-    _, figures = train(hidden_MH, positive[trajectory_M], trajectory_M, recipe.TriggerHead(epochs=1, validation=0.5))
+    _, figures = train_head(
+        hidden_MH, positive[trajectory_M], trajectory_M, recipe.TriggerHead(epochs=1, validation=0.5)
+    )
     assert figures["auc"] < 0.8
 
 
 def test_one_kind_of_label_is_refused():
     hidden_MH, positive_M, trajectory_M = samples()
     with pytest.raises(ValueError, match="no positive or no negative"):
-        train(hidden_MH, torch.zeros_like(positive_M), trajectory_M, SETTINGS)
+        train_head(hidden_MH, torch.zeros_like(positive_M), trajectory_M, SETTINGS)
 
 
 def test_calibrated_thresholds_trigger_the_budgets_share():

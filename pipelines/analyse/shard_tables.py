@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from pipelines.analyse.sufficiency import alignment, entropy, hit_at, rank_cdf, top_steps
 from pipelines.results import figures as draw
-from s2t_models.trigger import BUDGETS
+from s2t_models.calibration import BUDGETS
 
 KS = (1, 2, 4, 8, 16, 32, 64)
 Tables = dict[str, list[dict[str, Any]]]

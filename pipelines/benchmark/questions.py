@@ -54,14 +54,15 @@ def check_splits(recipe: Recipe, chosen: Sequence[tuple[Task, list[Item]]], data
 
 def recorded_rows(recipe: Recipe) -> dict[str, set[str]]:
     """The row hashes (`splits.question_hashes`) by split that the artifact, the checkpoints, the router and the calibration of the
-    recipe say they were made with. Raises ArtifactError or RecipeError where a record cannot be read."""
+    recipe say they were made with. Raises ArtifactError, ProvenanceError or RecipeError where a record cannot be read."""
     rows: dict[str, set[str]] = {}
     for folder in (recipe.artifact, recipe.router.path, *recipe.checkpoints.values()):
-        for name, hashes in read_provenance(folder).get("rows", {}).items() if folder else ():
+        provenance = read_provenance(folder) if folder else None
+        for name, hashes in provenance.rows.items() if provenance else ():
             rows.setdefault(name, set()).update(hashes)
     if recipe.trigger.calibration:
         content = calibration(Path(recipe.trigger.calibration))
-        rows.setdefault(f"calibration ({content['task']})", set()).update(content["rows"])
+        rows.setdefault(f"calibration ({content.task})", set()).update(content.rows)
     return rows
 
 

@@ -20,16 +20,15 @@ import pyarrow as pa
 
 from pipelines.data.schema import SHARD
 from pipelines.data.shards import FOLDER, ShardError, questions, shard_name, write_shard
+from s2t_models.calibration import BUDGETS, THRESHOLDS, Calibration, calibrate
 from s2t_models.errors import NothingDone, one_line
 from s2t_models.files import whole
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
-from s2t_models.trigger import BUDGETS, calibrate
 
 HITS = (1, 2, 4, 8)
 QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
 SUMMARY = "collect.json"
-THRESHOLDS = "thresholds.json"
 _ROWS_A_SHARD = 512
 
 
@@ -58,18 +57,18 @@ def publish(
             table = _keep(pa.concat_tables(rows[start : start + _ROWS_A_SHARD]).combine_chunks(), least_kl, recipe)
             kept += len(table["kept"].combine_chunks().flatten())
             write_shard(part / shard_name(index, len(starts)), table, metadata)
-        thresholds: dict[str, Any] = {
-            "kl": _by_budget(steps_S["kl_T"]),
-            "entropy": _by_budget(steps_S["entropy_T"]),
-            "steps": len(steps_S["kl_T"]),
-            "rows": questions(everything),
+        calibration = Calibration(
+            kl=calibrate(steps_S["kl_T"], BUDGETS),
+            entropy=calibrate(steps_S["entropy_T"], BUDGETS),
+            steps=len(steps_S["kl_T"]),
+            rows=tuple(questions(everything)),
             **{name: metadata[f"s2t.{name}"] for name in ("task", "slm", "teacher", "tokenizer", "divergence")},
-        }
-        summary = _summary(everything, steps_S, thresholds["kl"]["0.01"]) | {
+        )
+        summary = _summary(everything, steps_S, calibration.threshold("kl", 0.01)) | {
             "kept_steps": kept,
             "least_kl": float(least_kl),
         }
-        write_json(output / THRESHOLDS, thresholds)
+        write_json(output / THRESHOLDS, calibration.model_dump(mode="json"))
         write_json(output / SUMMARY, summary)
     return summary
 
@@ -130,10 +129,6 @@ def _flat(table: pa.Table, name: str) -> np.ndarray:
     """A step column of all whole rows, laid end to end."""
     whole = table.filter(table["error"].is_null())
     return np.concatenate([chunk.flatten().to_numpy() for chunk in whole[name].chunks] or [np.zeros(0)])
-
-
-def _by_budget(values_S: np.ndarray) -> dict[str, float]:
-    return {str(budget): float(threshold) for budget, threshold in calibrate(values_S, list(BUDGETS)).items()}
 
 
 def _quantiles(values_S: np.ndarray) -> dict[str, float]:

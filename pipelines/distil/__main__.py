@@ -9,6 +9,10 @@ from pathlib import Path
 from pipelines.runtime.arguments import add_recipe
 from s2t_models.commands import run_command
 from s2t_models.recipe import load_recipe
+from s2t_models.training.objectives import OBJECTIVES
+
+#: Trained by a job of its own: its labels are not those of the shards.
+ROUTER = "router"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,30 +20,34 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         recipe = load_recipe(options.recipe, options.set)
-        if options.objective == "router":
+        if options.objective == ROUTER:
             from pipelines.distil.router_job import distil_router
 
             print(distil_router(recipe, options.shards, options.output))
         else:
             from pipelines.distil.job import distil, report
 
-            summary = distil(recipe, options.shards, options.output, options.objective, options.calibration)
-            print(report(summary, options.output))
+            done = distil(recipe, options.shards, options.output, options.objective, options.calibration)
+            print(report(done, options.output))
 
     return run_command("distil", work, options.output)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="s2t distil", description="Shards to an S2T-Local artifact, or to a control.")
+    parser = argparse.ArgumentParser(
+        prog="s2t distil", description="Shards to an S2T-Local artifact, a control, or R2R's router."
+    )
     add_recipe(parser)
     parser.add_argument("--shards", type=Path, required=True, help="the collection to train on")
     parser.add_argument(
         "--calibration", type=Path, help="a collection to set thresholds on; without one, held-out training prompts"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="the artifact directory, or with kd the checkpoint's"
+        "--output", type=Path, required=True, help="the directory of the artifact, checkpoint or router"
     )
-    parser.add_argument("--objective", choices=("selector", "kd", "router"), default="selector")
+    parser.add_argument(
+        "--objective", choices=(*OBJECTIVES, ROUTER), default="selector", help="what to train (default: selector)"
+    )
     return parser.parse_args(argv)
 
 

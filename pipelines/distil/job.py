@@ -1,4 +1,4 @@
-"""Distil: shards -> selector and trigger head (an artifact), or the kd control (a plain checkpoint), on Ray Train; or R2R's router.
+"""Distil: shards to what an objective makes of them (an artifact, or a plain checkpoint), on Ray Train.
 
     python -m pipelines.distil --recipe cluster/recipes/embedded.yaml --shards runs/train \\
         --calibration runs/calibration --output runs/artifact
@@ -15,54 +15,41 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlflow
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from pipelines.data.shards import FOLDER, ShardError, check_pair, questions, read_shards
+from pipelines.distil.curves import Follower
+from pipelines.distil.inputs import DistilError, check_inputs, read_trajectories, training_folder
 from pipelines.distil.worker import read_state, train
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
-from pipelines.tasks import TASKS
-from pipelines.tasks.splits import refuse_overlap
-from s2t_models import loading
-from s2t_models.artifact import CARD, CHECKPOINT, read_provenance, refuse_foreign
-from s2t_models.errors import UserError
+from s2t_models.artifact import read_provenance, refuse_foreign
 from s2t_models.files import locked
+from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, RecipeError
-from s2t_models.training.batches import Trajectory, trajectories
+from s2t_models.training import objectives
 from s2t_models.training.build import build
 from s2t_models.training.selector import check_targets
-from s2t_models.training.trainer import Objective
 from serving import cluster
 
 #: Worker groups that may die before the job gives up.
 MAX_FAILURES = 3
-#: Ends of the names of tasks whose rows may be trained or calibrated on; the other benchmark tasks are test splits.
-NOT_TEST = ("-train", "-calibration", "-validation")
-
-
-class DistilError(UserError):
-    """A training that cannot begin or go on; the message is one line."""
 
 
 def distil(
     recipe: Recipe,
     shards: Path,
     output: Path,
-    objective: Objective = "selector",
+    objective: str = "selector",
     calibration: Path | None = None,
-) -> dict[str, Any]:
-    """Train, or finish training, and write `output`; returns the summary that the output's provenance holds too. An output of
-    the same inputs and settings is left as it is.
+) -> Provenance:
+    """Train, or finish training, and write `output`; returns its provenance. An output of the same inputs and settings is
+    left as it is.
 
     Raises RecipeError, ShardError, ClusterError, ArtifactError or DistilError.
     """
@@ -70,12 +57,12 @@ def distil(
     if settings.batch % settings.workers:
         raise RecipeError(f"distil.batch = {settings.batch} does not divide among distil.workers = {settings.workers}")
     check_targets(recipe.slm, settings.lora)
-    refuse_foreign(output, CARD if objective == "selector" else CHECKPOINT)
-    provenance = _check(recipe, objective, shards, calibration)
+    refuse_foreign(output, objectives.objective(objective, settings).mark)
+    provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe))
     known = read_provenance(output)
-    if all(known.get(key) == value for key, value in provenance.items() if key != "recipe"):
+    if known is not None and known.has_inputs_of(provenance):
         return known
-    training = beside(output)
+    training = training_folder(output)
     cluster.start()
     cluster.require(
         settings.workers * settings.num_cpus,
@@ -84,119 +71,70 @@ def distil(
     )
     with locked(training):
         tracking.use_store()
-        with tracking.start_run(
-            f"distil-{objective}", params={"recipe": recipe.model_dump(), "objective": objective}
-        ) as run:
-            best, metrics, begun = _train(recipe, objective, shards.resolve(), training, provenance, run)
-            provenance |= {"validation": metrics, "begun_at_steps": begun}
-            figures = _build(recipe, objective, best, shards, calibration, provenance, output.resolve())
-            tracking.log_metrics({**{f"best/{name}": value for name, value in metrics.items()}, **figures})
-            tracking.log_text(json.dumps(provenance, indent=2), "provenance.json")
+        parameters = {"recipe": recipe.model_dump(), "objective": objective}
+        with tracking.start_run(f"distil-{objective}", params=parameters) as run:
+            trained, outcome = _train(recipe, shards.resolve(), training, provenance, run)
+            begun = provenance.model_copy(update=outcome)
+            done = _build(recipe, trained, shards, calibration, begun, output.resolve())
+            best = {f"best/{name}": value for name, value in done.validation.items()}
+            tracking.log_metrics(best | {f"trigger/{name}": value for name, value in done.trigger_head.items()})
+            tracking.log_text(done.model_dump_json(indent=2), "provenance.json")
         shutil.rmtree(training)
-    return read_provenance(output)
+    return done
 
 
-def report(summary: dict[str, Any], output: Path) -> str:
+def report(done: Provenance, output: Path) -> str:
     """What came out, in a few lines."""
-    metrics = summary["validation"]
+    metrics, steps = done.validation, done.settings["distil.steps"]
     lines = [
-        f"trained      {summary['objective']}, {summary['settings']['distil.steps']} steps; the best checkpoint is that of step {metrics['step']:.0f}",
-        f"Agree@1      {100 * metrics['agree_at_1']:.1f}% on held-out top steps (the SLM's own ranking: "
-        f"{100 * metrics['agree_at_1_slm']:.1f}%), {100 * metrics['agree_at_1_random']:.1f}% on random steps",
+        f"trained      {done.objective}, {steps} steps; the best checkpoint is that of step {metrics['step']:.0f}",
+        f"Agree@1      {metrics['agree_at_1']:.1%} on held-out top steps (the SLM's own ranking: "
+        f"{metrics['agree_at_1_slm']:.1%}), {metrics['agree_at_1_random']:.1%} on random steps",
         f"Spearman     {metrics['spearman']:.3f}; KL to base {metrics['kl_to_base']:.4f} nats",
     ]
-    if "trigger_head" in summary:
-        lines.append(f"trigger head AUC {summary['trigger_head']['auc']:.3f}")
+    if done.trigger_head:
+        lines.append(f"trigger head AUC {done.trigger_head['auc']:.3f}")
     return "\n".join([*lines, f"written to   {output}"])
 
 
-def beside(output: Path) -> Path:
-    """Where the state of an unfinished training lies."""
-    return output.resolve().with_name(output.resolve().name + ".training")
+def _seeds(recipe: Recipe) -> dict[str, int]:
+    return {"training": recipe.seed, "trigger_head": recipe.trigger_head.seed}
 
 
-def read_training(recipe: Recipe, folder: Path) -> tuple[pa.Table, dict[str, str]]:
-    """A collection that may be trained or calibrated on. Raises ShardError where it is of another pair or of a test split."""
-    table, metadata = read_shards(folder)
-    slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
-    check_pair(metadata, slm, teacher, loading.tokenizer_hash(recipe.slm))
-    task = metadata["s2t.task"]
-    if task in TASKS and not task.endswith(NOT_TEST):
-        raise ShardError(f"{folder}: collected on {task}, a test split; train and calibrate on other rows")
-    return table, metadata
-
-
-def _check(recipe: Recipe, objective: Objective, shards: Path, calibration: Path | None) -> dict[str, Any]:
-    """Refuse shards of another pair, test prompts, and calibration on training prompts; returns the provenance."""
-    hashes: dict[str, str] = {}
-    rows: dict[str, list[str]] = {}
-    divergences: dict[str, str] = {}
-    for role, folder in (("training", shards), ("calibration", calibration)):
-        if folder is None:
-            continue
-        table, metadata = read_training(recipe, folder)
-        hashes[role] = _digest(folder, table)
-        divergences[role] = metadata["s2t.divergence"]
-        rows[f"{role} ({metadata['s2t.task']})"] = questions(table)
-    if len(set(divergences.values())) > 1:
-        of = "; ".join(f"{role}: {divergence}" for role, divergence in divergences.items())
-        raise ShardError(f"{calibration}: collected with another divergence than the training shards ({of})")
-    try:
-        refuse_overlap(rows)
-    except ValueError as error:
-        raise ShardError(str(error)) from None
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """All settings that decide what a training gives, by name."""
     whole = recipe.model_dump(mode="json")
-    return {
-        "objective": objective,
-        "recipe": recipe.digest(),
-        "base_weights": metadata["s2t.slm"],
-        "teacher_weights": metadata["s2t.teacher"],
-        "tokenizer": metadata["s2t.tokenizer"],
-        "divergence": divergences["training"],
-        "shards": hashes,
-        "rows": rows,
-        "seeds": {"training": recipe.seed, "trigger_head": recipe.trigger_head.seed},
-        "settings": {
-            **{f"distil.{key}": value for key, value in whole["distil"].items()},
-            **{f"trigger_head.{key}": value for key, value in whole["trigger_head"].items()},
-            **{f"reserved.{key}": value for key, value in whole["reserved"].items()},
-            "budget": whole["budget"],
-            "policies.local.prior_weight": whole["policies"]["local"]["prior_weight"],
-            "slm.dtype": whole["slm"]["dtype"],
-        },
+    sections = {
+        f"{section}.{key}": value
+        for section in ("distil", "trigger_head", "reserved")
+        for key, value in whole[section].items()
+    }
+    return sections | {
+        "budget": whole["budget"],
+        "policies.local.prior_weight": whole["policies"]["local"]["prior_weight"],
+        "slm.dtype": whole["slm"]["dtype"],
     }
 
 
-def _digest(folder: Path, table: pa.Table) -> str:
-    """The sha256 of a collection's shard files. Raises ShardError where none of its rows has a step to learn from."""
-    if not pc.sum(pc.list_value_length(table["kept"])).as_py():
-        raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
-    digest = hashlib.sha256()
-    for path in sorted((folder / FOLDER).iterdir()):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
 def _train(
-    recipe: Recipe, objective: Objective, shards: Path, training: Path, provenance: dict[str, Any], run: str
-) -> tuple[Any, dict[str, float], list[int]]:
-    """Run or finish the training; returns the best trained tensors, their metrics, and the steps at which worker groups began."""
-    settings = recipe.distil
+    recipe: Recipe, shards: Path, training: Path, provenance: Provenance, run: str
+) -> tuple[Any, dict[str, Any]]:
+    """Run or finish the training; returns the best trained tensors, and the outcome for the provenance."""
+    settings, objective = recipe.distil, provenance.objective
     key = json.dumps(
-        [recipe.distil.model_dump(), recipe.reserved.model_dump(), recipe.slm.dtype, recipe.seed, provenance["shards"]]
+        [recipe.distil.model_dump(), recipe.reserved.model_dump(), recipe.slm.dtype, recipe.seed, provenance.shards]
     )
     name = f"{objective}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder = training / name
     folder.mkdir(parents=True, exist_ok=True)
-    follower = _Follower(folder / "progress.jsonl", run)
+    follower = Follower(folder / "curves.jsonl", run)
     trainer = TorchTrainer(
         train,
         train_loop_config={
             "recipe": recipe.model_dump_json(),
             "objective": objective,
             "shards": str(shards),
-            "progress": str(follower.path),
+            "curves": str(follower.path),
         },
         torch_config=TorchConfig(backend="nccl" if settings.num_gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -216,10 +154,10 @@ def _train(
         with Progress(f"distil {objective}", "steps", settings.steps, follower.step):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from None
+        raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from error
     best, metrics = _best(result.best_checkpoints or [])
-    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    return read_state(best)["trained"], numbers, follower.begun
+    figures = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return read_state(best)["trained"], {"validation": figures, "begun_at_steps": tuple(follower.begun)}
 
 
 def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
@@ -232,29 +170,19 @@ def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str,
 
 
 def _build(
-    recipe: Recipe,
-    objective: Objective,
-    trained: Any,
-    shards: Path,
-    calibration: Path | None,
-    provenance: dict[str, Any],
-    output: Path,
-) -> dict[str, float]:
-    """Build the artifact on a node with a worker's resources."""
+    recipe: Recipe, trained: Any, shards: Path, calibration: Path | None, provenance: Provenance, output: Path
+) -> Provenance:
+    """Build the product on a node with a worker's resources; returns its provenance as written."""
 
     @ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus, max_retries=MAX_FAILURES)
-    def on_a_worker(tensors: Any) -> dict[str, float]:
-        calibrating = _trajectories(calibration) if calibration else None
-        return build(recipe, objective, tensors, _trajectories(shards), calibrating, provenance, output)
+    def on_a_worker(tensors: Any) -> Provenance:
+        calibrating = read_trajectories(calibration) if calibration else None
+        return build(recipe, tensors, read_trajectories(shards), calibrating, provenance, output)
 
     try:
         return ray.get(on_a_worker.remote(trained))
     except ray.exceptions.RayTaskError as error:
-        raise DistilError(f"building {output.name} failed: {' '.join(str(error.cause).split())}") from None
-
-
-def _trajectories(folder: Path) -> Sequence[Trajectory]:
-    return trajectories(read_shards(folder)[0])
+        raise DistilError(f"building {output.name} failed: {' '.join(str(error.cause).split())}") from error
 
 
 def _root_cause(error: BaseException) -> str:
@@ -262,31 +190,3 @@ def _root_cause(error: BaseException) -> str:
     cause = next(iter(failures.values())) if failures else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return lines[-1] if lines else type(cause).__name__
-
-
-class _Follower:
-    """Reads the progress file as it grows, into MLflow. A job that goes on reads the earlier part too, so that its curves are
-    whole."""
-
-    def __init__(self, path: Path, run: str) -> None:
-        self.path, self.run = path, run
-        self.begun: list[int] = []
-        self._offset = self._step = 0
-
-    def step(self) -> int:
-        """Log what is new; the last step known."""
-        if not self.path.is_file():
-            return 0
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                record = json.loads(line)
-                if "begun" in record:
-                    self.begun.append(record["begun"])
-                else:
-                    self._step = record["step"]
-                    mlflow.log_metrics(record["metrics"], step=record["step"], run_id=self.run)
-        return self._step

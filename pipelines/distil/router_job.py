@@ -1,7 +1,7 @@
 """R2R's router for the baseline of its name: labels on Ray Data, then one short training (`distil --objective router`).
 
-The prompts are those of the training shards. What R2R's labels and router are is in `s2t_models.policies.r2r_labels`
-and `s2t_models.router`. Axes: _T step, _F feature.
+The prompts are those of the training shards. What R2R's labels and router are is in `s2t_models.policies.r2r_labels`,
+`s2t_models.router` and `s2t_models.training.router`. Axes: _T step, _F feature.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import pyarrow as pa
 import ray
 from transformers import AutoConfig
 
-from pipelines.data.shards import questions
-from pipelines.distil.job import DistilError, beside, read_training
+from pipelines.distil.inputs import DistilError, check_inputs, read_training, training_folder
 from pipelines.runtime import tracking
 from s2t_models import chat, loading
-from s2t_models.artifact import refuse_foreign, replacing, write_provenance
+from s2t_models.artifact import refuse_foreign, replacing
 from s2t_models.engines.load import load
 from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
 from s2t_models.policies import r2r_labels
 from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r_labels import label
+from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
-from s2t_models.router import SETTINGS, RouterSettings, RouterTraining, save_router, train_router
+from s2t_models.router import SETTINGS, RouterSettings, save_router
+from s2t_models.training.router import train_router
 from serving import cluster
 
 #: One prompt's labelled steps, laid end to end; `error` where the row failed, which costs no other row.
@@ -75,23 +76,16 @@ def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
 
     Raises ShardError, ClusterError, ArtifactError or DistilError, each with one line."""
     refuse_foreign(output, SETTINGS)
-    table, metadata = read_training(recipe, shards)
-    provenance = {
-        "objective": "router",
-        "recipe": recipe.digest(),
-        "base_weights": metadata["s2t.slm"],
-        "teacher_weights": metadata["s2t.teacher"],
-        "rows": {f"training ({metadata['s2t.task']})": questions(table)},
-        "settings": recipe.router.model_dump(mode="json"),
-    }
-    training = beside(output)
+    settings = {f"router.{key}": value for key, value in recipe.router.model_dump(mode="json").items()}
+    provenance = check_inputs(recipe, "router", shards, None, {"router": recipe.router.seed}, settings)
+    training = training_folder(output)
     with locked(training):
-        report = _label_and_train(recipe, table, output.resolve(), provenance)
+        report = _label_and_train(recipe, read_training(recipe, shards)[0], output.resolve(), provenance)
     shutil.rmtree(training)
     return f"{report}\nwritten to   {output}"
 
 
-def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: dict[str, Any]) -> str:
+def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: Provenance) -> str:
     cluster.start()
     stage = recipe.collect.label
     cluster.require(stage.actors * stage.num_cpus, stage.actors * stage.num_gpus, f"{recipe.name}: router labels")
@@ -117,7 +111,7 @@ def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: 
         try:
             history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, provenance))
         except ray.exceptions.RayTaskError as error:
-            raise DistilError(" ".join(str(error.cause).split())) from None
+            raise DistilError(" ".join(str(error.cause).split())) from error
         for metrics in history:
             tracking.log_metrics({f"router/{name}": value for name, value in metrics.items()}, int(metrics["epoch"]))
         tracking.log_metrics({"router/threshold": threshold, "router/divergent": float(labels_T.mean())})
@@ -134,23 +128,18 @@ def _train(
     hidden: int,
     recipe: Recipe,
     output: Path,
-    provenance: dict[str, Any],
+    provenance: Provenance,
 ) -> tuple[list[dict[str, float]], float]:
-    router = recipe.router
-    sizes = RouterSettings(hidden, router.support, router.width, router.blocks, router.expansion, router.dropout)
-    training = RouterTraining(
-        router.learning_rate,
-        router.weight_decay,
-        router.batch,
-        router.epochs,
-        router.patience,
-        router.validation,
-        router.recall,
-        router.seed,
+    """Train on the SLM's device and write the router; returns each epoch's figures and the threshold."""
+    settings = recipe.router
+    sizes = RouterSettings(
+        hidden, settings.support, settings.width, settings.blocks, settings.expansion, settings.dropout
     )
     history: list[dict[str, float]] = []
-    trained = train_router(np.array(inputs_TF), np.array(labels_T), sizes, training, history.append)
+    trained = train_router(
+        np.array(inputs_TF), np.array(labels_T), sizes, settings, loading.device_of(recipe.slm), history.append
+    )
     with replacing(output, SETTINGS) as parts:
         save_router(trained, parts)
-        write_provenance(parts, provenance)
+        provenance.write(parts)
     return history, trained.settings.threshold

@@ -1,13 +1,11 @@
-"""What each Ray Train worker runs: the trainer's steps, with evaluations, checkpoints and a progress file.
+"""What each Ray Train worker runs: the trainer's steps, with evaluations, checkpoints and curves.
 
 A checkpoint is reported with every evaluation. A worker group that is started again (after a killed worker, or by running
-the same command again) takes up the latest one. Rank 0 appends its figures to the progress file as JSON lines; the driver
-reads them into MLflow.
+the same command again) takes up the latest one.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,28 +14,28 @@ import ray.train
 import ray.train.torch
 import torch
 
-from pipelines.data.shards import read_shards
+from pipelines.distil.curves import append_begin, append_metrics
+from pipelines.distil.inputs import read_trajectories
 from s2t_models.recipe import Recipe
-from s2t_models.training.batches import trajectories
 from s2t_models.training.trainer import Trainer
 
 STATE = "state.pt"
-#: Optimiser steps between two lines of the progress file.
+#: Optimiser steps between two entries of the training curves.
 LOG_EVERY = 20
 
 
 def train(config: dict[str, Any]) -> None:
-    """The training loop. `config`: recipe (JSON), objective, shards (folder), progress (file)."""
+    """The training loop. `config`: recipe (JSON), objective (name), shards (folder), curves (file)."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     recipe = Recipe.model_validate_json(config["recipe"])
-    table, _ = read_shards(config["shards"])
-    trainer = Trainer(recipe, config["objective"], trajectories(table), rank, world, wrap=ray.train.torch.prepare_model)
+    data = read_trajectories(Path(config["shards"]))
+    trainer = Trainer(recipe, config["objective"], data, rank, world, wrap=ray.train.torch.prepare_model)
     if checkpoint := ray.train.get_checkpoint():
         trainer.load(read_state(checkpoint))
-    progress = Path(config["progress"])
+    curves = Path(config["curves"])
     if rank == 0:
-        _append(progress, {"begun": trainer.step})
+        append_begin(curves, trainer.step)
     total, every = recipe.distil.steps, recipe.distil.evaluate_every
     recent: list[dict[str, float]] = []
     while trainer.step < total:
@@ -45,13 +43,12 @@ def train(config: dict[str, Any]) -> None:
         is_evaluated = trainer.step % every == 0 or trainer.step == total
         if rank == 0 and (trainer.step % LOG_EVERY == 0 or is_evaluated):
             means = {f"train/{name}": sum(parts[name] for parts in recent) / len(recent) for name in recent[0]}
-            _append(progress, {"step": trainer.step, "metrics": means})
+            append_metrics(curves, trainer.step, means)
             recent.clear()
         if is_evaluated:
             metrics = trainer.evaluate()
             if rank == 0:
-                named = {f"validation/{name}": value for name, value in metrics.items()}
-                _append(progress, {"step": trainer.step, "metrics": named})
+                append_metrics(curves, trainer.step, {f"validation/{name}": value for name, value in metrics.items()})
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:
                     torch.save(trainer.state(), Path(folder) / STATE)
@@ -63,8 +60,3 @@ def read_state(checkpoint: ray.train.Checkpoint) -> dict[str, Any]:
     """The trainer's state in a checkpoint, on the CPU."""
     with checkpoint.as_directory() as folder:
         return torch.load(Path(folder) / STATE, map_location="cpu", weights_only=True)
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")

@@ -1,7 +1,7 @@
-"""From shards to training batches: trajectories with their labelled groups, the split by prompt, and the order of batches.
+"""From labelled rows to training batches: trajectories with their groups, the split by prompt, and the order of batches.
 
-Everything here is a pure function of the shards and a seed, so every worker, and a worker that starts again, sees the same
-trajectories and the same batches. It knows nothing of models or Ray.
+Everything here is a pure function of the rows and a seed, so every worker, and a worker that starts again, sees the same
+trajectories and the same batches. It knows nothing of models or of how rows are stored.
 
 Axes: _T output step, _G group (a kept step), _K candidate.
 """
@@ -9,13 +9,14 @@ Axes: _T output step, _G group (a kept step), _K candidate.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
+from s2t_models.training import losses
 from s2t_models.training.tree import Tree, TreeBatch, pack
 
 #: Batches are made of trajectories of like length: this many batches at a time are drawn at random, then sorted.
@@ -25,7 +26,8 @@ NO_CANDIDATE = -1e9
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One shard row. `tree` holds tokens and candidates; `by_kl_G` says which groups are top steps by KL."""
+    """One labelled row. `tree` holds tokens and candidates; `by_kl_G` says which groups are top steps by KL; divergence and
+    entropy of each step are in nats."""
 
     uid: str
     prompt: str
@@ -36,27 +38,27 @@ class Trajectory:
     slm_logprobs_GK: np.ndarray
     teacher_logprobs_GK: np.ndarray
 
-    def keeping(self, groups: np.ndarray) -> Trajectory:
-        """With the groups of a boolean mask alone."""
+    def with_groups(self, chosen_G: np.ndarray) -> Trajectory:
+        """The trajectory with the groups of a boolean mask alone."""
         tree = replace(
-            self.tree, prefixes_G=self.tree.prefixes_G[groups], candidates_GK=self.tree.candidates_GK[groups]
+            self.tree, prefixes_G=self.tree.prefixes_G[chosen_G], candidates_GK=self.tree.candidates_GK[chosen_G]
         )
         return replace(
             self,
             tree=tree,
-            by_kl_G=self.by_kl_G[groups],
-            slm_logprobs_GK=self.slm_logprobs_GK[groups],
-            teacher_logprobs_GK=self.teacher_logprobs_GK[groups],
+            by_kl_G=self.by_kl_G[chosen_G],
+            slm_logprobs_GK=self.slm_logprobs_GK[chosen_G],
+            teacher_logprobs_GK=self.teacher_logprobs_GK[chosen_G],
         )
 
 
-def trajectories(table: pa.Table) -> list[Trajectory]:
-    """The whole rows of a shard table with at least one output token, in order; rows with an error are left out."""
-    rows = table.filter(table["error"].is_null())
-    return [_trajectory(row) for row in rows.to_pylist() if row["output_ids"]]
+def trajectories(rows: Iterable[Mapping[str, Any]]) -> list[Trajectory]:
+    """The rows of a collection (columns as in a shard) with at least one output token, in order; rows with an error are left
+    out."""
+    return [_trajectory(row) for row in rows if row.get("error") is None and row["output_ids"]]
 
 
-def _trajectory(row: dict) -> Trajectory:
+def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     kept, prompt = row["kept"], len(row["prompt_ids"])
     width = max((len(step["candidates_K"]) for step in kept), default=1)
 
@@ -95,11 +97,11 @@ def split_by_prompt(data: Sequence[Trajectory], share: float, seed: int) -> tupl
     return training, [item for item in data if item.prompt in held_out]
 
 
-def decisive(item: Trajectory, min_margin: float) -> Trajectory:
-    """Without the groups whose teacher margin p(best) - p(second) is below `min_margin` (D.4, mode drop)."""
+def drop_narrow_margins(item: Trajectory, min_margin: float) -> Trajectory:
+    """The trajectory without the groups whose teacher margin p(best) - p(second) is below `min_margin` (D.4, mode drop)."""
     ordered_GK = np.sort(np.exp(item.teacher_logprobs_GK), axis=1)
     second_G = ordered_GK[:, -2] if ordered_GK.shape[1] > 1 else 0.0
-    return item.keeping(ordered_GK[:, -1] - second_G >= min_margin)
+    return item.with_groups(ordered_GK[:, -1] - second_G >= min_margin)
 
 
 class BatchOrder:
@@ -133,8 +135,11 @@ class BatchOrder:
 
 
 @dataclass(frozen=True)
-class Labels:
-    """A packed batch with the labels of its groups, on one device."""
+class Batch:
+    """Packed trajectories with the labels of their groups, on one device.
+
+    `valid_GK` marks the real candidates. `target_G` is the index of the teacher's best candidate, `target_token_G` its id.
+    """
 
     packed: TreeBatch
     candidates_GK: torch.Tensor
@@ -142,9 +147,11 @@ class Labels:
     by_kl_G: torch.Tensor
     slm_logprobs_GK: torch.Tensor
     teacher_logprobs_GK: torch.Tensor
+    target_G: torch.Tensor
+    target_token_G: torch.Tensor
 
 
-def collate(items: Sequence[Trajectory], device: torch.device, leaves: bool = True) -> Labels:
+def collate(items: Sequence[Trajectory], device: torch.device, leaves: bool = True) -> Batch:
     """Pack trajectories; without `leaves` the trajectories alone, with the same groups and labels."""
     trees = [item.tree for item in items]
     if not leaves:
@@ -159,11 +166,15 @@ def collate(items: Sequence[Trajectory], device: torch.device, leaves: bool = Tr
         return torch.from_numpy(np.concatenate(filled)).to(device)
 
     candidates_GK = joined([item.tree.candidates_GK for item in items], -1)
-    return Labels(
+    teacher_GK = joined([item.teacher_logprobs_GK for item in items], NO_CANDIDATE)
+    target_G, _ = losses.teacher_choice(teacher_GK, candidates_GK >= 0)
+    return Batch(
         packed=pack(trees).to(device),
         candidates_GK=candidates_GK,
         valid_GK=candidates_GK >= 0,
         by_kl_G=torch.from_numpy(np.concatenate([item.by_kl_G for item in items])).to(device),
         slm_logprobs_GK=joined([item.slm_logprobs_GK for item in items], NO_CANDIDATE),
-        teacher_logprobs_GK=joined([item.teacher_logprobs_GK for item in items], NO_CANDIDATE),
+        teacher_logprobs_GK=teacher_GK,
+        target_G=target_G,
+        target_token_G=candidates_GK.gather(1, target_G[:, None])[:, 0],
     )

@@ -1,14 +1,19 @@
 """The training losses of the selector, and of the `kd` control that spends the same labels on plain distillation.
 
 All take plain tensors and know nothing of models. Groups may have different numbers of candidates: `valid_GK` marks the
-real ones. Axes: _G group (a labelled step), _K candidate, _S decoding state, _V text vocabulary (reserved rows left out).
+real ones. Axes: _G group (a labelled step), _K candidate, _M candidate of any group, _S decoding state,
+_V text vocabulary (reserved rows left out).
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 
+#: Whose scores' spread sets the margin of a group: its own, or the whole batch's.
+Spread = Literal["group", "batch"]
 EXCLUDED = torch.finfo(torch.float32).min
 
 
@@ -41,22 +46,32 @@ def margin(
     target_G: torch.Tensor,
     valid_GK: torch.Tensor,
     temperature: float,
+    spread: Spread = "group",
 ) -> torch.Tensor:
     """Adaptive pairwise hinge against the hard negative, mean over groups (Eqs. 13, 14); 0 where there is no group.
 
     max(0, m - (preference(c*) - preference(c-))), where c- is the best wrong candidate and the effective margin
-    m = std(scores) / T follows the spread of the group's scores (population deviation, a constant to the gradient), so that
-    flat groups are not over-penalised. A group of one candidate costs nothing.
+    m = std(scores) / T follows the spread of the scores (see `score_spread`; a constant to the gradient), so that flat scores
+    are not over-penalised. A group of one candidate costs nothing.
     """
-    count_G = valid_GK.sum(-1)
-    masked_GK = scores_GK.detach().masked_fill(~valid_GK, 0.0)
-    mean_G1 = (masked_GK.sum(-1) / count_G)[:, None]
-    variance_G = ((masked_GK - mean_G1).square() * valid_GK).sum(-1) / count_G
     right_G = preference_GK.gather(1, target_G[:, None])[:, 0]
     is_wrong_GK = valid_GK.scatter(1, target_G[:, None], False)
     hardest_G = preference_GK.masked_fill(~is_wrong_GK, EXCLUDED).amax(-1)
-    hinge_G = (variance_G.sqrt() / temperature - (right_G - hardest_G)).relu()
-    return hinge_G.masked_fill(count_G < 2, 0.0).sum() / max(len(target_G), 1)
+    hinge_G = (score_spread(scores_GK, valid_GK, spread) / temperature - (right_G - hardest_G)).relu()
+    return hinge_G.masked_fill(valid_GK.sum(-1) < 2, 0.0).sum() / max(len(target_G), 1)
+
+
+def score_spread(scores_GK: torch.Tensor, valid_GK: torch.Tensor, spread: Spread) -> torch.Tensor:
+    """The population standard deviation of the real candidates' scores, without gradient, for each group, [G]: of the group's
+    own scores ("group"), or of all that are given ("batch"), as Eq. 14 has it."""
+    scores_GK = scores_GK.detach().masked_fill(~valid_GK, 0.0)
+    if spread == "batch":
+        scores_M = scores_GK[valid_GK]
+        return (scores_M - scores_M.mean()).square().mean().sqrt().expand(len(scores_GK))
+    count_G1 = valid_GK.sum(-1, keepdim=True)
+    mean_G1 = scores_GK.sum(-1, keepdim=True) / count_G1
+    variance_G = ((scores_GK - mean_G1).square() * valid_GK).sum(-1) / count_G1[:, 0]
+    return variance_G.sqrt()
 
 
 def stability(base_logits_SV: torch.Tensor, tuned_logits_SV: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ Axes: _R bin (reserved row), _V vocabulary, _H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -24,6 +24,9 @@ from s2t_models.loading import resolve
 from s2t_models.output_head import OutputHead
 from s2t_models.recipe import Lora, Model, RecipeError
 from s2t_models.reserved import bins
+
+#: The name of the reserved rows among the selector's parameters.
+ROWS = "rows_RH"
 
 
 def score(logits_R: torch.Tensor, bins_R: torch.Tensor) -> torch.Tensor:
@@ -89,10 +92,15 @@ class Selector(nn.Module):
     def as_base(self) -> Iterator[None]:
         """Within it, `forward` is the frozen base model's, without gradients or dropout."""
         training = self.training
+        trained = [(value, value.requires_grad) for value in self.parameters()]
         self.eval()
-        with torch.no_grad(), self.adapted.disable_adapter():
-            yield
-        self.train(training)
+        try:
+            with torch.no_grad(), self.adapted.disable_adapter():
+                yield
+        finally:
+            self.train(training)
+            for value, is_trained in trained:  # peft turns the gradients of every factor on again
+                value.requires_grad_(is_trained)
 
     def scores(self, leaves_H: torch.Tensor) -> torch.Tensor:
         """Scores from the leaves' hidden states, [..., H] -> [...]. Only the reserved rows of the output head are computed."""
@@ -116,10 +124,10 @@ class Selector(nn.Module):
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     def trained(self) -> dict[str, torch.Tensor]:
-        """What training changes, by name: LoRA factors and reserved rows, on the CPU."""
+        """What training changes (the parameters with gradients), by name, on the CPU."""
         return {name: value.detach().cpu() for name, value in self.named_parameters() if value.requires_grad}
 
-    def load_trained(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load_trained(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up what `trained` gave. Raises KeyError where a tensor is missing."""
         with torch.no_grad():
             for name, value in self.named_parameters():

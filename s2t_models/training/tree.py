@@ -74,7 +74,7 @@ class TreeBatch:
         return hidden_BLH[self.row_S, self.column_S]
 
     def leaves(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
-        """The candidate leaves' hidden states, [G, K, H]; rubbish where not `valid_GK`."""
+        """The candidate leaves' hidden states, [G, K, H]; meaningless where not `valid_GK`."""
         return hidden_BLH[self.row_G[:, None], self.leaf_GK]
 
 

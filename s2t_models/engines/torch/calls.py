@@ -30,7 +30,6 @@ from s2t_models.engines.contract import (
 from s2t_models.engines.torch.sampling import top
 from s2t_models.noise import uniforms
 from s2t_models.recipe import MultiplexSettings
-from s2t_models.reserved import bins
 from s2t_models.router import Router
 
 #: Positions whose full-vocabulary log-probabilities are held at once.
@@ -165,9 +164,14 @@ def generate(cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[
 
 
 def generate_selecting(
-    cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], selection: Selection
+    cached: int,
+    prefix: list[int],
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+    selection: Selection,
+    bins_R: torch.Tensor,
 ) -> Procedure:
-    """The S2T-Local loop: trigger, propose, score, commit. Returns a Draft.
+    """The S2T-Local loop: trigger, propose, score (with the reserved rows' values `bins_R`), commit. Returns a Draft.
 
     The scoring pass is the next decode step: the chosen leaf gives the distribution of the step that follows."""
     drafting = _Drafting(cached, prefix, sampling, end_ids, trigger=True)
@@ -176,14 +180,16 @@ def generate_selecting(
         following: Step | None = None
         token = step.token
         if drafting.fires(step, selection.threshold, selection.warmup):
-            decision, following = yield from _select(drafting, step, selection)
+            decision, following = yield from _select(drafting, step, selection, bins_R)
             token = decision.chosen
         if finish := drafting.add(token, step):
             return drafting.draft(finish)
         step = following or (yield drafting.read_last())
 
 
-def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[Feed, Any, tuple[Decision, Step]]:
+def _select(
+    drafting: _Drafting, step: Step, selection: Selection, bins_R: torch.Tensor
+) -> Generator[Feed, Any, tuple[Decision, Step]]:
     ids_N, logprobs_N = step.look(reach(selection.candidates))
     candidates_K, logprobs_K = candidates_at(
         ids_N, logprobs_N, selection.candidates, drafting.sampling.seed, drafting.step
@@ -191,7 +197,7 @@ def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[
     decision = Decision(drafting.step, step.trigger, candidates_K, logprobs_K.tolist(), [], [], -1)
 
     def choose(reserved_KR: torch.Tensor) -> int:
-        scores_K = _scores(reserved_KR)
+        scores_K = _scores(reserved_KR, bins_R)
         preferences_K = selection.preferences(scores_K, logprobs_K)
         leaf = int(preferences_K.argmax())
         decision.scores_K, decision.preferences_K = scores_K.tolist(), preferences_K.tolist()
@@ -204,9 +210,9 @@ def _select(drafting: _Drafting, step: Step, selection: Selection) -> Generator[
     return decision, following
 
 
-def _scores(reserved_KR: torch.Tensor) -> np.ndarray:
+def _scores(reserved_KR: torch.Tensor, bins_R: torch.Tensor) -> np.ndarray:
     """v . softmax(z[R]) of each candidate, [K] (Eq. 5)."""
-    return (reserved_KR.float().softmax(-1).cpu() @ bins(reserved_KR.shape[-1])).numpy()
+    return (reserved_KR.float().softmax(-1).cpu() @ bins_R).numpy()
 
 
 def generate_multiplex(
@@ -260,7 +266,7 @@ def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Pro
     return Scores(logprobs_TN, argmax_T, Usage(prefill=len(fed), forwards=1))
 
 
-def select(cached: int, prefix: list[int], candidates_K: list[int]) -> Procedure:
+def select(cached: int, prefix: list[int], candidates_K: list[int], bins_R: torch.Tensor) -> Procedure:
     """The scores after each candidate; returns Selected."""
     usage = Usage(leaves=len(candidates_K), forwards=1)
     if cached < len(prefix):
@@ -269,7 +275,7 @@ def select(cached: int, prefix: list[int], candidates_K: list[int]) -> Procedure
     seen: list[np.ndarray] = []
 
     def choose(reserved_KR: torch.Tensor) -> int:
-        seen.append(_scores(reserved_KR))
+        seen.append(_scores(reserved_KR, bins_R))
         return 0
 
     yield Feed(len(prefix), candidates_K, choose=choose)

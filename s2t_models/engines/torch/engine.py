@@ -14,7 +14,7 @@ import asyncio
 import gc
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from s2t_models.engines.torch.sampling import pick, support
 from s2t_models.engines.torch.slots import LEAF_ROOM, Query
 from s2t_models.noise import uniforms
 from s2t_models.recipe import MultiplexSettings
+from s2t_models.reserved import bins as uniform_bins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,8 @@ class _Call:
 
 
 class TorchEngine:
-    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `router` R2R's router.
+    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `bins` the values of its
+    reserved rows, by default uniform (Eq. 5); `router` is R2R's router.
 
     It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the model, or the
     card's context, cannot be served exactly."""
@@ -73,6 +75,7 @@ class TorchEngine:
         card: ModelCard,
         slots: int = 32,
         head: torch.nn.Module | None = None,
+        bins: Sequence[float] = (),
         router: Router | None = None,
     ) -> None:
         self._card = card
@@ -84,6 +87,7 @@ class TorchEngine:
         embedding: Any = model.get_output_embeddings()
         bias = getattr(embedding, "bias", None)
         self._reserved_rows = embedding.weight[self._reserved], None if bias is None else bias[self._reserved]
+        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.reserved_ids))
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
@@ -105,7 +109,9 @@ class TorchEngine:
         self._check_selector(selection.candidates.k)
         return await self._call(
             prefix,
-            lambda cached: calls.generate_selecting(cached, prefix, sampling, self._card.end_ids, selection),
+            lambda cached: calls.generate_selecting(
+                cached, prefix, sampling, self._card.end_ids, selection, self._bins_R
+            ),
         )
 
     async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft:
@@ -128,7 +134,7 @@ class TorchEngine:
         self._check(prefix, 1)
         self._check_selector(len(candidates_K))
         self._check_ids(min(candidates_K), max(candidates_K))
-        return await self._call(prefix, lambda cached: calls.select(cached, prefix, candidates_K))
+        return await self._call(prefix, lambda cached: calls.select(cached, prefix, candidates_K, self._bins_R))
 
     async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
         self._check_steps(tokens, start)
@@ -413,5 +419,6 @@ def load(hosted: Hosted) -> TorchEngine:
         router=hosted.router_hash,
         capabilities=capabilities(hosted),
     )
-    head = artifact.head() if artifact else None
-    return TorchEngine(model, card, settings.slots, head, load_router(hosted.router) if hosted.router else None)
+    router = load_router(hosted.router) if hosted.router else None
+    head, bins = (artifact.head(), artifact.card.bins) if artifact else (None, ())
+    return TorchEngine(model, card, settings.slots, head, bins, router)

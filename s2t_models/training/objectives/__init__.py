@@ -1,0 +1,26 @@
+"""What `s2t distil` can train, by name. To add an objective, write its file here and name its class below."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from s2t_models.errors import UserError
+
+if TYPE_CHECKING:
+    from s2t_models.recipe import Distil
+    from s2t_models.training.objectives.base import Objective
+
+#: Name -> module:class. Modules are imported when they are used, so that listing the names needs no torch.
+OBJECTIVES = {
+    "selector": "s2t_models.training.objectives.selector:SelectorObjective",
+    "kd": "s2t_models.training.objectives.kd:KdObjective",
+}
+
+
+def objective(name: str, settings: Distil) -> Objective:
+    """The objective of that name. Raises UserError where there is none."""
+    if name not in OBJECTIVES:
+        raise UserError(f"no objective {name!r}; there are: {', '.join(OBJECTIVES)}")
+    module, _, kind = OBJECTIVES[name].partition(":")
+    return getattr(import_module(module), kind)(settings)

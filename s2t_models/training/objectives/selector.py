@@ -1,0 +1,52 @@
+"""The selector of S2T-Local (Eqs. 5-8, 13, 14): choose the teacher's best candidate by scores on reserved rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from s2t_models import artifact
+from s2t_models.provenance import Provenance
+from s2t_models.training import losses
+from s2t_models.training.batches import Batch
+from s2t_models.training.objectives.base import Objective, Outputs, Term
+from s2t_models.training.products import Merged, save_artifact
+
+
+class SelectorObjective(Objective):
+    """Selection + `margin` x pairwise hinge + `beta` x KL to the base. It trains LoRA and reserved rows, and its product is
+    an artifact with a trigger head."""
+
+    needs_leaves = True
+    mark = artifact.CARD
+
+    def trains(self, parameter: str) -> bool:
+        return True
+
+    def terms(self, batch: Batch, outputs: Outputs) -> list[Term]:
+        settings, scores_GK = self.settings, outputs.scores_GK
+        preference_GK = self.preference(batch, outputs)
+        selection = losses.selection(preference_GK, batch.target_G, batch.valid_GK)
+        margin = losses.margin(
+            preference_GK, scores_GK, batch.target_G, batch.valid_GK, settings.temperature, settings.margin_spread
+        )
+        stability = losses.stability(outputs.base_SV, outputs.tuned_SV).mean()
+        return [
+            Term("selection_loss", selection, 1.0, per="groups"),
+            Term("margin_loss", margin, settings.margin, per="groups"),
+            Term("kl_loss", stability, settings.beta, per="states"),
+        ]
+
+    def choose(self, batch: Batch, outputs: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
+        preference_GK = self.preference(batch, outputs)
+        best_G1 = preference_GK.masked_fill(~batch.valid_GK, losses.EXCLUDED).argmax(-1, keepdim=True)
+        return preference_GK, batch.candidates_GK.gather(1, best_G1)[:, 0]
+
+    def preference(self, batch: Batch, outputs: Outputs) -> torch.Tensor:
+        """What training maximises for the teacher's best candidate, [G, K]."""
+        settings = self.settings
+        return losses.preference(outputs.scores_GK, batch.slm_logprobs_GK, settings.temperature, settings.prior_weight)
+
+    def save(self, merged: Merged, output: Path) -> Provenance:
+        return save_artifact(merged, output)

@@ -1,0 +1,93 @@
+"""What a training leaves behind: a plain checkpoint, or an artifact with a trigger head trained on the merged model.
+
+Axes: _M step of any trajectory, _L packed token, _H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from s2t_models import artifact
+from s2t_models.calibration import BUDGETS, calibrate
+from s2t_models.provenance import Provenance
+from s2t_models.recipe import Recipe
+from s2t_models.training.batches import Trajectory, collate
+from s2t_models.training.trigger_head import train_head
+
+#: Trajectories in one forward when hidden states are read.
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The trained model as plain transformers knows it, with what its products are made from: the trajectories it was trained
+    on, and others to set thresholds on."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    reserved_ids: tuple[int, ...]
+    bins: tuple[float, ...]
+    training: Sequence[Trajectory]
+    calibration: Sequence[Trajectory]
+    provenance: Provenance
+
+
+def save_checkpoint(merged: Merged, output: Path) -> Provenance:
+    """Write the model as an ordinary checkpoint; returns its provenance."""
+    artifact.save_checkpoint(output, merged.model, merged.tokenizer, merged.provenance)
+    return merged.provenance
+
+
+def save_artifact(merged: Merged, output: Path) -> Provenance:
+    """Train the trigger head, set thresholds, write the artifact; returns its provenance with the head's figures.
+
+    The head's positives are the top `trigger_head.positives` share of the training trajectories' steps by KL; thresholds are
+    percentiles over the calibration trajectories.
+    """
+    recipe, model = merged.recipe, merged.model
+    hidden_MH, trajectory_M = hidden_states(model, merged.training)
+    kl_M = np.concatenate([item.kl_T for item in merged.training])
+    share = recipe.trigger_head.positives
+    positive_M = torch.from_numpy(kl_M >= calibrate(kl_M, [share])[share]).to(hidden_MH.device)
+    head, figures = train_head(hidden_MH, positive_M, trajectory_M, recipe.trigger_head)
+    with torch.no_grad():
+        logits_M = head(hidden_states(model, merged.calibration)[0]).cpu().numpy()
+    values = {
+        "head": logits_M,
+        "kl": np.concatenate([item.kl_T for item in merged.calibration]),
+        "entropy": np.concatenate([item.entropy_T for item in merged.calibration]),
+    }
+    budgets = sorted({*BUDGETS, recipe.budget})
+    card = artifact.Card(
+        reserved_ids=merged.reserved_ids,
+        bins=merged.bins,
+        temperature=recipe.distil.temperature,
+        prior_weight=recipe.policies.local.prior_weight,
+        trained_prior_weight=recipe.distil.prior_weight,
+        thresholds={name: calibrate(values_M, budgets) for name, values_M in values.items()},
+        provenance=merged.provenance.model_copy(update={"trigger_head": figures, "calibration_steps": len(logits_M)}),
+    )
+    artifact.save(output, model, merged.tokenizer, head, card)
+    return card.provenance
+
+
+@torch.no_grad()
+def hidden_states(model: PreTrainedModel, items: Sequence[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden state after the last norm at each output step, [M, H], and its trajectory's number, [M]; in order."""
+    by_length = sorted(range(len(items)), key=lambda i: len(items[i].tree.tokens))
+    states: dict[int, torch.Tensor] = {}
+    for start in range(0, len(items), BATCH):
+        numbers = by_length[start : start + BATCH]
+        packed = collate([items[i] for i in numbers], model.device, leaves=False).packed
+        hidden_BLH = model.get_decoder()(**packed.inputs(), use_cache=False).last_hidden_state
+        pieces = packed.states(hidden_BLH).split([len(items[i].kl_T) for i in numbers])
+        states.update(zip(numbers, pieces, strict=True))
+    trajectory_M = torch.repeat_interleave(torch.tensor([len(states[i]) for i in range(len(items))]))
+    return torch.cat([states[i] for i in range(len(items))]), trajectory_M.to(model.device)
