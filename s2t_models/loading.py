@@ -56,7 +56,8 @@ def device_of(settings: Model) -> str:
 
 
 def load_config(settings: Model) -> PreTrainedConfig:
-    """The model's configuration. Raises RecipeError where transformers has no decoder-only language model for it."""
+    """The model's configuration. Raises RecipeError where it is not that of a decoder-only language model that
+    transformers has."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -66,6 +67,8 @@ def load_config(settings: Model) -> PreTrainedConfig:
         raise RecipeError(f"{settings.path}: its config.json cannot be used: {_one_line(error)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise RecipeError(f"{settings.path}: {config.model_type} is no decoder-only language model of transformers'")
+    if config.get_text_config() is not config:
+        raise RecipeError(f"{settings.path}: {config.model_type} is a multimodal model; only text models are loaded")
     return config
 
 
