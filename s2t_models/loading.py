@@ -14,7 +14,7 @@ from s2t_models.errors import one_line
 from s2t_models.recipe import Model, RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 def resolve(settings: Model) -> Path:
@@ -56,28 +56,36 @@ def device_of(settings: Model) -> str:
     return settings.device
 
 
-def load_model(settings: Model, attention: str | None = None) -> PreTrainedModel:
-    """The causal language model, in eval mode, on its device. `attention` is transformers' implementation; None: the fastest that
-    computes what the model asks for.
-
-    Raises RecipeError where transformers has no decoder-only language model for the folder's configuration."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_config(settings: Model) -> PreTrainedConfig:
+    """The model's configuration. Raises RecipeError where it is not that of a decoder-only language model that
+    transformers has."""
+    from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    folder = resolve(settings)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(resolve(settings), trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise RecipeError(f"{settings.path}: its config.json cannot be used: {one_line(error, 200)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise RecipeError(f"{settings.path}: {config.model_type} is no decoder-only language model of transformers'")
+    if config.get_text_config() is not config:
+        raise RecipeError(f"{settings.path}: {config.model_type} is a multimodal model; only text models are loaded")
+    return config
+
+
+def load_model(settings: Model, attention: str | None = None) -> PreTrainedModel:
+    """The causal language model, in eval mode, on its device. `attention` is transformers' implementation; None: the fastest that
+    computes what the model asks for. Raises RecipeError as `load_config` does."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = load_config(settings)
     if getattr(config, "attn_logit_softcapping", None):  # which transformers' faster ones leave out without a word
         attention = attention or "eager"
     model = AutoModelForCausalLM.from_pretrained(
-        folder,
+        resolve(settings),
         config=config,
         dtype=getattr(torch, settings.dtype),
         attn_implementation=attention,

@@ -30,9 +30,7 @@ def reserved_rows(recipe: Recipe) -> tuple[int, ...]:
     """The ids that no engine of the recipe puts probability on: the SLM's reserved block, masked in the teacher as well.
 
     Raises RecipeError where the block is not free."""
-    from transformers import AutoConfig
-
-    rows = AutoConfig.from_pretrained(loading.resolve(recipe.slm), trust_remote_code=False).vocab_size
+    rows = loading.load_config(recipe.slm).vocab_size
     tokenizer = loading.load_tokenizer(recipe.slm)
     used = len(tokenizer)
     # Tokens that a tokenizer itself holds in reserve (Llama 3's <|reserved_special_token_0|>, D.1) are no text either.

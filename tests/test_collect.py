@@ -244,12 +244,40 @@ def test_tokenizers_that_differ_are_refused(
     recipe: Recipe, recipe_path: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(loading.resolve(recipe.slm), tmp_path / "other")
-    with (tmp_path / "other" / "tokenizer.json").open("a") as file:
-        file.write("\n")
+    path = tmp_path / "other" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["merges"].pop()
+    path.write_text(json.dumps(tokenizer))
     assert _main(recipe_path, tmp_path / "out", prompts, f"slm.path={tmp_path / 'other'}") == 2
     message = capsys.readouterr().err
-    assert "tokenizers" in message
+    assert "are not the same: they differ in merges;" in message
     assert message.count("\n") == 1
+
+
+def test_a_template_without_a_system_role_costs_no_row_and_other_refusals_one_each(recipe: Recipe) -> None:
+    rollouts = Rollouts(recipe)
+    rollouts.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% if m['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}{{ m['content'] }}{% endfor %}="
+    )
+    system, user = {"role": "system", "content": "Add."}, {"role": "user", "content": "2 + 3"}
+    chats = [[system, user], [{"role": "user", "content": "no"}], [{"role": "user", "content": "half \ud83d"}]]
+    table = rollouts(
+        pa.Table.from_pylist(
+            [
+                {"uid": str(i), "messages": json.dumps(chat), "questions": [], "seed": 1, "temperature": 0.0}
+                for i, chat in enumerate(chats)
+            ],
+            PROMPT,
+        )
+    )
+    rollouts.engine.close()  # type: ignore[attr-defined]
+    assert table["prompt"][0].as_py() == "Add.\n\n2 + 3="
+    assert table["error"].to_pylist() == [
+        None,
+        "the chat template refuses the messages: not this",
+        r"not text: a lone surrogate, '\ud83d', at character 5",
+    ]
 
 
 def test_more_actors_than_the_cluster_has_fails_at_once(

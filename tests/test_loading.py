@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from transformers import AutoTokenizer, T5Config
+from transformers import AutoTokenizer, BartConfig, Gemma3Config, T5Config
 
 from s2t_models import loading
 from s2t_models.recipe import Model, RecipeError
@@ -113,9 +113,14 @@ def test_a_hash_is_made_again_only_where_the_files_changed(tmp_path: Path) -> No
 
 def test_what_is_no_decoder_only_model_is_refused_by_name(tmp_path: Path) -> None:
     settings = folder(tmp_path / "one")
-    T5Config().save_pretrained(tmp_path / "one")
-    with pytest.raises(RecipeError, match="one: t5 is no decoder-only language model"):
-        loading.load_model(settings)
+    for config, words in (
+        (T5Config(), "t5 is no decoder-only language model"),
+        (BartConfig(), "bart is no decoder-only language model"),
+        (Gemma3Config(), "gemma3 is a multimodal model"),
+    ):
+        config.save_pretrained(tmp_path / "one")
+        with pytest.raises(RecipeError, match=f"one: {words}"):
+            loading.load_model(settings)
     (tmp_path / "one/config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(RecipeError, match=r"one: its config\.json cannot be used: .*unheard_of"):
         loading.load_model(settings)

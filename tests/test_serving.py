@@ -225,6 +225,18 @@ def test_a_malformed_body_is_a_400(client, body: str, words: str):
         assert words in response.json()["error"]["message"]
 
 
+def test_half_a_character_is_a_400(client):
+    half = r'"\ud83d"'
+    messages = f'{{"model": "greedy", "messages": [{{"role": "user", "content": {half}}}]}}'
+    for path, content in (
+        ("/chat/completions", messages),
+        ("/completions", f'{{"model": "greedy", "prompt": {half}}}'),
+    ):
+        response = client.post(path, content=content)
+        assert response.status_code == 400, response.text
+        assert "not valid JSON" in response.json()["error"]["message"]
+
+
 def test_prompts_that_are_no_prompts(client, tokenizer):
     for prompt, words in (
         ([], "empty"),

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
-from transformers import AutoConfig
 
 from pipelines.distil.inputs import DistilError, check_inputs, read_training, training_folder
 from pipelines.runtime import tracking
@@ -102,7 +101,7 @@ def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: 
     ).to_arrow_refs()
     steps = pa.concat_tables([part for part in ray.get(rows) if len(part)])
     whole = steps.filter(steps["error"].is_null())
-    hidden = AutoConfig.from_pretrained(loading.resolve(recipe.slm)).hidden_size
+    hidden = loading.load_config(recipe.slm).hidden_size
     inputs_TF = whole["inputs"].combine_chunks().flatten().to_numpy().reshape(-1, 2 * hidden + recipe.router.support)
     labels_T = whole["labels"].combine_chunks().flatten().to_numpy()
     train = ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus)(_train)

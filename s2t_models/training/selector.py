@@ -17,10 +17,10 @@ from typing import cast
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from s2t_models.loading import resolve
+from s2t_models.loading import load_config
 from s2t_models.output_head import OutputHead
 from s2t_models.recipe import Lora, Model, RecipeError
 from s2t_models.reserved import bins
@@ -54,7 +54,7 @@ def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
 def check_targets(settings: Model, lora: Lora) -> None:
     """Raise RecipeError as `lora_targets` does, from the model's configuration alone."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(settings)))
+        model = AutoModelForCausalLM.from_config(load_config(settings))
     lora_targets(model, lora)
 
 

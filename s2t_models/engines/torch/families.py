@@ -58,8 +58,6 @@ def unchanging_context(model: PreTrainedModel) -> int | None:
 
 def _check_configuration(model: PreTrainedModel, context: int, setting: str) -> None:
     config: Any = model.config
-    if config.is_encoder_decoder:
-        raise _unsupported(model, "it is an encoder-decoder")
     if config.get_text_config() is not config:
         raise _unsupported(model, "it is a multimodal model")
     if not all(getattr(config, key, None) for key in ("num_attention_heads", "num_hidden_layers", "hidden_size")):
