@@ -42,8 +42,6 @@ def run_command(name: str, work: Callable[[], int | None], output: Path | None =
     try:
         with _ctrl_c_stops(f"{name}: stopped" + ("; the same command goes on from here" if resumes else "")):
             return work() or 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except UserError as error:
         print(f"{name}: {error}{_kept(error, output) if error.__cause__ else ''}", file=sys.stderr)
         return error.status
@@ -82,12 +80,13 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
     signal.signal(signal.SIGINT, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        leave()  # a local cluster ends with this process, and takes less time about it than Ray's own exit
     finally:
-        if signal.getsignal(signal.SIGINT) is not leave:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first served,
-            # so this one comes before Ray's.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first served, so
+        # this one comes before Ray's.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _kept(error: BaseException, output: Path | None) -> str:
