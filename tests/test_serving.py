@@ -109,6 +109,19 @@ def test_the_seed_decides_the_sample_and_n_takes_the_seeds_that_follow(client):
     assert answer["s2t"]["usage"]["slm"]["decode"] == answer["usage"]["completion_tokens"]
 
 
+def test_without_a_seed_every_answer_is_drawn_anew_and_names_its_seed(client):
+    def sampled(**settings: Any) -> dict[str, Any]:
+        return ask(client, chat(model="sample", temperature=1.5, top_p=1.0, **settings))
+
+    answers = [sampled() for _ in range(4)]
+    assert len({text(answer) for answer in answers}) > 1
+    seeds = [answer["s2t"]["seed"] for answer in answers]
+    assert len(set(seeds)) == 4
+    assert text(sampled(seed=seeds[0])) == text(answers[0])
+    assert sampled(seed=7)["s2t"]["seed"] == 7
+    assert sampled(seed=None)["s2t"]["seed"] not in (None, *seeds)
+
+
 def test_the_answer_tells_what_the_policy_did_when_asked(client):
     assert ask(client, chat(model="s2t"))["s2t"]["decisions"] is None
     for name in ("s2t", "s2t-local", "takeover"):
