@@ -42,6 +42,9 @@ class Stub(ThreadingHTTPServer):
         self.weights = "w1"
         self.models = [*SKILL, "s2t-local-w0", "s2t@0.05"]
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up, as one that is stopped does, is no error."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"

@@ -46,7 +46,7 @@ class Refuses(grpc.GenericRpcHandler):
 @contextmanager
 def grpc_server(code: grpc.StatusCode) -> Iterator[int]:
     server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Refuses(code)])
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port("0.0.0.0:0")  # Ray takes 127.0.0.1 for this machine's own address
     server.start()
     try:
         yield port
@@ -57,7 +57,6 @@ def grpc_server(code: grpc.StatusCode) -> Iterator[int]:
 @pytest.fixture(autouse=True)
 def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setattr(cluster, "_PROBE_S", 0.5)
     monkeypatch.setattr(tracking, "_PROBE_S", 1)
 
 
@@ -67,7 +66,8 @@ def test_a_cluster_that_is_not_there(address: str) -> None:
         cluster._probe(address)
 
 
-def test_an_address_where_something_else_listens() -> None:
+def test_an_address_where_something_else_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_PROBE_S", 0.5)
     with listener() as port, pytest.raises(cluster.ClusterError, match="no Ray cluster answers there"):
         cluster._probe(ADDRESS.format(port))
 
@@ -91,7 +91,6 @@ def test_a_cluster_that_is_there(ray_cluster: str, monkeypatch: pytest.MonkeyPat
     import ray
 
     monkeypatch.delenv("RAY_AUTH_MODE")
-    monkeypatch.setattr(cluster, "_PROBE_S", 30)
     cluster._probe(ray.get_runtime_context().gcs_address)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import openai
 import pytest
 import torch
+from processes import ctrl_c, end, has_child, start, wait_until
 
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
@@ -364,3 +365,13 @@ def test_a_port_that_is_taken_and_a_cluster_too_small_are_refused(capsys, endpoi
         assert "Serve runs on this cluster already, and not at" in refusal(capsys, recipe_path, f"serving.port={free}")
         with pytest.raises(RecipeError, match="Address already in use"):
             app._check_port_is_free(load_recipe(recipe_path, [f"serving.port={free}"]))
+
+
+def test_ctrl_c_while_it_starts_ends_in_one_line(recipe_path: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start("-m", "serving.app", "--recipe", str(recipe_path), "--set", f"serving.port={port}")
+    wait_until(lambda: has_child(process, "raylet"), process)
+    ctrl_c(process)
+    assert end(process) == (130, "", "serve: stopped\n")
