@@ -115,6 +115,12 @@ def test_tidying_up_after_ctrl_c_has_an_end(tmp_path: Path) -> None:
     assert stopped(tmp_path, tidying="time.sleep(1000)", grace=0.2) == (130, "ready\n", LINE)
 
 
+@pytest.mark.parametrize("instead", ["raise ValueError('x')", "sys.exit(0)", "pass"])
+def test_whatever_a_library_makes_of_the_interrupt(instead: str, tmp_path: Path) -> None:
+    body = f"exec('try: time.sleep(1000)\\nexcept KeyboardInterrupt: {instead.replace(chr(39), chr(34))}')"
+    assert stopped(tmp_path, body=body) == (130, "ready\n", LINE)
+
+
 def test_ctrl_c_again_ends_at_once(tmp_path: Path) -> None:
     tidying = "Path('tidying').touch(); time.sleep(1000)"
     assert stopped(tmp_path, presses=2, tidying=tidying, grace=1000) == (130, "ready\n", LINE)

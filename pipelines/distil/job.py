@@ -16,6 +16,7 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def _train(
     )
     try:
         with Progress(f"distil {objective}", "steps", settings.steps, follower.step):
-            result = trainer.fit()
+            # In the main thread Ray Train takes Ctrl-C for itself, and ends with status 0.
+            result = ThreadPoolExecutor(1).submit(trainer.fit).result()
     except ray.train.TrainingFailedError as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from None
     best, metrics = _best(result.best_checkpoints or [])
