@@ -42,8 +42,6 @@ def run_command(name: str, work: Callable[[], int | None], output: Path | None =
     try:
         with _ctrl_c_stops(f"{name}: stopped" + ("; the same command goes on from here" if resumes else "")):
             return work() or 0
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except UserError as error:
         print(f"{name}: {error}{_kept(error, output) if error.__cause__ else ''}", file=sys.stderr)
         return error.status
@@ -62,7 +60,8 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
         yield  # someone else's thread, or SIGINT is ignored (a background job of a shell)
         return
 
-    newline = "\n" if os.isatty(2) else ""
+    screen = os.dup(2)  # Ray's start closes stderr for a while
+    newline = "\n" if os.isatty(screen) else ""
 
     def leave(*_: Any) -> NoReturn:
         os._exit(INTERRUPTED)
@@ -70,7 +69,7 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
     def stop(*_: Any) -> NoReturn:
         signal.signal(signal.SIGINT, leave)
         # A terminal shows ^C and perhaps a line of progress; and print may be what was interrupted, so it is not used here.
-        os.write(2, f"{newline}{line}\n".encode())
+        os.write(screen, f"{newline}{line}\n".encode())
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
@@ -83,11 +82,13 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is not leave:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first served,
-            # so this one comes before Ray's.
-            atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        if signal.getsignal(signal.SIGINT) is leave:
+            leave()  # a local cluster ends with this process, and takes less time about it than Ray's own exit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.close(screen)
+        # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first served, so
+        # this one comes before Ray's.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 def _kept(error: BaseException, output: Path | None) -> str:

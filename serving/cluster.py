@@ -126,7 +126,8 @@ def _native_stderr_closed() -> Iterator[None]:
         os.dup2(nowhere, 2)
         yield
     finally:
-        os.dup2(stderr, 2)
+        if not isinstance(sys.exception(), KeyboardInterrupt):  # Ctrl-C has silenced the process for good
+            os.dup2(stderr, 2)
         os.close(stderr)
         os.close(nowhere)
 

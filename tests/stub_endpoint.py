@@ -20,8 +20,8 @@ SKILL = {"greedy": 90, "maj@8": 110, "s2t-local": 140, "kd": 150, "s2t": 200, "t
 
 
 class Stub(ThreadingHTTPServer):
-    """`gold` maps a question to its answer. `fault(body, times asked before)` may give (status, body,
-    headers) instead of an answer, or raise ConnectionError to hang up."""
+    """`gold` maps a question to its answer. `fault(body, times asked before)` may give (status, body, headers) instead of an
+    answer, or raise ConnectionError to hang up; a body of bytes is sent as it is, and so is one of `pages`, by path."""
 
     daemon_threads = True
     # The default of 5 drops connections where this process is slow to accept them, and a dropped one waits for minutes.
@@ -33,13 +33,17 @@ class Stub(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
-        self.fault: Callable[[dict[str, Any], int], tuple[int, dict[str, Any], dict[str, str]] | None] = (
+        self.pages: dict[str, bytes] = {}
+        self.fault: Callable[[dict[str, Any], int], tuple[int, dict[str, Any] | bytes, dict[str, str]] | None] = (
             lambda body, n: None
         )
         self.delay_s = 0.0
         self.down = False
         self.weights = "w1"
         self.models = [*SKILL, "s2t-local-w0", "s2t@0.05"]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up, as one that is stopped does, is no error."""
 
     @property
     def url(self) -> str:
@@ -88,6 +92,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.down:
             self.close_connection = True
+        elif self.path in self.server.pages:
+            self.reply(200, self.server.pages[self.path])
         elif self.path == "/health":
             engines = {engine: {"weights": self.server.weights} for engine in ("slm", "teacher", "s2t-local")}
             self.reply(200, {"status": "ok", "engines": engines})
@@ -129,8 +135,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.answered[key] += 1
             self.reply(200, self.server.answer(body))
 
-    def reply(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(body).encode()
+    def reply(self, status: int, body: dict[str, Any] | bytes, headers: dict[str, str] | None = None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {
             "Content-Type": "application/json",

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from recorded import RECIPE, recorded_results, recorded_shards
 
@@ -17,7 +18,7 @@ from pipelines.analyse.audit import audit, judge
 from pipelines.analyse.decisions import scores_by_rank, tables
 from pipelines.analyse.shard_tables import hits, read_steps
 from pipelines.data.shards import read_shards
-from pipelines.results.summary import read_results
+from pipelines.results.summary import read_results, write_results
 from s2t_models.recipe import load_recipe
 
 
@@ -161,3 +162,28 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         message = capsys.readouterr().err
         assert words in message
         assert message.count("\n") == 1
+
+
+def test_results_in_which_every_row_errored_end_with_1_and_the_reason(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pq.read_table(recorded_results(tmp_path / "results.parquet"))
+    metadata = read_results(tmp_path / "results.parquet")[1]
+    rows = [row | {"verdict": "errored", "error": "400: no\nsuch thing"} for row in table.to_pylist()]
+    write_results(tmp_path / "errored.parquet", rows, metadata)
+    output = tmp_path / "analysis"
+    assert main([str(tmp_path / "errored.parquet"), "--output", str(output), "--tracking", store]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"analyse: {tmp_path / 'errored.parquet'}: all {len(rows)} rows errored (the first: 400: no such thing)"
+    )
+    assert said.count("\n") == 1
+    assert not output.exists()
+
+
+def test_results_hold_any_text(tmp_path: Path) -> None:
+    (row, *_) = pq.read_table(recorded_results(tmp_path / "results.parquet")).to_pylist()
+    write_results(tmp_path / "odd.parquet", [row | {"output": "a\ud83d", "samples": ["\udc00", "b"]}], {})
+    (back,) = read_results(tmp_path / "odd.parquet")[0].to_dict("records")
+    assert back["output"] == "a\ufffd"
+    assert list(back["samples"]) == ["\ufffd", "b"]

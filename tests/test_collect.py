@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from processes import ctrl_c, end, start, wait_until
 
 from pipelines.collect import publish
 from pipelines.collect.__main__ import main
@@ -91,6 +93,7 @@ def test_bad_prompts_become_rows_with_an_error(collection: Path) -> None:
     summary = json.loads((collection / "collect.json").read_text())
     assert summary["rows"] == GOOD + 2
     assert summary["errors"] == {"empty prompt": 1, "too long": 1}
+    assert summary["first_error"] == errors["empty"]
 
 
 def test_half_the_rows_are_sampled(collection: Path) -> None:
@@ -215,13 +218,52 @@ def test_killed_and_started_again_gives_the_same_rows(
         assert [step["step"] for step in one["kept"]] == [step["step"] for step in other["kept"]]
 
 
+def test_ctrl_c_ends_the_job_in_one_line(ray_cluster: None, recipe_path: Path, prompts: Path, tmp_path: Path) -> None:
+    import ray
+
+    overrides = [part for setting in SETTINGS for part in ("--set", setting)]
+    process = start(
+        *(
+            "-m",
+            "pipelines.collect",
+            "--recipe",
+            str(recipe_path),
+            "--output",
+            str(tmp_path),
+            "--prompts",
+            str(prompts),
+        ),
+        *overrides,
+        RAY_ADDRESS=ray.get_runtime_context().gcs_address,
+    )
+    work = tmp_path / "work"
+    wait_until(lambda: bool(committed(work / "labelled", work / "checkpoint")), process)
+    ctrl_c(process)
+    status, out, err = end(process)
+    assert (status, out) == (130, "")
+    assert err.splitlines()[-1] == "collect: stopped; the same command goes on from here"
+    assert all(line.startswith("collect: ") for line in err.splitlines()), err
+
+
 def test_finished_collection_is_left_alone(
     collection: Path, recipe_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = [(path, path.stat().st_mtime_ns) for path in sorted((collection / "shards").iterdir())]
     assert _main(recipe_path, collection, prompts, "collect.label.actors=50", "serving.port=9000") == 0
     assert before == [(path, path.stat().st_mtime_ns) for path in sorted((collection / "shards").iterdir())]
-    assert f"{GOOD + 2} rows" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{GOOD + 2} rows" in said.out
+    assert said.err.startswith(f"collect: 2 of {GOOD + 2} rows errored (the first: empty prompt: ")
+
+
+def test_a_collection_in_which_every_row_errored_ends_with_1_and_the_reason(
+    ray_cluster: None, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"uid": "a", "prompt": " "}\n{"uid": "b", "prompt": " "}\n')
+    assert _main(recipe_path, tmp_path / "out", tmp_path / "prompts.jsonl") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("collect: all 2 rows errored, and there is nothing to publish (the first: empty prompt: ")
+    assert line.endswith(f"delete {tmp_path / 'out' / 'work'} to collect again")
 
 
 def test_other_recipe_into_the_same_folder_is_refused(
@@ -344,6 +386,9 @@ def test_candidates_are_draws_without_replacement() -> None:
         ('{"uid": "a"}', ":1: expected"),
         ('{"uid": "a", "prompt": 3}', ":1: expected"),
         ("[1]", ":1: expected"),
+        ('{"uid": "a", "prompt": "x"}\n{"uid": "b", "prompt": "\\ud83d"}', ":2: holds half a character"),
+        ('{"uid": "\\ud83d", "prompt": "x"}', ":1: holds half a character"),
+        ("[" * 100_000, ":1: expected"),
         ("\n", "holds no prompts"),
     ],
 )
@@ -351,6 +396,15 @@ def test_malformed_prompt_files_are_refused(tmp_path: Path, text: str, message: 
     path = tmp_path / "prompts.jsonl"
     path.write_text(text)
     with pytest.raises(PromptError, match=message):
+        from_file(path)
+
+
+def test_a_prompts_file_may_begin_with_a_mark_and_hold_any_character(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(codecs.BOM_UTF8 + '{"uid": "a", "prompt": "é \\ud83d\\ude00"}'.encode())
+    assert from_file(path) == [Prompt("a", [{"role": "user", "content": "é 😀"}])]
+    path.write_bytes(b'{"uid": "a", "prompt": "\xff"}')
+    with pytest.raises(PromptError, match="is not UTF-8 text"):
         from_file(path)
 
 

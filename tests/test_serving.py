@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 from made_up import calibration
+from processes import ctrl_c, end, has_child, start, wait_until
 
 from s2t_models import loading
 from s2t_models.embedded.generator import problems
@@ -108,6 +109,19 @@ def test_the_seed_decides_the_sample_and_n_takes_the_seeds_that_follow(client):
     assert [choice["message"]["content"] for choice in answer["choices"]] == texts
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
     assert answer["s2t"]["usage"]["slm"]["decode"] == answer["usage"]["completion_tokens"]
+
+
+def test_without_a_seed_every_answer_is_drawn_anew_and_names_its_seed(client):
+    def sampled(**settings: Any) -> dict[str, Any]:
+        return ask(client, chat(model="sample", temperature=1.5, top_p=1.0, **settings))
+
+    answers = [sampled() for _ in range(4)]
+    assert len({text(answer) for answer in answers}) > 1
+    seeds = [answer["s2t"]["seed"] for answer in answers]
+    assert len(set(seeds)) == 4
+    assert text(sampled(seed=seeds[0])) == text(answers[0])
+    assert sampled(seed=7)["s2t"]["seed"] == 7
+    assert sampled(seed=None)["s2t"]["seed"] not in (None, *seeds)
 
 
 def test_the_answer_tells_what_the_policy_did_when_asked(client):
@@ -361,3 +375,13 @@ def test_a_port_that_is_taken_and_a_cluster_too_small_are_refused(capsys, endpoi
         assert "Serve runs on this cluster already, and not at" in refusal(capsys, recipe_path, f"serving.port={free}")
         with pytest.raises(RecipeError, match="Address already in use"):
             app._check_port_is_free(load_recipe(recipe_path, [f"serving.port={free}"]))
+
+
+def test_ctrl_c_while_it_starts_ends_in_one_line(recipe_path: Path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = start("-m", "serving.app", "--recipe", str(recipe_path), "--set", f"serving.port={port}")
+    wait_until(lambda: has_child(process, "raylet"), process)
+    ctrl_c(process)
+    assert end(process) == (130, "", "serve: stopped\n")

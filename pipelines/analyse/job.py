@@ -27,7 +27,7 @@ from pipelines.analyse.decisions import Results
 from pipelines.data.shards import read_shards
 from pipelines.results.summary import markdown_table, read_results
 from pipelines.runtime import tracking as store
-from s2t_models.errors import UserError
+from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.recipe import Recipe
 
 RESULTS = "results.parquet"
@@ -43,7 +43,7 @@ def analyse(
     """Write the tables (CSV) and figures (PNG) of `inputs` to `output`, log them to MLflow, and return the
     tables as Markdown.
 
-    Raises UserError: the inputs are none, cannot be read, or what an audit needs is missing.
+    Raises UserError: the inputs are none, cannot be read, every row of one errored, or what an audit needs is missing.
     """
     tables: dict[str, list[dict[str, Any]]] = {}
     figures: dict[str, Figure] = {}
@@ -53,7 +53,7 @@ def analyse(
         tables |= shard_analysis.tables(table, metadata)
         figures |= shard_analysis.figures(table, metadata, tables)
     if files:
-        results: Results = [read_results(path) for path in files]
+        results: Results = [_answered(path) for path in files]
         if audited:
             results = [(_audited(frame, metadata, data), metadata) for frame, metadata in results]
         tables |= decision_analysis.tables(results)
@@ -79,6 +79,17 @@ def _sort(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
     if len(collections) > 1:
         raise AnalysisError(f"{collections[1]}: one collection of shards at a time; analyse it by itself")
     return collections, files
+
+
+def _answered(path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+    """A results file with an answer in it. Raises NothingDone where every row errored."""
+    frame, metadata = read_results(path)
+    errored = frame[frame["verdict"] == "errored"]
+    if len(errored) and len(errored) == len(frame):
+        raise NothingDone(
+            f"{path}: all {len(frame)} rows errored (the first: {one_line(errored['error'].iloc[0] or 'no reason')})"
+        )
+    return frame, metadata
 
 
 def _audited(frame: Any, metadata: Mapping[str, str], data: Path | None) -> Any:

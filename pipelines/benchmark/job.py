@@ -105,14 +105,11 @@ def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, outp
     reasons = [row["error"] for row in graded if row["verdict"] == "errored"]
     if not reasons:
         return
-    advice = "run the same command again to ask what got no answer"
+    line = f"{len(reasons)} of {len(graded)} rows errored (the first: {one_line(reasons[0] or 'no reason')})"
+    if unanswered:
+        line += "; the same command asks again what got no answer"
     if unanswered < len(reasons):
-        advice += (
-            f"; delete {output / ANSWERS} to ask the rest again too"
-            if unanswered
-            else f"; to ask again, delete {output / ANSWERS}"
-        )
-    line = f"{len(reasons)} of {len(graded)} rows errored (the first: {one_line(reasons[0] or 'no reason')}); {advice}"
+        line += f"; refusals are kept in {output / ANSWERS}, delete it to ask anew"
     if len(reasons) == len(graded):
         raise NothingDone(line)
     print(f"benchmark: {line}", file=sys.stderr)

@@ -30,7 +30,8 @@ def main(argv: list[str] | None = None) -> int:
             done = distil(recipe, options.shards, options.output, options.objective, options.calibration)
             print(report(done, options.output))
 
-    return run_command("distil", work, options.output)
+    # Beside the output, which holds nothing but what was trained.
+    return run_command("distil", work, options.output.parent)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def _train(
     )
     try:
         with Progress(f"distil {objective}", "steps", settings.steps, follower.step):
-            result = trainer.fit()
+            # In the main thread Ray Train takes Ctrl-C for itself, and ends with status 0.
+            result = ThreadPoolExecutor(1).submit(trainer.fit).result()
     except ray.train.TrainingFailedError as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from error
     best, metrics = _best(result.best_checkpoints or [])

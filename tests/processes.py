@@ -1,0 +1,62 @@
+"""Commands as a user runs them: processes of their own, stopped with Ctrl-C as a terminal does it, the whole group at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def start(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subprocess.Popen[str]:
+    """`python ARGUMENTS` at the head of a process group of its own, its output kept."""
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    """Until `is_so()`; the process must not end before."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        if process.poll() is not None or time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"not in time; it said: {process.communicate()}")
+        time.sleep(0.05)
+
+
+def ctrl_c(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+def end(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
+    """The exit status, stdout and stderr. Fails where it does not end."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err
+
+
+def has_child(process: subprocess.Popen[str], name: str) -> bool:
+    """Whether a process of the group has `name` in its command line."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getpgid(int(folder.name)) == process.pid and name in (folder / "cmdline").read_text():
+                return True
+        except OSError:  # it has ended meanwhile
+            continue
+    return False

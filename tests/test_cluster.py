@@ -1,0 +1,194 @@
+"""Clusters and stores that are not there, and proxies that must not come between us and what is near: said in seconds, in one line."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+
+import grpc
+import httpx
+import pytest
+from processes import REPOSITORY
+
+from pipelines.runtime import http, tracking
+from serving import cluster
+
+ADDRESS = "127.0.0.1:{}"
+
+
+@contextmanager
+def listener() -> Iterator[int]:
+    """A port where something takes connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+class Refuses(grpc.GenericRpcHandler):
+    """Every call ends with the same status, as those of a cluster that wants a token do."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        def call(request: bytes, context: grpc.ServicerContext) -> bytes:
+            context.abort(self.code, "no")
+            return b""
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+
+@contextmanager
+def grpc_server(code: grpc.StatusCode) -> Iterator[int]:
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Refuses(code)])
+    port = server.add_insecure_port("0.0.0.0:0")  # Ray takes 127.0.0.1 for this machine's own address
+    server.start()
+    try:
+        yield port
+    finally:
+        server.stop(None)
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setattr(tracking, "_PROBE_S", 1)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "no-such-host.invalid:6379"])
+def test_a_cluster_that_is_not_there(address: str) -> None:
+    with pytest.raises(cluster.ClusterError, match=f"RAY_ADDRESS={address}: no Ray cluster answers there; start it"):
+        cluster._probe(address)
+
+
+def test_an_address_where_something_else_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_PROBE_S", 0.5)
+    with listener() as port, pytest.raises(cluster.ClusterError, match="no Ray cluster answers there"):
+        cluster._probe(ADDRESS.format(port))
+
+
+@pytest.mark.parametrize("kind", ["", "ray://"])
+def test_a_cluster_that_wants_a_token(kind: str) -> None:
+    """What a real head started with RAY_AUTH_MODE=token says to a client without the token."""
+    with (
+        grpc_server(grpc.StatusCode.UNAUTHENTICATED) as port,
+        pytest.raises(cluster.ClusterError, match=r"wants a token.* set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
+    ):
+        cluster._probe(kind + ADDRESS.format(port))
+
+
+def test_an_address_that_is_none() -> None:
+    with pytest.raises(cluster.ClusterError, match="RAY_ADDRESS=nonsense: Invalid address"):
+        cluster._probe("nonsense")
+
+
+def test_a_cluster_that_is_there(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    cluster._probe(ray.get_runtime_context().gcs_address)
+
+
+def test_a_store_that_is_not_there() -> None:
+    for uri in ("http://127.0.0.1:9", "postgresql://user@127.0.0.1:9/mlflow", "http://127.0.0.1:port"):
+        with pytest.raises(tracking.TrackingError, match=f"MLflow store {uri}: cannot be used") as refused:
+            tracking.use_store(uri)
+        assert "\n" not in str(refused.value)
+
+
+def test_a_store_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    with listener() as port, pytest.raises(tracking.TrackingError, match="cannot be used"):
+        tracking.use_store(f"http://127.0.0.1:{port}")
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77", "its own patience again"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("url", "is_near"),
+    [
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://localhost:8000", True),
+        ("http://[::1]:8000", True),
+        ("http://10.1.2.3:8000", True),
+        ("http://192.168.0.7", True),
+        ("http://169.254.1.1", True),
+        ("http://8.8.8.8", False),
+        ("https://no-such-host.invalid", False),
+        ("http://", False),
+        ("http://[", False),
+        ("no address", False),
+    ],
+)
+def test_what_is_near(url: str, is_near: bool) -> None:
+    assert http.is_near(url) is is_near
+
+
+def test_near_hosts_are_reached_directly_and_far_ones_through_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    asked: list[bytes] = []
+    with socket.create_server(("127.0.0.1", 0)) as proxy, socket.create_server(("127.0.0.1", 0)) as near:
+
+        def answer(server: socket.socket) -> None:
+            connection, _ = server.accept()
+            with connection:
+                asked.append(connection.recv(4096).split(b"\r\n")[0])
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+        for name in ("http_proxy", "HTTP_PROXY"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for server, url in ((near, f"http://127.0.0.1:{near.getsockname()[1]}/x"), (proxy, "http://8.8.8.8/x")):
+            thread = threading.Thread(target=answer, args=(server,), daemon=True)
+            thread.start()
+            with http.client(url, timeout=10) as client:
+                assert client.get(url).text == "ok"
+            thread.join()
+    assert asked == [b"GET /x HTTP/1.1", b"GET http://8.8.8.8/x HTTP/1.1"]
+
+
+ENGINE_CALL = """
+import sys
+import grpc
+from serving.engine_deployment import RemoteEngine
+
+class Handle:
+    def options(self, **settings): return self
+
+{construct}
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    try:
+        channel.unary_unary("/x/y")(b"", timeout=10)
+    except grpc.RpcError as error:
+        print(error.code().name)
+"""
+
+
+@pytest.mark.parametrize(("construct", "code"), [("RemoteEngine(Handle())", "ABORTED"), ("", "UNAVAILABLE")])
+def test_engine_calls_go_past_the_proxy(construct: str, code: str) -> None:
+    """A replica's gRPC, to a server on this machine, with a proxy in the environment where nothing listens."""
+    with grpc_server(grpc.StatusCode.ABORTED) as port:
+        shown = subprocess.run(
+            [sys.executable, "-c", ENGINE_CALL.format(construct=construct), ADDRESS.format(port)],
+            env={name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+            | {"http_proxy": "http://127.0.0.1:9"},
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=REPOSITORY,
+        )
+    assert shown.stdout.strip() == code
+
+
+def test_the_timeouts_of_a_client_are_the_callers() -> None:
+    with (
+        listener() as port,
+        http.client(f"http://127.0.0.1:{port}", timeout=0.2) as client,
+        pytest.raises(httpx.TimeoutException),
+    ):
+        client.get(f"http://127.0.0.1:{port}")

@@ -1,0 +1,70 @@
+"""Whole files and folders, and one job at a time in a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import end, start, wait_until
+
+from s2t_models.files import FolderError, locked, whole
+
+
+def test_a_file_that_is_interrupted_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def interrupted() -> None:
+        with whole(path) as part:
+            part.write_text("ne")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert path.read_text() == "old"
+    with whole(path) as part:
+        assert not part.exists(), "what was left behind is gone"
+        part.write_text("new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    for name in ("one", "two"):
+        with whole(folder) as part:
+            part.mkdir()
+            (part / name).touch()
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_two_files_that_differ_in_their_ending_do_not_meet(tmp_path: Path) -> None:
+    with whole(tmp_path / "a.json") as one, whole(tmp_path / "a.csv") as other:
+        one.write_text("json")
+        other.write_text("csv")
+    assert (tmp_path / "a.json").read_text() == "json"
+
+
+def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
+    script = f"""
+import pathlib, time
+from s2t_models.files import locked
+with locked(pathlib.Path({str(tmp_path)!r}) / "x" / "y"):
+    pathlib.Path({str(tmp_path)!r}, "held").touch()
+    while not pathlib.Path({str(tmp_path)!r}, "enough").exists(): time.sleep(0.01)
+"""
+    process = start("-c", script)
+    wait_until((tmp_path / "held").exists, process)
+    with pytest.raises(FolderError, match="another job is at work there"), locked(tmp_path / "x" / "y"):
+        pass
+    (tmp_path / "enough").touch()
+    assert end(process)[0] == 0
+    with locked(tmp_path / "x" / "y"):
+        pass
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="not a folder to write to"), locked(tmp_path / "file"):
+        pass
