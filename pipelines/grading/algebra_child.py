@@ -8,13 +8,14 @@ The argument is the CPU time, in seconds, that one question may take. Request {"
 
 import json
 import logging
-import math
+import os
 import re
 import resource
 import signal
 import sys
 
 ROUNDING = 1e-4  # relative, of a rounded decimal against an exact value that is no integer (`maths.RELATIVE_TOLERANCE`)
+DIGITS = 60  # to which exact numbers are compared, however small or large they are
 
 
 def whole(parsed: list) -> object | None:
@@ -22,14 +23,16 @@ def whole(parsed: list) -> object | None:
     return next((value for value in parsed if not isinstance(value, str)), None)
 
 
-def number(expression: object) -> float | None:
+def number(expression: object) -> object | None:
+    """The value to DIGITS digits, or None for what is no finite number."""
     if not getattr(expression, "is_number", False):
         return None
-    try:
-        value = complex(expression.evalf(15))  # type: ignore[attr-defined]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return value.real if value.imag == 0 and abs(value.real) < float("inf") else None
+    value = expression.evalf(DIGITS)  # type: ignore[attr-defined]
+    return (
+        value
+        if value.is_finite and all(part.is_Float or part.is_Integer or part == 0 for part in value.as_real_imag())
+        else None
+    )
 
 
 def equal(gold: str, pred: str, tolerance: float | None) -> bool:
@@ -43,12 +46,15 @@ def equal(gold: str, pred: str, tolerance: float | None) -> bool:
     if gold_value is None or pred_value is None:
         return False
     gold_number, pred_number = number(gold_value), number(pred_value)
-    if gold_number is not None and pred_number is not None:
-        if tolerance is not None:
-            return abs(gold_number - pred_number) <= tolerance
-        if any(re.search(r"\d\.\d", text) for text in (gold, pred)) and not gold_number.is_integer():
-            return math.isclose(gold_number, pred_number, rel_tol=ROUNDING)
-    return bool(verify([gold_value], [pred_value], timeout_seconds=None))
+    if gold_number is None or pred_number is None:
+        return bool(verify([gold_value], [pred_value], timeout_seconds=None))
+    difference, size = abs(gold_number - pred_number), max(abs(gold_number), abs(pred_number))  # type: ignore[operator]
+    if tolerance is not None:
+        return bool(difference <= tolerance)
+    if size == difference:  # one of them is zero, so that only the exact difference tells
+        return (gold_value - pred_value).equals(0) is True  # type: ignore[operator]
+    rounded = any(re.search(r"\d\.\d", text) for text in (gold, pred)) and not getattr(gold_value, "is_integer", False)
+    return bool(difference <= size * (ROUNDING if rounded else 10.0 ** (10 - DIGITS)))
 
 
 def main() -> None:
@@ -56,6 +62,8 @@ def main() -> None:
     import math_verify  # noqa: F401  (its import is not to count as the first question's time)
 
     cpu_seconds = float(sys.argv[1])
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # parsers print
     gibibytes = 4
     resource.setrlimit(resource.RLIMIT_AS, (gibibytes << 30, gibibytes << 30))
     for line in sys.stdin:
@@ -67,8 +75,8 @@ def main() -> None:
             # Whatever a parser of free text raises, the two were not shown to be equal.
             verdict = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps({"equal": verdict}) + "\n")
-        sys.stdout.flush()
+        replies.write(json.dumps({"equal": verdict}) + "\n")
+        replies.flush()
 
 
 if __name__ == "__main__":

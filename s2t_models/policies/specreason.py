@@ -9,8 +9,8 @@ from typing import Literal
 
 import numpy as np
 
+from s2t_models.answers.final_answer import boxed
 from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
-from s2t_models.policies.answers import boxed
 from s2t_models.policies.base import Done, Engines, Event, Request, Source, Span, Tokens, check_fits
 from s2t_models.policies.segments import generate_segment
 
