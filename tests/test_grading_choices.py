@@ -6,7 +6,6 @@ import pytest
 from stub_endpoint import stub_endpoint
 
 from pipelines.grading import judge
-
 from pipelines.tasks import task
 from s2t_models.answers.choices import choice
 

@@ -22,9 +22,9 @@ from reference_engine import (
     tiny_pair,
     torch_engines,
 )
+from s2t_models.policies.answers import answer_key, boxed
 
 from s2t_models.engines.contract import Draft, Multiplex, Sampling, Scores, Usage
-from s2t_models.policies.answers import answer_key, boxed
 from s2t_models.policies.base import Engines, Request, Tokens
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.greedy import Alone

@@ -13,21 +13,26 @@ import re
 import resource
 import signal
 import sys
+from typing import Any
 
 ROUNDING = 1e-4  # relative, of a rounded decimal against an exact value that is no integer (`maths.RELATIVE_TOLERANCE`)
+FLOATS = 1e-12  # relative, of decimals that were worked out
 DIGITS = 60  # to which exact numbers are compared, however small or large they are
 
 
-def whole(parsed: list) -> object | None:
+def whole(parsed: list) -> Any:
     """The expression that math-verify read, or None where it fell back to text."""
     return next((value for value in parsed if not isinstance(value, str)), None)
 
 
-def number(expression: object) -> object | None:
-    """The value to DIGITS digits, or None for what is no finite number."""
+def number(expression: Any) -> Any:
+    """The value, exact where it is rational, else to DIGITS digits; None for what is no finite number."""
     if not getattr(expression, "is_number", False):
         return None
-    value = expression.evalf(DIGITS)  # type: ignore[attr-defined]
+    exact = expression.doit()
+    if exact.is_Rational:
+        return exact
+    value = exact.evalf(DIGITS)
     return (
         value
         if value.is_finite and all(part.is_Float or part.is_Integer or part == 0 for part in value.as_real_imag())
@@ -47,14 +52,17 @@ def equal(gold: str, pred: str, tolerance: float | None) -> bool:
         return False
     gold_number, pred_number = number(gold_value), number(pred_value)
     if gold_number is None or pred_number is None:
-        return bool(verify([gold_value], [pred_value], timeout_seconds=None))
-    difference, size = abs(gold_number - pred_number), max(abs(gold_number), abs(pred_number))  # type: ignore[operator]
+        return bool(verify([gold_value], [pred_value], timeout_seconds=None, allow_set_relation_comp=True))
+    difference, size = abs(gold_number - pred_number), max(abs(gold_number), abs(pred_number))
     if tolerance is not None:
         return bool(difference <= tolerance)
+    if any(re.search(r"\d\.\d", text) for text in (gold, pred)):
+        return bool(difference <= size * (FLOATS if getattr(gold_value, "is_integer", False) else ROUNDING))
+    if gold_number.is_Rational and pred_number.is_Rational:
+        return bool(gold_number == pred_number)
     if size == difference:  # one of them is zero, so that only the exact difference tells
-        return (gold_value - pred_value).equals(0) is True  # type: ignore[operator]
-    rounded = any(re.search(r"\d\.\d", text) for text in (gold, pred)) and not getattr(gold_value, "is_integer", False)
-    return bool(difference <= size * (ROUNDING if rounded else 10.0 ** (10 - DIGITS)))
+        return (gold_value - pred_value).equals(0) is True
+    return bool(difference <= size * 10.0 ** (10 - DIGITS))
 
 
 def main() -> None:

@@ -172,11 +172,11 @@ def _members(text: str, bracket: tuple[str, str, list[str]] | None) -> list[str]
 
 
 def _needs_algebra(gold: str, pred: str) -> bool:
-    """False where no algebra could make them equal: words, or too long to be an answer."""
+    """False where no algebra could make them equal: words, an equation and a value, or too long to be an answer."""
     words = re.compile(r"[A-Za-z]{3,}(?:\s+[A-Za-z]+)*")
     if any(len(text) > LONGEST or not text for text in (gold, pred)):
         return False
-    return not any(words.fullmatch(text) for text in (gold, pred))
+    return ("=" in gold) == ("=" in pred) and not any(words.fullmatch(text) for text in (gold, pred))
 
 
 def equal(gold: str, pred: str, *, percent_asked: bool = False, tolerance: float | None = None) -> bool:

@@ -6,12 +6,12 @@ identifiers, so theirs are counted; MATH-500 is left out of the calibration rows
 
 from __future__ import annotations
 
-from s2t_models.answers.final_answer import boxed
 from pipelines.tasks import math500
 from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 from pipelines.tasks.splits import text_hash
+from s2t_models.answers.final_answer import boxed
 
 _SUBJECTS = (
     "algebra",

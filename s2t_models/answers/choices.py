@@ -29,7 +29,7 @@ _FILLER = (
     r"(?:(?:therefore|thus|hence|then|indeed|clearly|definitely|simply|most likely|likely|most probably|probably|option|choice|"
     r"letter|answer|be|the)\s|:\s{0,2}|-\s){0,6}"
 )
-_LETTER = r"[(\[\"'“‘{]?([A-Za-z])(?![A-Za-z0-9'’])[)\]\"'”’}]?"
+_LETTER = r"(?:['‘]([A-Za-z])['’]|[(\[\"“{]?([A-Za-z])(?![A-Za-z0-9'’+])[)\]\"”}]?)"
 _STATED = re.compile(
     r"\b(?:answer|choice|option|ans)(?:\s(?:choice|option|letter))?\s?(?:\([^()\n]{0,40}\)\s?)?"
     r"(?:(?:to|for|of)\s[^.\n:=]{1,60}?\s?)?"
@@ -47,7 +47,7 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
-    r"\b(?:not|n't|never|eliminate|exclude|rule\sout|reject|than|nor)\s(?:(?:option|choice|necessarily|the)\s){0,2}[(\[]?$",
+    r"\b(?:(?:not|cannot|can't)(?:\sbe)?|never|eliminate|exclude|rule\sout|reject|than|nor)\s(?:(?:option|choice|necessarily|the)\s){0,2}[(\[]?$",
     re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
@@ -58,7 +58,7 @@ _ANOTHER = re.compile(
 )
 _LINE = re.compile(r"\s?(?:option|choice)?\s?[(\[]?([A-Za-z])[)\].:]*\s?", re.IGNORECASE)
 _LEADING = re.compile(r"\s?[(\[]?([A-Z])[)\].:]+(?:\s|$)")
-_ALONE = re.compile(r"(?<![A-Za-z0-9'’\\])[(\[]?([A-Z])(?![A-Za-z0-9'’])[)\]]?")
+_ALONE = re.compile(r"(?<![A-Za-z0-9'’\\])[(\[]?([A-Z])(?![A-Za-z0-9'’+])[)\]]?")
 _CONNECTOR = r"(?:because|since|as|and|but|which|with|for|or|is|due|so|then|that)\b"
 _MORE_WORDS = re.compile(rf"\s(?!{_CONNECTOR})\w")
 _PROSE = re.compile(rf"\s(?!{_CONNECTOR})[a-z]")
@@ -85,8 +85,9 @@ def choice(response: str, letters: str, options: Sequence[str] = ()) -> str | No
     for found in (_find(_STATED, text, letters), _own_line(text, letters), _find(_CHOSEN, text, letters)):
         if found:
             return found if found in letters else None
-    stated = [match[1] for match in _STATED_TEXT.finditer(text)][-1:]
-    for clause in [part.split(". ")[0] for part in stated] + [text.splitlines()[-1]]:
+    stated = [match[1].split(". ")[0] for match in _STATED_TEXT.finditer(text)][-1:]
+    last = text.splitlines()[-1]
+    for clause in (*stated, last.rstrip(".").split(". ")[-1], last):
         if by_text := _by_text(clause, letters, options):
             return by_text
     return _last_alone(text, letters)

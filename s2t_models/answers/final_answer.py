@@ -41,7 +41,7 @@ _PHRASE = re.compile(
 )
 _CUE = re.compile(rf"{_BOX.pattern}|####|</answer>|{_PHRASE.pattern}", re.IGNORECASE)
 _SPACES = re.compile(r"\s+")
-_LONGEST_CLAUSE = 2000  # characters
+_LONGEST_CLAUSE = 8000  # characters
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
 _REASON = re.compile(r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e)\b", re.IGNORECASE)
 _HEDGE = re.compile(
@@ -115,7 +115,7 @@ def _boxed_list(text: str) -> str | None:
 
 def stated_as_data(text: str) -> str | None:
     """The answer of a JSON object ({"answer": "B"}), or between <answer> and </answer>; the last where there are several."""
-    found = [match for match in (*_TAG.finditer(text), *_JSON.finditer(text))]
+    found = [*_TAG.finditer(text), *_JSON.finditer(text)]
     if not found:
         return None
     value = max(found, key=lambda match: match.start())[1].strip()

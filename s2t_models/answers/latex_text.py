@@ -26,7 +26,7 @@ _LEADING_ZEROS = re.compile(r"(?<![\d._^:])0+(?=\d)(?!0\.)")
 _BARE_DECIMAL = re.compile(r"(?<![\d.])\.(?=\d)")
 _SLASH = re.compile(r"^(-?)(\d+)/(\d+)$")
 _ASSIGNED = re.compile(
-    r"^(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z]\)|\\angle\s*[A-Z]{3})\s*(?:=|\\in(?![a-z])|\\approx(?![a-z]))\s*"
+    r"^(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z](?:,\s?[a-zA-Z])*\)|\\angle\s*[A-Z]{3})\s*(?:=|\\in(?![a-z])|\\approx(?![a-z]))\s*"
 )
 _HEDGE = re.compile(
     r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly)\s)\s*", re.IGNORECASE
@@ -65,10 +65,8 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "012345678
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
-_ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 NUMBER_WORDS = {name: str(value) for value, name in enumerate(_ONES)}
 NUMBER_WORDS |= {name: str(10 * tens) for tens, name in enumerate(_TENS, start=2)}
 NUMBER_WORDS |= {
@@ -106,7 +104,7 @@ def _as_ascii(text: str) -> str:
     """Unicode mathematics as LaTeX: minus signs, superscripts, vulgar fractions, full-width digits."""
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _SUBSCRIPT.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-    text = _VULGAR.sub(lambda m: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
+    text = _VULGAR.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
     return unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
 
 

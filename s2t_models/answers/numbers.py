@@ -31,7 +31,7 @@ def number(answer: str) -> Fraction | None:
         whole, above, below = map(int, mixed.group(1, 2, 3) if mixed[1] else mixed.group(4, 5, 6))
         return sign * (whole + Fraction(above, below)) if below else None
     if fraction := _FRACTION.fullmatch(text):
-        return _ratio(fraction[1] + fraction[2].removeprefix("-" if fraction[1] else ""), fraction[3])
+        return _ratio(fraction[2], fraction[3], negative=bool(fraction[1]))
     if scientific := _POWER_OF_TEN.fullmatch(text):
         return _power(Fraction(10), scientific[2] or scientific[3] or scientific[4], Fraction(scientific[1]))
     if power := _POWER.fullmatch(text):
@@ -43,8 +43,11 @@ def number(answer: str) -> Fraction | None:
     return _ratio(above_text, below_text or "1")
 
 
-def _ratio(above: str, below: str) -> Fraction | None:
-    return Fraction(above) / Fraction(below) if Fraction(below) else None
+def _ratio(above: str, below: str, negative: bool = False) -> Fraction | None:
+    if not Fraction(below):
+        return None
+    value = Fraction(above) / Fraction(below)
+    return -value if negative else value
 
 
 def _power(base: Fraction, exponent: str, factor: Fraction) -> Fraction | None:

@@ -65,7 +65,7 @@ _WORDS = (
     r"points?|joules?|newtons?|watts?|volts?|amps?|USD|EUR"
 )
 TAIL_UNIT = re.compile(
-    r"(?<=[\d})\]])\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{\s*(?!,?\s*(?:and|or)\b|[ap]\.?\s?m\b)([^{}]*)\}"
+    r"(?<=[\d})\]])\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}"
     r"\s*(?:\^\s*\{?-?\d\}?)?\s*$"
 )
 WORD_UNIT = re.compile(
