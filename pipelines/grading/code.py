@@ -39,7 +39,7 @@ _MOST_CUTS = 60  # attempts at prose behind the code
 _MOST_ENDS = 8  # fences that may end one block
 _LONGEST = 100_000  # characters
 _FUNCTION_OR_CLASS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-_UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # ValueError: a NUL or half a character
+_UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # ValueError: such as an integer of too many digits
 
 
 def program(response: str, prompt: str, entry_point: str) -> str:
@@ -56,13 +56,13 @@ def program(response: str, prompt: str, entry_point: str) -> str:
         if code := _defining(block, entry_point):
             others = [_parsable_start(other) for other in blocks if other is not block]
             return _joined(_preamble(prompt, entry_point), code, others, entry_point)
-    body = next(iter(blocks), text)
-    return _completed(prompt, body, entry_point)
+    return _completed(prompt, [*blocks[:1], text], entry_point)
 
 
 def _with_plain_whitespace(text: str) -> str:
     """Line ends as \\n, indentation without tabs or no-break spaces."""
-    text = text[:_LONGEST].replace("\r\n", "\n").replace("\r", "\n").replace("\ufeff", "").replace("\u200b", "")
+    text = text[:_LONGEST].replace("\r\n", "\n").replace("\r", "\n").translate(dict.fromkeys(map(ord, "\ufeff\u200b\0")))
+    text = text.encode(errors="replace").decode()  # half a character, which no parser takes
     text = _FENCE_BEHIND_CODE.sub(r"\1\n```", _FENCE_BEFORE_CODE.sub(r"\1\n", text))
     return re.sub(r"^[ \t\u00a0]+", lambda run: run[0].replace("\u00a0", " ").expandtabs(4), text, flags=re.MULTILINE)
 
@@ -229,13 +229,15 @@ def _preamble(prompt: str, name: str) -> str:
     return prompt[: start.start()] if start else ""
 
 
-def _completed(prompt: str, body: str, name: str) -> str:
-    """The prompt with the function's body. Models leave out the indentation of the first line or of all: of the readings that parse, the
-    one that keeps most."""
-    body = body.strip("\n")
-    readings = [body] if body[:1].isspace() else [f"    {body}", textwrap.indent(body, "    ")]
-    if indented := re.search(r"^ ", body, re.MULTILINE):  # behind a line of prose
-        readings.append(body[indented.start() :])
+def _completed(prompt: str, bodies: list[str], name: str) -> str:
+    """The prompt with the function's body. Models leave out the indentation of the first line or of all, or have a line of prose before
+    it: of the readings that parse, the one that keeps most."""
+    readings = []
+    for body in (body.strip("\n") for body in bodies):
+        readings += [body if body[:1].isspace() else f"    {body}", textwrap.indent(textwrap.dedent(body), "    ")]
+        indented = re.search(r"^ ", body, re.MULTILINE)
+        if indented and not re.search(r"^(?:def|class)\b", body[: indented.start()], re.MULTILINE):
+            readings.append(body[indented.start() :])
     programs = [_parsable_start(f"{prompt.rstrip()}\n{reading}\n") for reading in readings]
     code = max(programs, key=len)
     if not _defines(code, name):
