@@ -194,7 +194,7 @@ class Gateway:
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         began = time.perf_counter()
         requests = [
-            base.Request(prompt, limit, seed + choice, request.temperature, request.top_p)
+            base.Request(prompt, limit, seed + choice, request.temperature, request.top_p, tuple(request.s2t.options))
             for choice in range(request.n or 1)
         ]
         decoded = await base.all_of(base.gather(policy.decode(self._engines, one)) for one in requests)

@@ -43,10 +43,11 @@ class Body(BaseModel):
 
 
 class Extension(Body):
-    """What the answer's `s2t` object shall hold beside the costs: `decisions` adds decisions, spans and token ids
-    (n = 1 only)."""
+    """`decisions`: the answer's `s2t` object shall hold decisions, spans and token ids beside the costs (n = 1 only). `options`: the
+    texts of a multiple choice's options A, B, ...; a policy that votes then votes by letter."""
 
     decisions: bool = False
+    options: list[str] = Field([], max_length=26)
 
 
 class TextPart(Body):

@@ -121,7 +121,7 @@ def test_malformed_lines_are_named_and_the_others_graded(
     assert status == 1
     assert [row["correct"] for row in graded] == [True, False]
     assert [line.split("responses.jsonl, ")[1].split(";")[0] for line in said.err.splitlines()] == [
-        "line 2: not JSON (Invalid control character at)",
+        "line 2: not JSON (Unterminated string starting at)",
         "line 3: not a JSON object",
         "line 4: no field 'response'",
         "line 5: 'response' must be a text or a list of texts",

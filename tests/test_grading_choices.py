@@ -6,8 +6,8 @@ import pytest
 from stub_endpoint import stub_endpoint
 
 from pipelines.grading import judge
-from pipelines.grading.choices import choice
 from pipelines.tasks import task
+from s2t_models.answers.choices import choice
 
 CHOSEN = [
     ("The answer is (C).", "C"),

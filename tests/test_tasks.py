@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pipelines.tasks import TASKS, Item, Task, source, task
+from pipelines.tasks import TASKS, Item, Task, TaskError, source, task
 from pipelines.tasks.base import sample
 from pipelines.tasks.source import Hub, Pinned, Source
 from pipelines.tasks.splits import fingerprint, refuse_overlap, text_hash
@@ -174,7 +174,7 @@ def test_embedded_problems(name: str) -> None:
 
 
 def test_unknown_task_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="there is no task 'gsm9k'; the tasks are gsm8k, math500"):
+    with pytest.raises(TaskError, match="there is no task 'gsm9k'; the tasks are gsm8k, math500"):
         task("gsm9k")
     assert {*ROWS, "embedded", "embedded-hard"} <= set(TASKS)
 

@@ -16,7 +16,8 @@ from typing import Any
 
 from s2t_models.errors import UserError
 
-#: A question is {"key", "model", "seed", "max_tokens", "messages": JSON, "turns": JSON list of later user texts}.
+#: A question is {"key", "model", "seed", "max_tokens", "messages": JSON, "turns": JSON list of later user texts, "options": JSON list
+#: of a multiple choice's texts}.
 Question = dict[str, Any]
 #: An answer is {"key", "outputs": one text a turn, "finish", "s2t": extension or {}, "tokens", "seconds", "error"}.
 Answer = dict[str, Any]

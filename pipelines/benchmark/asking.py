@@ -20,8 +20,8 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from pipelines.benchmark.answer_log import Answer, AnswerLog, Question
-from pipelines.benchmark.endpoint import LONGEST_REPLY, EndpointError, Reply, base_url, merge, read_error, read_reply
-from pipelines.runtime.http import is_near
+from pipelines.benchmark.endpoint import LONGEST_REPLY, EndpointError, Reply, merge, read_error, read_reply
+from pipelines.runtime.http import base_url, is_near
 from s2t_models.errors import one_line
 
 ATTEMPTS = 8
@@ -81,7 +81,8 @@ class Asker:
     async def answer(self, session: aiohttp.ClientSession, row: Question) -> Answer:
         """All turns of one question. A refusal of the question (400, 413, 422) is an answer with an `error`."""
         messages, later = json.loads(row["messages"]), json.loads(row["turns"])
-        body = {key: row[key] for key in ("model", "seed", "max_tokens")} | {"s2t": {"decisions": True}}
+        extension = {"decisions": True} | ({"options": options} if (options := json.loads(row["options"])) else {})
+        body = {key: row[key] for key in ("model", "seed", "max_tokens")} | {"s2t": extension}
         replies: list[Reply] = []
         began = time.perf_counter()
         error = None

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat,
 
 from pipelines.data.text import encodable
 from pipelines.runtime import http
+from pipelines.runtime.http import base_url
 from s2t_models.errors import UserError, one_line
 
 #: A longer reply is refused: an endpoint must not fill the memory. Ten thousand decisions take a few MiB.
@@ -149,11 +150,6 @@ def read_error(text: str) -> tuple[str, str | None]:
         text = error if isinstance(error, str) else error["message"]
         code = error.get("code") if isinstance(error, dict) else None
     return _shown(str(text)) or "no message", code if isinstance(code, str) else None
-
-
-def base_url(endpoint: str) -> str:
-    """`http://host:port` and `http://host:port/v1` both name an endpoint; this is the latter form."""
-    return endpoint.rstrip("/").removesuffix("/v1") + "/v1"
 
 
 def served_models(endpoint: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:

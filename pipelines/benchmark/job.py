@@ -29,16 +29,15 @@ from ray import serve
 
 from pipelines.benchmark.answer_log import read_answers
 from pipelines.benchmark.asking import ask
-from pipelines.benchmark.endpoint import base_url, served_models
+from pipelines.benchmark.endpoint import served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan
-from pipelines.benchmark.verdicts import grade, kept
-from pipelines.grading import sandbox
+from pipelines.benchmark.verdicts import grade, remembered
 from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
 from pipelines.results.summary import write_results
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
-from pipelines.tasks import Item, Task, humaneval
+from pipelines.tasks import Item, Task
 from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.files import locked
 from s2t_models.hosting import Hosting, host
@@ -76,7 +75,7 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster is too
     small, the endpoint stopped answering, or (NothingDone) every row errored."""
     with locked(output):
-        chosen = _sandboxed(load_items(recipe, options.data), options.unsandboxed)
+        chosen = [(task.prepared(options.unsandboxed), items) for task, items in load_items(recipe, options.data)]
         splits = check_splits(recipe, chosen, options.data)
         tracking.use_store(options.tracking)  # before the first question: a store that is not there must not cost them
         cluster.start()
@@ -123,27 +122,14 @@ def _engines(hosting: Hosting, names: Sequence[str]) -> set[str]:
     return {engine for wanted in policies for engine in wanted.needs}
 
 
-def _sandboxed(chosen: list[tuple[Task, list[Item]]], allowed: bool) -> list[tuple[Task, list[Item]]]:
-    """The tasks, with HumanEval's as this system can grade it. Raises BenchmarkError, before anything is
-    asked, where model-written code cannot be isolated and that was not allowed."""
-    if all(task.name != humaneval.TASK.name for task, _ in chosen) or (reason := sandbox.unavailable()) is None:
-        return chosen
-    if not allowed:
-        raise BenchmarkError(
-            f"humaneval: model-written code cannot be isolated on this system ({reason}); allow user namespaces, or pass "
-            "--allow-unsandboxed to run it with your own rights"
-        )
-    return [(humaneval.unsandboxed() if task.name == humaneval.TASK.name else task, items) for task, items in chosen]
-
-
 def _judge(options: Options, url: str, output: Path) -> Ask:
-    """The judge of MT-Bench: another endpoint, or a model of this one; what it said is kept in the output
-    folder."""
-    judge = base_url(options.judge or url)
+    """The judge: another endpoint, or a model of this one; what it said is kept in the output folder."""
     # Another judge, or the same one with other weights, is asked anew.
     identity = options.judge or json.dumps(served_models(url, [options.judge_model]), sort_keys=True)
-    key = os.environ.get("OPENAI_API_KEY", "") if options.judge else ""
-    return kept(endpoint(judge, options.judge_model, key), f"{options.judge_model} {identity}", output / "judgements")
+    ask = endpoint(
+        options.judge or url, options.judge_model, os.environ.get("OPENAI_API_KEY", "") if options.judge else ""
+    )
+    return remembered(ask, f"{options.judge_model} {identity}", output / "judgements")
 
 
 def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) -> dict[str, str]:

@@ -112,6 +112,7 @@ class Row:
             "item": self.item.uid,
             "prompt": self.item.prompt,
             "turns": self.turns,
+            "options": self.item.options,
             "max_tokens": self.task.max_new_tokens,
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
@@ -124,6 +125,7 @@ class Row:
             "max_tokens": self.task.max_new_tokens,
             "messages": json.dumps(self.item.prompt),
             "turns": json.dumps(self.turns),
+            "options": json.dumps(self.item.options),
         }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,15 @@ from typing import Any
 from pipelines.benchmark.answer_log import Answer, AnswerLog, read_answers
 from pipelines.benchmark.questions import Row
 from pipelines.grading.judge import Ask
-from pipelines.tasks import Graded, Item, mt_bench
-
-Judge = Callable[[Sequence[str], Item], Graded]
+from pipelines.tasks import Graded
 
 
-def kept(ask: Ask, name: str, folder: Path) -> Ask:
+def remembered(ask: Ask, name: str, folder: Path) -> Ask:
     """`ask` with a memory: what the judge known as `name` answered once is read from `folder` from then on."""
     known = read_answers(folder)
     log: AnswerLog | None = None
 
-    def remembering(chat: list[dict[str, str]]) -> str:
+    def ask_once(chat: list[dict[str, str]]) -> str:
         nonlocal log
         key = hashlib.sha256(json.dumps([name, chat]).encode()).hexdigest()
         if key not in known:
@@ -35,7 +33,7 @@ def kept(ask: Ask, name: str, folder: Path) -> Ask:
             log.append(known[key])
         return str(known[key]["text"])
 
-    return remembering
+    return ask_once
 
 
 def grade(
@@ -49,13 +47,8 @@ def grade(
     without an answer; `ask_judge` may be None where no row has a judge; `concurrency` is how many rows the judge is
     asked about at once."""
 
-    def judged(outputs: Sequence[str], item: Item) -> Graded:
-        assert ask_judge is not None
-        return mt_bench.judged(outputs, item, ask_judge)
-
     def one(row: Row) -> dict[str, Any]:
-        judge = judged if row.task.judged else None
-        return graded_row(row, answers.get(row.key), unanswered.get(row.key), judge)
+        return graded_row(row, answers.get(row.key), unanswered.get(row.key), ask_judge)
 
     # Graders wait for worker processes of their own, a judge for its endpoint: threads are enough to keep those busy.
     with ThreadPoolExecutor(2) as graders, ThreadPoolExecutor(concurrency) as judges:
@@ -63,21 +56,15 @@ def grade(
         return [graded.result() for graded in pending]
 
 
-def graded_row(row: Row, answer: Answer | None, reason: str | None, judged: Judge | None) -> dict[str, Any]:
-    """One graded row. Without an answer it is errored for `reason`; several samples are voted over
-    (maj@n)."""
+def graded_row(row: Row, answer: Answer | None, reason: str | None, ask_judge: Ask | None) -> dict[str, Any]:
+    """One graded row. Without an answer it is errored for `reason`. What is graded is what was served: maj@n has voted already."""
     answer = answer or {"outputs": [], "finish": None, "tokens": 0, "s2t": {}, "seconds": None, "error": reason}
-    cost = answer["s2t"]
-    outputs, samples = answer["outputs"], cost.get("samples") or []
+    cost, outputs = answer["s2t"], answer["outputs"]
     finish = "length" if answer["finish"] == "length" else "end"
-    if answer["error"]:
-        graded = Graded("errored", None, 0.0, answer["error"])
-    elif judged is not None:
-        graded = judged(outputs, row.item)
-    elif samples:
-        graded = row.task.grade_vote(samples, row.item, finish)
+    if answer["error"] or not outputs:
+        graded = Graded("errored", None, 0.0, answer["error"] or "no answer")
     else:
-        graded = row.task.grade(outputs[-1], row.item, finish)
+        graded = row.task.grade(outputs, row.item, finish, ask_judge)
     gold = row.item.answer
     return {
         "key": row.key,
@@ -94,7 +81,7 @@ def graded_row(row: Row, answer: Answer | None, reason: str | None, judged: Judg
         "output": outputs[-1] if outputs else None,
         "output_ids": cost.get("ids"),
         "turns": outputs if row.turns else None,
-        "samples": samples,
+        "samples": cost.get("samples") or [],
         "extracted": graded.extracted,
         "answer": gold if isinstance(gold, str) else json.dumps(gold),
         "verdict": graded.verdict,

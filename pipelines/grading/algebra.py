@@ -91,10 +91,13 @@ class Algebra:
             if question in self._answers:
                 return self._answers[question]
         worker = self._idle.get() or _Worker(self.cpu_seconds)
-        answer = worker.ask({"gold": gold, "pred": pred, "tolerance": tolerance})
-        if answer is None:
-            worker.close()
-        self._idle.put(worker if answer is not None else None)
+        answer = None
+        try:
+            answer = worker.ask({"gold": gold, "pred": pred, "tolerance": tolerance})
+        finally:
+            if answer is None:
+                worker.close()
+            self._idle.put(worker if answer is not None else None)
         with self._lock:
             self.timeouts += answer is None
             self._answers[question] = bool(answer)

@@ -8,28 +8,36 @@ The argument is the CPU time, in seconds, that one question may take. Request {"
 
 import json
 import logging
-import math
+import os
 import re
 import resource
 import signal
 import sys
+from typing import Any
 
 ROUNDING = 1e-4  # relative, of a rounded decimal against an exact value that is no integer (`maths.RELATIVE_TOLERANCE`)
+FLOATS = 1e-12  # relative, of decimals that were worked out
+DIGITS = 60  # to which exact numbers are compared, however small or large they are
 
 
-def whole(parsed: list) -> object | None:
+def whole(parsed: list) -> Any:
     """The expression that math-verify read, or None where it fell back to text."""
     return next((value for value in parsed if not isinstance(value, str)), None)
 
 
-def number(expression: object) -> float | None:
+def number(expression: Any) -> Any:
+    """The value, exact where it is rational, else to DIGITS digits; None for what is no finite number."""
     if not getattr(expression, "is_number", False):
         return None
-    try:
-        value = complex(expression.evalf(15))  # type: ignore[attr-defined]
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return value.real if value.imag == 0 and abs(value.real) < float("inf") else None
+    exact = expression.doit()
+    if exact.is_Rational:
+        return exact
+    value = exact.evalf(DIGITS)
+    return (
+        value
+        if value.is_finite and all(part.is_Float or part.is_Integer or part == 0 for part in value.as_real_imag())
+        else None
+    )
 
 
 def equal(gold: str, pred: str, tolerance: float | None) -> bool:
@@ -43,12 +51,18 @@ def equal(gold: str, pred: str, tolerance: float | None) -> bool:
     if gold_value is None or pred_value is None:
         return False
     gold_number, pred_number = number(gold_value), number(pred_value)
-    if gold_number is not None and pred_number is not None:
-        if tolerance is not None:
-            return abs(gold_number - pred_number) <= tolerance
-        if any(re.search(r"\d\.\d", text) for text in (gold, pred)) and not gold_number.is_integer():
-            return math.isclose(gold_number, pred_number, rel_tol=ROUNDING)
-    return bool(verify([gold_value], [pred_value], timeout_seconds=None))
+    if gold_number is None or pred_number is None:
+        return bool(verify([gold_value], [pred_value], timeout_seconds=None, allow_set_relation_comp=True))
+    difference, size = abs(gold_number - pred_number), max(abs(gold_number), abs(pred_number))
+    if tolerance is not None:
+        return bool(difference <= tolerance)
+    if any(re.search(r"\d\.\d", text) for text in (gold, pred)):
+        return bool(difference <= size * (FLOATS if getattr(gold_value, "is_integer", False) else ROUNDING))
+    if gold_number.is_Rational and pred_number.is_Rational:
+        return bool(gold_number == pred_number)
+    if size == difference:  # one of them is zero, so that only the exact difference tells
+        return (gold_value - pred_value).equals(0) is True
+    return bool(difference <= size * 10.0 ** (10 - DIGITS))
 
 
 def main() -> None:
@@ -56,6 +70,8 @@ def main() -> None:
     import math_verify  # noqa: F401  (its import is not to count as the first question's time)
 
     cpu_seconds = float(sys.argv[1])
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # parsers print
     gibibytes = 4
     resource.setrlimit(resource.RLIMIT_AS, (gibibytes << 30, gibibytes << 30))
     for line in sys.stdin:
@@ -67,8 +83,8 @@ def main() -> None:
             # Whatever a parser of free text raises, the two were not shown to be equal.
             verdict = False
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(json.dumps({"equal": verdict}) + "\n")
-        sys.stdout.flush()
+        replies.write(json.dumps({"equal": verdict}) + "\n")
+        replies.flush()
 
 
 if __name__ == "__main__":

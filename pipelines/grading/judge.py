@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import httpx
+
+from pipelines.runtime import http
+from s2t_models.errors import one_line
 
 Ask = Callable[[list[dict[str, str]]], str]
 
@@ -26,7 +29,7 @@ _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 
 
 @dataclass(frozen=True)
-class Question:
+class Conversation:
     """One MT-Bench question: its turns, and the reference answers where it has them (maths, reasoning, coding)."""
 
     turns: tuple[str, ...]
@@ -40,20 +43,20 @@ def rating(text: str) -> float | None:
 
 
 def messages(
-    question: Question, answers: Sequence[str], turn: int, prompts: dict[str, dict[str, str]]
+    conversation: Conversation, answers: Sequence[str], turn: int, prompts: dict[str, dict[str, str]]
 ) -> list[dict[str, str]]:
     """What the judge is asked about the answer to turn 0 or 1.
 
     Args:
         prompts: the published judge prompts by name, with `system_prompt` and `prompt_template`.
     """
-    name = f"single-{'math-v1' if question.references else 'v1'}{'-multi-turn' if turn else ''}"
-    fields: dict[str, str] = {"question": question.turns[0], "answer": answers[0]}
-    for index, text in enumerate(question.turns, start=1):
+    name = f"single-{'math-v1' if conversation.references else 'v1'}{'-multi-turn' if turn else ''}"
+    fields: dict[str, str] = {"question": conversation.turns[0], "answer": answers[0]}
+    for index, text in enumerate(conversation.turns, start=1):
         fields[f"question_{index}"] = text
     for index, text in enumerate(answers, start=1):
         fields[f"answer_{index}"] = text
-    for index, text in enumerate(question.references, start=1):
+    for index, text in enumerate(conversation.references, start=1):
         fields[f"ref_answer_{index}"] = text
     prompt = prompts[name]
     return [
@@ -63,49 +66,51 @@ def messages(
 
 
 def rate(
-    question: Question, answers: Sequence[str], prompts: dict[str, dict[str, str]], ask: Ask
+    conversation: Conversation, answers: Sequence[str], prompts: dict[str, dict[str, str]], ask: Ask
 ) -> list[float | None]:
     """One rating a turn; None where the judge gave none that counts.
 
     Raises:
         ValueError: not one answer a turn.
     """
-    if len(answers) != len(question.turns):
-        raise ValueError(f"the question has {len(question.turns)} turns, but there are {len(answers)} answers")
-    return [rating(ask(messages(question, answers, turn, prompts))) for turn in range(len(answers))]
+    if len(answers) != len(conversation.turns):
+        raise ValueError(f"the question has {len(conversation.turns)} turns, but there are {len(answers)} answers")
+    return [rating(ask(messages(conversation, answers, turn, prompts))) for turn in range(len(answers))]
 
 
 def endpoint(url: str, model: str, api_key: str = "", seconds: float = 600.0) -> Ask:
-    """A judge behind an OpenAI-compatible endpoint, `url` being its base such as http://127.0.0.1:8000/v1.
+    """A judge behind an OpenAI-compatible endpoint, `url` being its base such as http://127.0.0.1:8000 or .../v1.
 
-    What it returns raises JudgeError with what the endpoint said."""
-
-    def post(body: dict[str, object]) -> str:
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {api_key}"} if api_key else {})}
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", data=data, headers=headers)
-        with urllib.request.urlopen(request, timeout=seconds) as response:
-            content = response.read()
-        try:
-            return str(json.loads(content)["choices"][0]["message"]["content"])
-        except (ValueError, LookupError, TypeError):
-            raise JudgeError(f"the judge's reply is not a chat completion: {_line(content)}") from None
+    What it returns raises JudgeError where the endpoint cannot be asked, refuses, or gives no text."""
+    address = f"{http.base_url(url)}/chat/completions"
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def ask(chat: list[dict[str, str]]) -> str:
         body: dict[str, object] = {"model": model, "messages": chat, "temperature": 0.0}
-        bodies = [body | {"max_tokens": MAX_TOKENS}, body]  # the second with whatever room the context leaves
-        while True:
+        # Where prompt and limit exceed the judge's context, again with whatever room the context leaves.
+        for attempt in (body | {"max_tokens": MAX_TOKENS}, body):
             try:
-                return post(bodies.pop(0))
-            except urllib.error.HTTPError as error:
-                said = error.read()
-                if not bodies or b"context_length_exceeded" not in said:
-                    raise JudgeError(f"the judge refused: {error.code}: {_line(said)}") from None
-            except (OSError, ValueError) as error:
-                raise JudgeError(f"the judge could not be asked: {_line(str(error).encode())}") from None
+                with http.client(url, timeout=seconds, headers=headers) as client:
+                    response = client.post(
+                        address, content=json.dumps(attempt), headers={"Content-Type": "application/json"}
+                    )
+            except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+                raise JudgeError(f"the judge could not be asked: {one_line(error)}") from None
+            if response.is_success:
+                return _text(response)
+            if "context_length_exceeded" not in response.text:
+                break
+        raise JudgeError(f"the judge refused: {response.status_code}: {one_line(response.text)}")
 
     return ask
 
 
-def _line(content: bytes) -> str:
-    return " ".join(content.decode(errors="replace").split())[:300]
+def _text(response: httpx.Response) -> str:
+    """The first choice's text. Raises JudgeError where there is none."""
+    try:
+        content = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        content = None
+    if not isinstance(content, str):
+        raise JudgeError(f"the judge's reply is not a chat completion with a text: {one_line(response.text)}")
+    return content

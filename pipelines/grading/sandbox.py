@@ -100,6 +100,14 @@ def unavailable() -> str | None:
     return None if verdict["status"] == "passed" else verdict["detail"]
 
 
+def refusal(reason: str) -> SandboxUnavailable:
+    """What a user is told where there is no isolation for `reason`."""
+    return SandboxUnavailable(
+        f"model-written code cannot be isolated on this system ({reason}); allow user namespaces, or pass --allow-unsandboxed "
+        "(allow_unsandboxed=True) to run it with your own rights"
+    )
+
+
 def check(
     code: str,
     test: str,
@@ -128,10 +136,7 @@ def check(
         with tempfile.TemporaryDirectory(prefix="s2t-unsandboxed-") as folder:
             verdict = _run(job, limits, isolate=False, folder=folder)
     else:
-        raise SandboxUnavailable(
-            f"model-written code cannot be isolated on this system ({reason}); allow user namespaces, or pass "
-            "allow_unsandboxed=True (--allow-unsandboxed) to run it with this user's rights"
-        )
+        raise refusal(reason)
     if verdict["status"] == "unavailable":
         raise SandboxUnavailable(f"isolation worked before and now fails: {verdict['detail']}")
     return Outcome(verdict["status"], verdict["detail"])  # type: ignore[arg-type]

@@ -24,3 +24,8 @@ def is_near(url: str) -> bool:
         return False
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
     return bool(addresses) and all(a.is_loopback or a.is_private or a.is_link_local for a in addresses)
+
+
+def base_url(endpoint: str) -> str:
+    """`http://host:port` and `http://host:port/v1` both name an endpoint; this is the latter form."""
+    return endpoint.rstrip("/").removesuffix("/v1") + "/v1"

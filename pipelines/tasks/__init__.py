@@ -40,8 +40,8 @@ class TaskError(UserError):
 
 def load(name: str, data: Path | None) -> tuple[Task, list[Item]]:
     """The task of that name and all its rows. Raises TaskError."""
+    chosen = task(name)
     try:
-        chosen = task(name)
         return chosen, chosen.load(data)
     except (KeyError, ValueError, OSError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
@@ -49,7 +49,7 @@ def load(name: str, data: Path | None) -> tuple[Task, list[Item]]:
 
 
 def task(name: str) -> Task:
-    """The task of that name. Raises ValueError for an unknown one."""
+    """The task of that name. Raises TaskError for an unknown one."""
     if name not in _BY_NAME:
-        raise ValueError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
+        raise TaskError(f"there is no task {name!r}; the tasks are {', '.join(TASKS)}")
     return _BY_NAME[name]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, maths_vote_key, same_maths
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Hub, Row, Source, required
+from pipelines.tasks.source import Hub, Record, Source, required
 
 SOURCE24 = Source(
     "aime24/test.jsonl",
@@ -17,7 +17,7 @@ SOURCE25 = Source(
 )
 
 
-def read(name: str, source: Source, tables: list[list[Row]]) -> list[Item]:
+def read(name: str, source: Source, tables: list[list[Record]]) -> list[Item]:
     return [
         Item(
             f"{name}/{row['id']}",
@@ -36,8 +36,6 @@ def _task(name: str, source: Source) -> Task:
         partial(read, name, source),
         extract_maths,
         correct_maths,
-        maths_vote_key,
-        same_maths,
         max_new_tokens=4096,
     )
 

@@ -1,16 +1,15 @@
-"""What the maths tasks share: extraction, equality and vote keys on top of `grading`; and likewise for the choice tasks."""
+"""What the maths tasks share, extraction and equality; and likewise what the choice tasks do."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-from pipelines.grading import choices, maths
-from pipelines.grading.final_answer import final_answer
-from pipelines.grading.latex_text import canonical
+from pipelines.grading import maths
 from pipelines.tasks.base import MATHS_SYSTEM, Item, Message
+from s2t_models.answers.choices import LETTERS, choice
+from s2t_models.answers.final_answer import final_answer
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _PERCENT = re.compile(r"per\s?cent|%", re.IGNORECASE)
 
 
@@ -36,13 +35,6 @@ def correct_maths(extracted: str, item: Item) -> bool:
     return any(maths.equal(gold, extracted, percent_asked=percent_asked, tolerance=tolerance) for gold in golds)
 
 
-def same_maths(first: str, second: str) -> bool:
-    return maths.equal(first, second)
-
-
-maths_vote_key = canonical
-
-
 def choice_prompt(question: str, options: Sequence[str]) -> list[Message]:
     """Question, lettered options, and the phrase that the answer is to be given in."""
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
@@ -54,8 +46,7 @@ def choice_prompt(question: str, options: Sequence[str]) -> list[Message]:
 
 
 def extract_choice(response: str, item: Item) -> str | None:
-    options = item.metadata["options"]
-    return choices.choice(response, LETTERS[: len(options)], options)
+    return choice(response, LETTERS[: len(item.options)], item.options)
 
 
 def correct_choice(extracted: str, item: Item) -> bool:

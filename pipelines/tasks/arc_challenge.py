@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.tasks.answers import LETTERS, choice_item, correct_choice, extract_choice
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Hub, Row, Source, required
+from pipelines.tasks.source import Hub, Record, Source, required
 
 SOURCE = Source(
     "arc_challenge/test.jsonl",
@@ -12,7 +12,7 @@ SOURCE = Source(
 )
 
 
-def read(tables: list[list[Row]]) -> list[Item]:
+def read(tables: list[list[Record]]) -> list[Item]:
     """Rows that number their options 1-4 are lettered."""
     items = []
     for row in required(tables[0], ("id", "question", "choices", "answerKey"), SOURCE):
@@ -21,4 +21,4 @@ def read(tables: list[list[Row]]) -> list[Item]:
     return items
 
 
-TASK = Task("arc_challenge", (SOURCE,), read, extract_choice, correct_choice)
+TASK = Task("arc_challenge", (SOURCE,), read, extract_choice, correct_choice, most_options=5)

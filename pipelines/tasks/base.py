@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines.grading.voting import vote
+from pipelines.grading.judge import Ask
 from pipelines.tasks.source import Source
+from s2t_models.answers.voting import vote
+from s2t_models.errors import UserError, one_line
 
 Verdict = Literal["correct", "wrong", "truncated", "errored"]
 VERDICTS: tuple[Verdict, ...] = ("correct", "wrong", "truncated", "errored")
@@ -42,6 +44,11 @@ class Item:
     def question(self) -> str:
         return str(self.metadata.get("question") or self.prompt[-1]["content"])
 
+    @property
+    def options(self) -> list[str]:
+        """The options' texts in the order of their letters; empty where there are none."""
+        return list(self.metadata.get("options", ()))
+
 
 @dataclass(frozen=True)
 class Graded:
@@ -62,27 +69,40 @@ class Task:
         read: rows of the sources, one list a source, to items.
         extract: the answer that a response gives for an item, or None.
         correct: whether an extracted answer is right for an item.
-        vote_key: one spelling for answers that are the same as text (maj@n).
-        same: whether two extracted answers of one item are the same beyond their spelling.
+        judge: grades a conversation by asking a judge model, in place of `extract` and `correct`.
+        prepare: this task as the system can grade it, given whether model-written code may run without isolation.
         max_new_tokens: generation limit of one turn.
         turns: user turns a conversation; what follows the first stands in `metadata["turns"]`.
-        votes: whether maj@n makes sense (not for programs or essays).
-        judged: graded by a judge model (`mt_bench.judged`), not by `grade`.
+        votes: whether answers are short texts that can be compared, and voted over (not programs or essays).
+        most_options: options of a multiple-choice question at most; 0 where there are none.
         stratify: metadata key that sampled rows are spread over.
     """
 
     name: str
     sources: tuple[Source, ...]
     read: Callable[[list[list[dict[str, Any]]]], list[Item]]
-    extract: Callable[[str, Item], str | None]
-    correct: Callable[[str, Item], bool]
-    vote_key: Callable[[str], str] = str
-    same: Callable[[str, str], bool] | None = None
+    extract: Callable[[str, Item], str | None] = lambda response, item: response
+    correct: Callable[[str, Item], bool] = lambda extracted, item: False
+    judge: Callable[[Sequence[str], Item, Ask], Graded] | None = None
+    prepare: Callable[[Task, bool], Task] = lambda task, allow_unsandboxed: task
     max_new_tokens: int = 1024
     turns: int = 1
     votes: bool = True
-    judged: bool = False
+    most_options: int = 0
     stratify: str | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether grading asks a judge model."""
+        return self.judge is not None
+
+    def prepared(self, allow_unsandboxed: bool = False) -> Task:
+        """The task as this system can grade it. Raises UserError where it cannot, so that no answer is paid for in vain.
+
+        Args:
+            allow_unsandboxed: run model-written code with this user's rights where the system isolates none.
+        """
+        return self.prepare(self, allow_unsandboxed)
 
     def load(self, data_dir: Path | str | None = None) -> list[Item]:
         """All rows, from `data_dir` where one is given, else from their pinned place on the network.
@@ -93,20 +113,33 @@ class Task:
         """
         return self.read([source.rows(None if data_dir is None else Path(data_dir)) for source in self.sources])
 
-    def grade(self, response: str, item: Item, finish: str = "end") -> Graded:
-        """Grades one response. `finish` "length" (cut off at the token limit) turns what is not correct into truncated."""
-        return self.grade_answer(self.extract(response, item), item, finish)
+    def grade(self, outputs: str | Sequence[str], item: Item, finish: str = "end", ask: Ask | None = None) -> Graded:
+        """Grades one response: a text, or one text a turn. It raises nothing for what a model wrote; a grader or judge that fails makes
+        the row errored, with the reason.
 
-    def grade_vote(self, responses: Sequence[str], item: Item, finish: str = "end") -> Graded:
-        """Votes over the responses (maj@n), then grades the answer that won."""
-        answers = [self.extract(response, item) for response in responses]
-        return self.grade_answer(vote(answers, self.vote_key, self.same), item, finish)
+        Args:
+            finish: "length" (cut off at the token limit) turns what is not correct into truncated.
+            ask: the judge, where the task is `judged`.
 
-    def grade_answer(self, extracted: str | None, item: Item, finish: str = "end") -> Graded:
-        """Grades an answer that is already extracted."""
-        if extracted is not None and self.correct(extracted, item):
-            return Graded("correct", extracted, 1.0)
+        Raises:
+            UserError: the task is judged, and there is no judge.
+        """
+        texts = [outputs] if isinstance(outputs, str) else list(outputs)
+        if self.judge is not None and ask is None:
+            raise UserError(f"{self.name} is graded by a judge model: name one with --judge URL --judge-model NAME")
+        try:
+            if self.judge is not None and ask is not None:
+                return self.judge(texts, item, ask)
+            extracted = self.extract(texts[-1], item)
+            if extracted is not None and self.correct(extracted, item):
+                return Graded("correct", extracted, 1.0)
+        except Exception as error:
+            return Graded("errored", None, 0.0, f"the grader failed: {type(error).__name__}: {one_line(error)}")
         return Graded("truncated" if finish == "length" else "wrong", extracted, 0.0)
+
+    def vote(self, responses: Sequence[str], item: Item) -> str:
+        """The response that maj@n serves: one that gives the majority answer."""
+        return responses[vote(responses, item.options)]
 
     def sample(self, items: Sequence[Item], count: int, seed: int) -> list[Item]:
         """`count` rows drawn with the seed, in their order; spread over `stratify` in proportion. All rows for 0 or more than there are."""

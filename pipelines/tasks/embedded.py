@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_vote_key, same_maths
+from pipelines.tasks.answers import correct_maths, extract_maths
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Row
+from pipelines.tasks.source import Record
 
 SEED = 0
 SPLITS = {
@@ -22,7 +22,7 @@ SPLITS = {
 }
 
 
-def read(name: str, tables: list[list[Row]]) -> list[Item]:
+def read(name: str, tables: list[list[Record]]) -> list[Item]:
     """The task's rows of its split, for a fixed seed."""
     from s2t_models.embedded import generator
 
@@ -44,6 +44,5 @@ def read(name: str, tables: list[list[Row]]) -> list[Item]:
 
 
 EMBEDDED = tuple(
-    Task(name, (), partial(read, name), extract_maths, correct_maths, maths_vote_key, same_maths, max_new_tokens=256)
-    for name in SPLITS
+    Task(name, (), partial(read, name), extract_maths, correct_maths, max_new_tokens=256) for name in SPLITS
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, maths_vote_key, same_maths
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Hub, Row, Source, required
+from pipelines.tasks.source import Hub, Record, Source, required
 
 SOURCE = Source(
     "gsm8k/test.jsonl",
@@ -12,7 +12,7 @@ SOURCE = Source(
 )
 
 
-def read(tables: list[list[Row]]) -> list[Item]:
+def read(tables: list[list[Record]]) -> list[Item]:
     return [
         Item(
             f"gsm8k/{index}",
@@ -24,4 +24,4 @@ def read(tables: list[list[Row]]) -> list[Item]:
     ]
 
 
-TASK = Task("gsm8k", (SOURCE,), read, extract_maths, correct_maths, maths_vote_key, same_maths)
+TASK = Task("gsm8k", (SOURCE,), read, extract_maths, correct_maths)

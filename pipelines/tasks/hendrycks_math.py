@@ -6,12 +6,12 @@ identifiers, so theirs are counted; MATH-500 is left out of the calibration rows
 
 from __future__ import annotations
 
-from pipelines.grading.final_answer import boxed
 from pipelines.tasks import math500
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, maths_vote_key, same_maths
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Hub, Row, Source, required
+from pipelines.tasks.source import Hub, Record, Source, required
 from pipelines.tasks.splits import text_hash
+from s2t_models.answers.final_answer import boxed
 
 _SUBJECTS = (
     "algebra",
@@ -34,7 +34,7 @@ def _source(split: str) -> Source:
 TRAIN, TEST = _source("train"), _source("test")
 
 
-def _items(name: str, rows: list[Row], source: Source) -> list[Item]:
+def _items(name: str, rows: list[Record], source: Source) -> list[Item]:
     """Raises ValueError for a solution without a boxed answer."""
     items = []
     for index, row in enumerate(required(rows, ("problem", "solution", "type", "level"), source)):
@@ -51,22 +51,20 @@ def _items(name: str, rows: list[Row], source: Source) -> list[Item]:
     return items
 
 
-def read_train(tables: list[list[Row]]) -> list[Item]:
+def read_train(tables: list[list[Record]]) -> list[Item]:
     return _items("math-train", tables[0], TRAIN)
 
 
-def read_calibration(tables: list[list[Row]]) -> list[Item]:
+def read_calibration(tables: list[list[Record]]) -> list[Item]:
     held_out = {text_hash(row["problem"]) for row in tables[1]}
     return [item for item in _items("math-calibration", tables[0], TEST) if text_hash(item.question) not in held_out]
 
 
-MATH_TRAIN = Task("math-train", (TRAIN,), read_train, extract_maths, correct_maths, maths_vote_key, same_maths)
+MATH_TRAIN = Task("math-train", (TRAIN,), read_train, extract_maths, correct_maths)
 MATH_CALIBRATION = Task(
     "math-calibration",
     (TEST, math500.SOURCE),
     read_calibration,
     extract_maths,
     correct_maths,
-    maths_vote_key,
-    same_maths,
 )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from pipelines.grading import sandbox
 from pipelines.grading.code import program
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Hub, Row, Source, required
+from pipelines.tasks.source import Hub, Record, Source, required
 
 SYSTEM = (
     "Complete the given Python function. Output only the code, without markdown formatting and without explanations."
@@ -22,14 +23,14 @@ SOURCE = Source(
 )
 
 
-def read(tables: list[list[Row]]) -> list[Item]:
+def read(tables: list[list[Record]]) -> list[Item]:
     fields = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
     return [
         Item(
             f"humaneval/{row['task_id'].removeprefix('HumanEval/')}",
             [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}],
             row["canonical_solution"],
-            {"question": row["prompt"], "entry_point": row["entry_point"], "test": row["test"]},
+            {"id": row["task_id"], "question": row["prompt"], "entry_point": row["entry_point"], "test": row["test"]},
         )
         for row in required(tables[0], fields, SOURCE)
     ]
@@ -50,9 +51,13 @@ def passes(extracted: str, item: Item, allow_unsandboxed: bool = False) -> bool:
     ).passed
 
 
-TASK = Task("humaneval", (SOURCE,), read, extract, passes, max_new_tokens=512, votes=False)
+def prepare(task: Task, allow_unsandboxed: bool) -> Task:
+    """Raises sandbox.SandboxUnavailable where programs cannot be isolated and that is not allowed."""
+    if (reason := sandbox.unavailable()) is None:
+        return task
+    if not allow_unsandboxed:
+        raise sandbox.refusal(reason)
+    return replace(task, correct=partial(passes, allow_unsandboxed=True))
 
 
-def unsandboxed() -> Task:
-    """The task for systems without isolation: model-written code runs with this user's rights. Only where asked for."""
-    return replace(TASK, correct=lambda extracted, item: passes(extracted, item, allow_unsandboxed=True))
+TASK = Task("humaneval", (SOURCE,), read, extract, passes, prepare=prepare, max_new_tokens=512, votes=False)

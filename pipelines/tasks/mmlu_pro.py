@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipelines.tasks.answers import choice_item, correct_choice, extract_choice
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Hub, Row, Source, required
+from pipelines.tasks.source import Hub, Record, Source, required
 
 SOURCE = Source(
     "mmlu_pro/test.jsonl.gz",
@@ -12,7 +12,7 @@ SOURCE = Source(
 )
 
 
-def read(tables: list[list[Row]]) -> list[Item]:
+def read(tables: list[list[Record]]) -> list[Item]:
     """`answer` is the gold letter; `answer_index` contradicts it in question 3983 and is not used."""
     return [
         choice_item(
@@ -26,4 +26,13 @@ def read(tables: list[list[Row]]) -> list[Item]:
     ]
 
 
-TASK = Task("mmlu_pro", (SOURCE,), read, extract_choice, correct_choice, max_new_tokens=4096, stratify="category")
+TASK = Task(
+    "mmlu_pro",
+    (SOURCE,),
+    read,
+    extract_choice,
+    correct_choice,
+    most_options=10,
+    max_new_tokens=4096,
+    stratify="category",
+)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipelines.grading import judge
+from pipelines.grading.judge import Ask, Conversation, JudgeError, rate
 from pipelines.tasks.base import Graded, Item, Task
-from pipelines.tasks.source import Pinned, Row, Source, required
+from pipelines.tasks.source import Pinned, Record, Source, required
 
 _ROOT = (
     "https://raw.githubusercontent.com/lm-sys/FastChat/0e6d3e4beaab66f4d3f93db72541a4abab8af28d/fastchat/llm_judge/data"
@@ -30,7 +30,7 @@ REFERENCED = ("math", "reasoning", "coding")  # the categories that are judged a
 PASS_RATING = 6.0  # mean rating from which a conversation counts as correct; the rating itself is the score
 
 
-def read(tables: list[list[Row]]) -> list[Item]:
+def read(tables: list[list[Record]]) -> list[Item]:
     references = {row["question_id"]: row["choices"][0]["turns"] for row in tables[1]}
     prompts = {row["name"]: row for row in tables[2]}
     items = []
@@ -48,30 +48,13 @@ def read(tables: list[list[Row]]) -> list[Item]:
     return items
 
 
-def _no_judge(extracted: str, item: Item) -> bool:
-    raise ValueError("mt_bench is graded by a judge model: name one with --judge URL --judge-model NAME")
-
-
-TASK = Task(
-    "mt_bench",
-    (QUESTIONS, REFERENCES, PROMPTS),
-    read,
-    lambda response, item: response,
-    _no_judge,
-    turns=2,
-    votes=False,
-    judged=True,
-    stratify="category",
-)
-
-
-def judged(answers: Sequence[str], item: Item, ask: judge.Ask) -> Graded:
+def judged(answers: Sequence[str], item: Item, ask: Ask) -> Graded:
     """Grades both turns' answers with a judge. A turn without a rating makes the row errored, and so does a judge that gives
     no answer. Raises ValueError where there is not one answer a turn."""
-    question = judge.Question(tuple(item.metadata["turns"]), tuple(item.answer))
+    conversation = Conversation(tuple(item.metadata["turns"]), tuple(item.answer))
     try:
-        ratings = judge.rate(question, answers, item.metadata["judge_prompts"], ask)
-    except judge.JudgeError as error:
+        ratings = rate(conversation, answers, item.metadata["judge_prompts"], ask)
+    except JudgeError as error:
         return Graded("errored", None, 0.0, str(error))
     known = [value for value in ratings if value is not None]
     if len(known) < len(ratings):
@@ -79,3 +62,6 @@ def judged(answers: Sequence[str], item: Item, ask: judge.Ask) -> Graded:
     mean = sum(known) / len(known)
     text = ", ".join(f"{value:g}" for value in known)
     return Graded("correct" if mean >= PASS_RATING else "wrong", text, mean / 10)
+
+
+TASK = Task("mt_bench", (QUESTIONS, REFERENCES, PROMPTS), read, judge=judged, turns=2, votes=False, stratify="category")

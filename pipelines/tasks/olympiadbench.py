@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, maths_vote_key, same_maths
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Pinned, Row, Source, required
+from pipelines.tasks.source import Pinned, Record, Source, required
 
 SOURCE = Source(
     "olympiadbench/test.jsonl.gz",
@@ -16,7 +16,7 @@ SOURCE = Source(
 )
 
 
-def read(tables: list[list[Row]]) -> list[Item]:
+def read(tables: list[list[Record]]) -> list[Item]:
     items = []
     for row in required(tables[0], ("id", "context", "question", "solution", "final_answer", "error", "unit"), SOURCE):
         question = f"{row['context']}\n{row['question']}" if row["context"] else row["question"]
@@ -35,6 +35,4 @@ def read(tables: list[list[Row]]) -> list[Item]:
     return items
 
 
-TASK = Task(
-    "olympiadbench", (SOURCE,), read, extract_maths, correct_maths, maths_vote_key, same_maths, max_new_tokens=4096
-)
+TASK = Task("olympiadbench", (SOURCE,), read, extract_maths, correct_maths, max_new_tokens=4096)

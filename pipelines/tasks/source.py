@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]
+#: One row of a benchmark's file, its fields by name.
+Record = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Record]:
     """Rows of a .jsonl, .jsonl.gz, .json or .parquet file.
 
     Raises:
@@ -28,7 +29,7 @@ def read_rows(path: Path) -> list[Row]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+        rows: list[Record] = pyarrow.parquet.read_table(path).to_pylist()
         return rows
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if path.name.endswith(".json"):
@@ -37,7 +38,7 @@ def read_rows(path: Path) -> list[Row]:
             raise ValueError(f"{path}: expected a list of rows, found {type(loaded).__name__}")
         return loaded
     rows = []
-    for number, line in enumerate(data.decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -54,7 +55,7 @@ class Hub:
     revision: str
     files: tuple[str, ...]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Record]:
         from huggingface_hub import hf_hub_download
 
         paths = [
@@ -71,7 +72,7 @@ class Pinned:
     url: str
     sha256: str
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[Record]:
         """Raises ValueError where the file's hash is another."""
         with urllib.request.urlopen(self.url, timeout=60) as response:
             data = response.read()
@@ -90,7 +91,7 @@ class Source:
     local: str
     remote: Hub | Pinned | None = None
 
-    def rows(self, data_dir: Path | None) -> list[Row]:
+    def rows(self, data_dir: Path | None) -> list[Record]:
         """Raises FileNotFoundError where `data_dir` lacks the file."""
         if data_dir is None:
             if self.remote is None:
@@ -104,7 +105,7 @@ class Source:
         return read_rows(path)
 
 
-def required(rows: Sequence[Row], fields: Sequence[str], source: Source) -> Sequence[Row]:
+def required(rows: Sequence[Record], fields: Sequence[str], source: Source) -> Sequence[Record]:
     """The rows, checked. Raises ValueError for the first one that lacks a field."""
     for number, row in enumerate(rows, start=1):
         missing = [name for name in fields if name not in row]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from pipelines.tasks.answers import LETTERS, choice_item, correct_choice, extract_choice
 from pipelines.tasks.base import Item, Task
-from pipelines.tasks.source import Hub, Row, Source, required
+from pipelines.tasks.source import Hub, Record, Source, required
 
 SHUFFLE_SEED = 0
 SOURCE = Source(
@@ -30,7 +30,7 @@ def _targets(targets: Mapping[str, object]) -> list[tuple[str, int]]:
     return [(text, int(str(label))) for text, label in targets.items()]
 
 
-def read(tables: list[list[Row]]) -> list[Item]:
+def read(tables: list[list[Record]]) -> list[Item]:
     items = []
     for index, row in enumerate(required(tables[0], ("question", "mc1_targets"), SOURCE)):
         targets = _targets(row["mc1_targets"])
@@ -40,4 +40,4 @@ def read(tables: list[list[Row]]) -> list[Item]:
     return items
 
 
-TASK = Task("truthfulqa", (SOURCE,), read, extract_choice, correct_choice)
+TASK = Task("truthfulqa", (SOURCE,), read, extract_choice, correct_choice, most_options=13)

@@ -22,13 +22,15 @@ Source = Literal["slm", "teacher", "selected"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to decode. `temperature` and `top_p` override what a policy would use itself (None: its own setting)."""
+    """One prompt to decode. `temperature` and `top_p` override what a policy would use itself (None: its own setting); `options` are
+    the texts of a multiple choice's options A, B, ..., for policies that vote."""
 
     prompt: list[int]
     max_tokens: int
     seed: int = 0
     temperature: float | None = None
     top_p: float | None = None
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

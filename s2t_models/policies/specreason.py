@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from s2t_models.answers.final_answer import boxed
 from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
 from s2t_models.hosting import Hosting
-from s2t_models.policies.answers import boxed
 from s2t_models.policies.base import (
     CORE,
     Done,

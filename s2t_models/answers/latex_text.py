@@ -1,0 +1,208 @@
+"""One spelling for a short mathematical answer: LaTeX dressing, units and separators taken off, fractions written one way.
+
+Pure text; it proves nothing equal that is not the same text afterwards. What needs algebra is left to `pipelines.grading.maths`.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from s2t_models.answers.units import TAIL_UNIT, WORD_UNIT
+
+LONGEST = 1000  # characters; a longer text is no short answer and only loses its spaces
+
+_UNWRAPPED = r"\\(?:text|textbf|textit|textrm|textnormal|texttt|emph|mathrm|mathbf|mathbb|mathcal|mathit|mathsf|bm|boldsymbol|operatorname|mbox|hbox|underline)\*?"
+_WRAPPED = re.compile(_UNWRAPPED + r"\s*\{([^{}]*)\}")
+_DISPLAY = re.compile(r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
+_SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad|qquad|thinspace|enspace)|~")
+_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?(?:\s?[CF]$)?|\\degree(?![a-zA-Z])|°(?:\s?[CF]\b)?|\\?\bdeg(?:rees?)?\b")
+_CURRENCY = re.compile(r"[€£¥₹]|\\(?:pounds|euro)(?![a-zA-Z])|\bUS\s?(?=\\?\$)|\b(?:USD|EUR|GBP|Rs\.?)(?=\s?\d)")
+_THOUSANDS = re.compile(r"(?<![\d.,(\[{])(-?\d{1,3}(?:,\d{3})+)(?![\d,)\]}])")
+_OTHER_THOUSANDS = re.compile(r"-?\d{1,3}(?:(?: \d{3})+|(?:['’]\d{3})+|(?:_\d{3})+|(?:\.\d{3}){2,})(?:,\d+)?")
+THREE_DIGITS = re.compile(r"-?\d{1,3}(?:,\d{3})+")
+_TRAILING_ZEROS = re.compile(r"(\d+)\.0+(?!\d)|(\d+\.\d*?[1-9])0+(?!\d)")
+_LEADING_ZEROS = re.compile(r"(?<![\d._^:])0+(?=\d)(?!0\.)")
+_BARE_DECIMAL = re.compile(r"(?<![\d.])\.(?=\d)")
+_SLASH = re.compile(r"^(-?)(\d+)/(\d+)$")
+_ASSIGNED = re.compile(
+    r"^(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z](?:,\s?[a-zA-Z])*\)|\\angle\s*[A-Z]{3})\s*(?:=|\\in(?![a-z])|\\approx(?![a-z]))\s*"
+)
+_HEDGE = re.compile(
+    r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly)\s)\s*", re.IGNORECASE
+)
+_CLOCK = re.compile(r"(?<=\d)\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
+# In a sentence's last clause ("18 dollars every day") any run of words after a number is no part of the value.
+_WORDS_AFTER_NUMBER = re.compile(r"^(-?[\d.,/]+)(?!\s(?:and|or)\b)(?:\s+[a-zA-Z][a-zA-Z'\-]+)+$")
+_SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("−–—‐‑‒﹣－", "-"),
+        **dict.fromkeys("⁄∕", "/"),
+        **{
+            "π": "\\pi ",
+            "×": "\\times ",
+            "·": "\\cdot ",
+            "⋅": "\\cdot ",
+            "÷": "/",
+            "√": "\\sqrt",
+            "∞": "\\infty ",
+            "±": "\\pm ",
+        },
+        **{
+            "≤": "\\le ",
+            "≥": "\\ge ",
+            "≠": "\\ne ",
+            "≈": "\\approx ",
+            "∪": "\\cup ",
+            "∩": "\\cap ",
+            "∈": "\\in ",
+            "∅": "\\emptyset ",
+        },
+        **{"θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "∘": "°", "º": "°", "\u200b": "", "\ufeff": "", "\0": ""},
+    }
+)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
+_SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
+_SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_VULGAR = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
+_ONES = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+NUMBER_WORDS = {name: str(value) for value, name in enumerate(_ONES)}
+NUMBER_WORDS |= {name: str(10 * tens) for tens, name in enumerate(_TENS, start=2)}
+NUMBER_WORDS |= {
+    f"{tens}-{one}": str(10 * place + value)
+    for place, tens in enumerate(_TENS, start=2)
+    for value, one in enumerate(_ONES[:10])
+    if value
+}
+
+
+def is_percent(answer: str) -> bool:
+    """Whether the answer ends in a per cent sign or word."""
+    end = answer[-60:].rstrip(" }$.)*")
+    return re.search(r"(?:%|\bper\s?cent(?:age)?)$", end) is not None
+
+
+def based(answer: str) -> tuple[str, str] | None:
+    """Digits and base of a numeral such as 52_8, 4210_{5} or 101_{two}; None for anything else."""
+    found = re.fullmatch(r"\s*\(?([0-9A-Fa-f]+)\)?\s?_\s?\{?(?:base\s?)?(\d+|[a-z]+)\}?\s*", answer)
+    return (found[1].lstrip("0") or "0", NUMBER_WORDS.get(found[2], found[2])) if found else None
+
+
+def _braced_arguments(text: str) -> str:
+    """\\frac12 and \\sqrt3 with their braces."""
+    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
+    text = re.sub(r"\\frac\s*([^\s{\\])\s*([^\s{\\])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac\s*([^\s{\\])\s*\{", r"\\frac{\1}{", text)
+    text = re.sub(r"\\frac\s*(\{[^{}]*\})\s*([^\s{\\])", r"\\frac\1{\2}", text)
+    text = re.sub(r"\\frac\s+\{", r"\\frac{", text)
+    text = re.sub(r"\\frac\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}", r"\\frac{\1}{\2}", text)
+    return re.sub(r"\\sqrt\s*([^\s{\[\\(])", r"\\sqrt{\1}", text)
+
+
+def _as_ascii(text: str) -> str:
+    """Unicode mathematics as LaTeX: minus signs, superscripts, vulgar fractions, full-width digits."""
+    text = _SUPERSCRIPT.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
+    text = _SUBSCRIPT.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _VULGAR.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
+    return unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
+
+
+def undressed(answer: str) -> str:
+    """The answer without LaTeX dressing, with its units, signs of percent and separators."""
+    text = _as_ascii(answer.strip().replace("\n", " "))
+    text = text.replace("\\dots", "\\ldots").replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
+    text = text.replace("\\cdot", "\\cdot ").replace("\\varnothing", "\\emptyset ").replace("{,}", ",")
+    text = re.sub(r"\\!\s*", "", text)
+    text = re.sub(r"\*\*(?=\S)(.*?)\*\*", r"\1", text) if text.startswith("**") else text.replace("**", "^")
+    text = text.replace("`", "")
+    text = re.sub(r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi ", text)
+    text = re.sub(r"(?<![a-zA-Z\\])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty ", text)
+    text = re.sub(r"(?<![a-zA-Z\\])\\?sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
+    text = _CURRENCY.sub("", re.sub(r"\\(?:\(|\)|\[|\])", " ", text)).replace("\\$", "").replace("$", "")
+    text = re.sub(r"\\,(?=\d{3})", "", text)
+    text = _DISPLAY.sub("", _SPACES.sub(" ", text))
+    text = re.sub(r"\\(leq|leqslant|geq|geqslant|neq)(?![a-z])", lambda m: f"\\{m[1][:2]}", text)
+    text = text.replace("bmatrix", "pmatrix").replace("\\infinity", "\\infty")
+    text = re.sub(r"\\begin\{(?:array|[vB]?matrix)\}(?:\{[^}]*\})?", r"\\begin{pmatrix}", text)
+    text = re.sub(r"\\end\{(?:array|[vB]?matrix)\}", r"\\end{pmatrix}", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def clean(answer: str) -> str:
+    """The answer without its dressing, still LaTeX with its spaces: what a parser is given."""
+    if len(answer) > LONGEST:
+        return " ".join(answer.split())
+    text = _DEGREES.sub("", undressed(answer))
+    text = re.sub(r"(\\?%|\bper\s?cent(?:age)?\b)", "", text)
+    text = TAIL_UNIT.sub("", text).strip() or text
+    text = re.sub(r"\\(?:text|mbox|textrm)\s*\{\s*(?:,?\s*and|,?\s*or)\s*\}", ",", text)
+    while _WRAPPED.search(text):
+        text = _WRAPPED.sub(lambda m: m[1], text)
+    text = _CLOCK.sub(lambda m: m[1].lower() + "m", text)
+    text = _HEDGE.sub("", text.strip()).rstrip(".;,\\ ").strip()
+    text = WORD_UNIT.sub("", text).strip() or text
+    alone = _WORDS_AFTER_NUMBER.match(text)
+    text = alone[1] if alone else text
+    text = re.sub(r"[ '’_.]", "", text).replace(",", ".") if _OTHER_THOUSANDS.fullmatch(text) else text
+    text = _THOUSANDS.sub(lambda m: m[1].replace(",", ""), text)
+    text = _BARE_DECIMAL.sub("0.", text)
+    text = _TRAILING_ZEROS.sub(lambda m: m[1] or m[2], text)
+    text = _LEADING_ZEROS.sub("", text)
+    text = _braced_arguments(text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def value_side(text: str) -> str:
+    """What `x =`, `f(x) =`, `x \\in` or `y \\approx` introduces; the text itself where it starts with none of these."""
+    return _ASSIGNED.sub("", text, count=1)
+
+
+def last_side(text: str) -> str:
+    """The last member of an equation or chain a = b = c that states a value; the text itself where it is an equation to be solved,
+    such as 2x = 10 or x^2 = 4."""
+    left, equals, right = text.rpartition("=")
+    if not equals or not right.strip() or left.rstrip().endswith(("<", ">", "!")):
+        return text
+    first = left.split("=", 1)[0]
+    return text if re.search(r"\d\s?[a-zA-Z]|[a-zA-Z]\s?\^", first) and left.count("=") == 0 else right.strip()
+
+
+def canonical(answer: str) -> str:
+    """The one spelling two answers are compared by as text."""
+    text = clean(answer)
+    if len(text) > LONGEST:
+        return text
+    if text.count("=") <= 1:
+        text = value_side(text)
+    elif "," not in text:
+        text = last_side(text)
+    text = _SLASH.sub(lambda m: f"{m[1]}\\frac{{{m[2]}}}{{{m[3]}}}", text.replace(" ", ""))
+    text = text.replace("\\frac{-", "-\\frac{") if text.startswith("\\frac{-") else text
+    letter = re.fullmatch(r"[(\[]?([A-Za-z])[)\].]?", text)
+    if letter:
+        return letter[1].upper() if text != letter[1] else letter[1]
+    if re.fullmatch(r"[A-Za-z' \-]{2,}", text):
+        return NUMBER_WORDS.get(text.lower(), text.lower())
+    return text

@@ -1,0 +1,88 @@
+"""Units behind a number: taking them off, and telling centimetres from kilometres."""
+
+from __future__ import annotations
+
+import re
+
+#: Every way to write a unit whose scale matters, with the one symbol it is compared by.
+_SCALED = {
+    symbol: symbol
+    for symbol in (
+        "mm",
+        "cm",
+        "m",
+        "km",
+        "mg",
+        "g",
+        "kg",
+        "ms",
+        "s",
+        "min",
+        "h",
+        "ml",
+        "l",
+        "in",
+        "ft",
+        "yd",
+        "mi",
+        "lb",
+        "oz",
+    )
+}
+_SCALED |= {
+    spelling: symbol
+    for symbol, spellings in {
+        "mm": "millimeter millimetre",
+        "cm": "centimeter centimetre",
+        "m": "meter metre",
+        "km": "kilometer kilometre",
+        "g": "gram",
+        "kg": "kilogram",
+        "s": "second sec",
+        "min": "minute",
+        "h": "hour hr",
+        "day": "day",
+        "week": "week",
+        "month": "month",
+        "year": "year",
+        "ml": "milliliter millilitre",
+        "l": "liter litre",
+        "in": "inch inche",
+        "ft": "foot feet",
+        "yd": "yard",
+        "mi": "mile",
+        "lb": "pound",
+        "oz": "ounce",
+        "cent": "cent",
+        "dollar": "dollar",
+    }.items()
+    for spelling in spellings.split()
+}
+_WORDS = (
+    r"units?|dollars?|cents?|euros?|inch(?:es)?|feet|foot|ft|yards?|miles?|mph|kmph|meters?|metres?|centimeters?|centimetres?|"
+    r"millimeters?|kilometers?|kilometres?|km/h|km|cm|mm|kg|mg|grams?|kilograms?|pounds?|lbs?|ounces?|oz|liters?|litres?|ml|mL|gallons?|"
+    r"seconds?|secs?|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|people|students?|ways?|times|apples?|degrees?|radians?|"
+    r"points?|joules?|newtons?|watts?|volts?|amps?|USD|EUR"
+)
+TAIL_UNIT = re.compile(
+    r"(?<=[\d})\]])\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}"
+    r"\s*(?:\^\s*\{?-?\d\}?)?\s*$"
+)
+WORD_UNIT = re.compile(
+    rf"(?<=[\d}})])\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s)(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/))"
+    r"(?:/\w+|\s+(?:per|an?|of|in|and|each|old|tall|long)\b.*)?\s*(?:\^\s*\{?-?\d\}?)?\s*$",
+    re.IGNORECASE,
+)
+_BEHIND = re.compile(
+    r"\d\}*\s?(?:\\(?:text|mbox|mathrm|textrm|hbox)\s?\{\s?)?([a-zA-Z]+)\.?\s?\}?(\s?\^\s?\{?\d\}?)?\s?$"
+)
+
+
+def scale(undressed: str) -> str | None:
+    """The unit behind the number at the end, by its one symbol, such as `cm` or `cm2`; None where there is none whose scale is known."""
+    found = _BEHIND.search(undressed[-60:])
+    if not found:
+        return None
+    word = found[1]
+    symbol = _SCALED.get(word) or _SCALED.get(word.lower()) or _SCALED.get(word.lower().removesuffix("s"))
+    return symbol and symbol + re.sub(r"\D", "", found[2] or "")
