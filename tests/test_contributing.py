@@ -14,6 +14,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from labelled_rows import labelled_rows
 from reference_engine import encode, reference_engines, run, tiny_pair
 
 from s2t_models.engines import load
@@ -22,6 +23,9 @@ from s2t_models.hosting import host
 from s2t_models.policies import KINDS, offer
 from s2t_models.policies.base import Engines, Request
 from s2t_models.recipe import SamplerSettings, load_recipe
+from s2t_models.training.batches import trajectories
+from s2t_models.training.objectives import OBJECTIVES
+from s2t_models.training.trainer import Trainer
 
 GUIDE = Path(__file__).resolve().parent.parent / "CONTRIBUTING.md"
 
@@ -77,3 +81,18 @@ def test_an_engine(tmp_path, monkeypatch, recipe_path):
     decoded = run(offered["greedy"], Engines({"slm": engine}, str, list), Request([5, 6, 7], 8))
     assert decoded.ids == [5, 6, 7, *asyncio.run(engine.card()).end_ids]
     assert decoded.finish == "end"
+
+
+def test_an_objective(tmp_path, monkeypatch, recipe_path):
+    module = followed("Adding an objective", tmp_path, monkeypatch)
+    monkeypatch.setitem(OBJECTIVES, "soft", f"{module.__name__}:SoftObjective")
+    settings = ["distil.steps=12", "distil.batch=4", "distil.validation=0.2", "distil.min_teacher_margin=0"]
+    recipe = load_recipe(recipe_path, [*settings, "distil.learning_rate=1e-3", "distil.beta=1", "distil.warmup=0"])
+    data = trajectories(labelled_rows(recipe, "embedded-train", 8))
+    trainer = Trainer(recipe, "soft", data)
+    trainer.wrapped.eval()
+    first = trainer.evaluate()
+    steps = [trainer.advance() for _ in range(12)]
+    assert steps[-1]["soft_loss"] < 0.9 * steps[0]["soft_loss"]
+    assert steps[0]["loss"] == pytest.approx(steps[0]["soft_loss"] + steps[0]["kl_loss"], rel=1e-5)
+    assert trainer.evaluate()["kl_to_base"] > first["kl_to_base"]
