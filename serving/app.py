@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from s2t_models.commands import run_command
+from s2t_models.commands import debugging, run_command
+from s2t_models.errors import one_line
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
 from serving import cluster
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 NAME = "s2t"
 # Batching is the engine's business: Serve passes every call on at once and holds none back.
 MAX_ONGOING_REQUESTS = 4096
-QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
+LOGGING: dict[str, Any] = {"log_level": "INFO" if debugging() else "WARNING", "enable_access_log": debugging()}
 
 
 def build(hosting: Hosting) -> Application:
@@ -47,7 +48,7 @@ def build(hosting: Hosting) -> Application:
     from serving.engine_deployment import EngineDeployment
     from serving.gateway import Gateway
 
-    quiet = LoggingConfig(**QUIET)
+    quiet = LoggingConfig(**LOGGING)
 
     def deployment(actor: type, name: str, replicas: int, cpus: float, gpus: float) -> serve.Deployment:
         return serve.deployment(
@@ -89,7 +90,7 @@ def run(hosting: Hosting, blocking: bool = True, name: str = NAME) -> str:
     recipe = hosting.recipe
     application = build(hosting)
     demand = _demand(hosting.engines)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
     own_cluster = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
     if own_cluster:
         _check_port_is_free(recipe)
@@ -105,7 +106,7 @@ def run(hosting: Hosting, blocking: bool = True, name: str = NAME) -> str:
             if not own_cluster:
                 undo.callback(serve.shutdown)
             options = {"host": recipe.serving.host, "port": recipe.serving.port}
-            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
+            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=LOGGING)
         _deploy(application, name)
         url = f"http://{recipe.serving.host}:{recipe.serving.port}{_prefix(name).rstrip('/')}/v1"
         if blocking:
@@ -142,19 +143,17 @@ def _deploy(application: Application, name: str) -> None:
     try:
         serve.run(application, name=name, route_prefix=_prefix(name))
     except RuntimeError as error:
-        failed = [
-            f"{deployment} does not start: {_last_line(status.message)}"
+        failed = {
+            deployment: status.message
             for deployment, status in serve.status().applications[name].deployments.items()
             if status.status not in ("HEALTHY", "UPDATING")
-        ]
+        }
         if name != NAME:
             serve.delete(name)
-        raise RecipeError("; ".join(failed) or _last_line(str(error))) from None
-
-
-def _last_line(message: str) -> str:
-    """What a traceback ends with."""
-    return message.strip().rsplit("\n", 1)[-1]
+        lines = [f"{deployment} does not start: {one_line(message)}" for deployment, message in failed.items()]
+        raise RecipeError("; ".join(lines) or one_line(error)) from RuntimeError(
+            "\n".join(failed.values()) or str(error)
+        )
 
 
 def _screen(hosting: Hosting, url: str) -> str:
