@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from s2t_models.recipe import Lora
 from s2t_models.reserved import bins
 from s2t_models.training import losses
-from s2t_models.training.selector import Selector, score
+from s2t_models.training.selector import ROWS, Selector, score
 from s2t_models.training.tree import pack
 
 #: One block at the end of the vocabulary, and one with unused rows above it.
@@ -100,6 +100,15 @@ def test_as_base_gives_the_frozen_models_logits(base):
     torch.testing.assert_close(selector.text_logits(hidden), text, atol=1e-5, rtol=0)
     selector.eval()
     assert (selector.text_logits(selector(input_ids=ids)) - text).abs().max() > 1e-2
+
+
+def test_as_base_leaves_frozen_what_was_frozen(base):
+    selector = Selector(base, BLOCKS["last rows"], LORA)
+    for name, value in selector.named_parameters():
+        value.requires_grad_(name == ROWS)
+    with pytest.raises(RuntimeError, match="out of memory"), selector.as_base():
+        raise RuntimeError("out of memory")
+    assert list(selector.trained()) == [ROWS]
 
 
 @torch.no_grad()
