@@ -63,15 +63,16 @@ def main() -> None:
     from s2t_models import loading
     from s2t_models.divergence import divergence
     from s2t_models.embedded.generator import problems
-    from s2t_models.recipe import Collect, Model, Recipe
+    from s2t_models.recipe import Recipe
     from s2t_models.reserved import reserved_rows
+    from s2t_models.settings import CollectSettings, ModelSettings
 
     torch.set_num_threads(1)
     recipe = Recipe(
         name="labelling",
-        slm=Model(path="embedded:slm", dtype="float32", device="cpu", slots=arguments.slots),
-        teacher=Model(path="embedded:teacher", dtype="float32", device="cpu"),
-        collect=Collect(max_new_tokens=256),
+        slm=ModelSettings(path="embedded:slm", dtype="float32", device="cpu", slots=arguments.slots),
+        teacher=ModelSettings(path="embedded:teacher", dtype="float32", device="cpu"),
+        collect=CollectSettings(max_new_tokens=256),
     )
     rows = [
         {

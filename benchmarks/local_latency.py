@@ -23,8 +23,9 @@ from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Decision, Draft, Sampling, Selection
 from s2t_models.engines.torch.engine import TorchEngine, load
 from s2t_models.hosting import Hosted
-from s2t_models.recipe import Candidates, Model, Recipe, load_recipe
+from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
+from s2t_models.settings import CandidateSettings, ModelSettings
 from s2t_models.trigger import TriggerHead
 
 BUDGETS = (0.01, 0.02, 0.05, 0.10, 0.20)
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _engine(recipe: Recipe, artifact: Path) -> TorchEngine:
-    settings: Model = recipe.slm
+    settings: ModelSettings = recipe.slm
     if artifact.is_dir():
         engine = load(Hosted("s2t-local", settings, artifact=artifact))
         print(f"engine: {artifact}")
@@ -73,7 +74,7 @@ async def _threshold(engine: TorchEngine, prompts: list[list[int]], budget: floa
     """The threshold at which `budget` of S2T-Local's own steps trigger: its texts are not those of greedy decoding."""
 
     async def decisions(threshold: float) -> list[Decision]:
-        selection = Selection(threshold, Candidates(k=8, method="top_k"))
+        selection = Selection(threshold, CandidateSettings(k=8, method="top_k"))
         drafts = await asyncio.gather(*(engine.generate_selecting(p, Sampling(TOKENS), selection) for p in prompts))
         return [decision for draft in drafts for decision in draft.decisions]
 
@@ -93,7 +94,7 @@ async def _compare(engine: TorchEngine, prompts: list[list[int]], rounds: int) -
         return await engine.generate(prompt, Sampling(TOKENS))
 
     def selecting(threshold: float):  # type: ignore[no-untyped-def]
-        selection = Selection(threshold, Candidates(k=8, method="top_k"))
+        selection = Selection(threshold, CandidateSettings(k=8, method="top_k"))
         return lambda prompt: engine.generate_selecting(prompt, Sampling(TOKENS), selection)
 
     sides = {"greedy": greedy} | {f"S2T-Local {b:.0%}": selecting(t) for b, t in zip(BUDGETS, thresholds, strict=True)}

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from s2t_models.loading import load_model
-from s2t_models.recipe import Lora, Model
+from s2t_models.settings import LoraSettings, ModelSettings
 from s2t_models.training.selector import Selector
 from s2t_models.training.tree import Tree, pack
 
@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = _model(settings).to(device)
     vocabulary, parameters = model.config.vocab_size - 16, sum(value.numel() for value in model.parameters())
-    selector = Selector(model, range(vocabulary, vocabulary + 16), Lora(rank=32, alpha=64, dropout=0.0)).to(device)
+    selector = Selector(model, range(vocabulary, vocabulary + 16), LoraSettings(rank=32, alpha=64, dropout=0.0)).to(
+        device
+    )
     rng = np.random.default_rng(0)
     steps = np.sort(rng.choice(settings.output, settings.groups, replace=False))
     tree = Tree(
@@ -123,7 +125,7 @@ def _clock(device: torch.device) -> float:
 
 def _model(settings: argparse.Namespace) -> torch.nn.Module:
     if settings.hidden is None:
-        return load_model(Model(path="embedded:slm", dtype="float32", device="cpu"))
+        return load_model(ModelSettings(path="embedded:slm", dtype="float32", device="cpu"))
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     heads = max(settings.hidden // 64, 1)

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from s2t_models.errors import UserError, first_problem
 from s2t_models.files import whole
 from s2t_models.provenance import Provenance
-from s2t_models.recipe import Model
+from s2t_models.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +79,7 @@ class Artifact:
             raise ArtifactError(f"{folder / CARD}: {first_problem(error)}") from None
         return cls(folder, card)
 
-    def model(self, base: Model) -> Model:
+    def model(self, base: ModelSettings) -> ModelSettings:
         """The settings to load the merged model with: `base` (the recipe's SLM) with this artifact's weights."""
         return base.model_copy(update={"path": str((self.folder / MODEL).resolve()), "revision": None})
 

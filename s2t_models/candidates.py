@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from s2t_models.noise import uniforms
-from s2t_models.recipe import Candidates
+from s2t_models.settings import CandidateSettings
 
 Method = Literal["top_k", "multinomial"]
 
@@ -19,7 +19,7 @@ SUPPORT = 64
 
 
 def candidates_at(
-    ids_N: np.ndarray, logprobs_N: np.ndarray, settings: Candidates, seed: int, step: int
+    ids_N: np.ndarray, logprobs_N: np.ndarray, settings: CandidateSettings, seed: int, step: int
 ) -> tuple[list[int], np.ndarray]:
     """The candidates of one step from its support: ids, and the SLM's log-probabilities [K], best first. The draws depend on
     (seed, step) alone."""
@@ -28,7 +28,7 @@ def candidates_at(
     return [int(token) for token in np.asarray(ids_N)[chosen_K]], np.asarray(logprobs_N)[chosen_K]
 
 
-def reach(settings: Candidates) -> int:
+def reach(settings: CandidateSettings) -> int:
     """How many of the most probable tokens `candidates_at` has to see."""
     return settings.k if settings.method == "top_k" and settings.ratio == 0 else SUPPORT
 

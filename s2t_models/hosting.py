@@ -13,9 +13,10 @@ from pathlib import Path
 from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
 from s2t_models.calibration import Calibration, CalibrationError
-from s2t_models.recipe import Model, Recipe, RecipeError
+from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.reserved import reserved_rows
 from s2t_models.router import SETTINGS, WEIGHTS
+from s2t_models.settings import ModelSettings
 
 #: What triggers compare with ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of calibration steps.
 Thresholds = Mapping[str, Mapping[float, float]]
@@ -30,7 +31,7 @@ class Hosted:
     replicas run in other folders."""
 
     name: str
-    settings: Model
+    settings: ModelSettings
     reserved_ids: tuple[int, ...] = ()
     artifact: Path | None = None
     router: Path | None = None
@@ -55,7 +56,7 @@ class Hosting:
     thresholds: Thresholds = field(default_factory=dict)
 
     @property
-    def tokenizer(self) -> Model:
+    def tokenizer(self) -> ModelSettings:
         """The SLM's settings, whose tokenizer every engine shares."""
         return self.slm.settings
 
@@ -160,11 +161,11 @@ def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[float, float]]:
     return content.thresholds
 
 
-def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: Model) -> None:
+def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: ModelSettings) -> None:
     if recorded != loading.weights_hash(model):
         raise RecipeError(f"{key}: {path} was made with another {role} than {model.path}; make it again with this one")
 
 
-def _absolute(settings: Model) -> Model:
+def _absolute(settings: ModelSettings) -> ModelSettings:
     path = Path(settings.path)
     return settings.model_copy(update={"path": str(path.resolve())}) if path.is_dir() else settings

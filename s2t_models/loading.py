@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2t_models.errors import one_line
-from s2t_models.recipe import Model, RecipeError
+from s2t_models.recipe import RecipeError
+from s2t_models.settings import ModelSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
-def resolve(settings: Model) -> Path:
+def resolve(settings: ModelSettings) -> Path:
     """The folder that holds the model's files, downloaded from the hub where `path` names a repository.
 
     Raises RecipeError where there is no such folder or it holds no safetensors.
@@ -35,7 +36,7 @@ def resolve(settings: Model) -> Path:
     return folder
 
 
-def _download(settings: Model) -> Path:
+def _download(settings: ModelSettings) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
@@ -47,7 +48,7 @@ def _download(settings: Model) -> Path:
         ) from None
 
 
-def device_of(settings: Model) -> str:
+def device_of(settings: ModelSettings) -> str:
     """The torch device a model goes to; "auto" is the GPU where there is one."""
     import torch
 
@@ -56,7 +57,7 @@ def device_of(settings: Model) -> str:
     return settings.device
 
 
-def load_config(settings: Model) -> PreTrainedConfig:
+def load_config(settings: ModelSettings) -> PreTrainedConfig:
     """The model's configuration. Raises RecipeError where it is not that of a decoder-only language model that
     transformers has."""
     from transformers import AutoConfig
@@ -73,7 +74,7 @@ def load_config(settings: Model) -> PreTrainedConfig:
     return config
 
 
-def load_model(settings: Model, attention: str | None = None) -> PreTrainedModel:
+def load_model(settings: ModelSettings, attention: str | None = None) -> PreTrainedModel:
     """The causal language model, in eval mode, on its device. `attention` is transformers' implementation; None: the fastest that
     computes what the model asks for. Raises RecipeError as `load_config` does."""
     import torch
@@ -95,7 +96,7 @@ def load_model(settings: Model, attention: str | None = None) -> PreTrainedModel
     return model.to(device_of(settings)).eval()  # type: ignore[arg-type]  # its decorator hides the signature
 
 
-def load_tokenizer(settings: Model) -> PreTrainedTokenizerFast:
+def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     """The model's tokenizer with its chat template. Raises RecipeError where the folder holds none that can be used."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -112,20 +113,20 @@ def load_tokenizer(settings: Model) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def weights_hash(settings: Model) -> str:
+def weights_hash(settings: ModelSettings) -> str:
     """sha256 over the model's weight files in order of name."""
     return _weights_hash(_stamps(sorted(resolve(settings).glob("*.safetensors"))))
 
 
-def tokenizer_hash(settings: Model) -> str:
+def tokenizer_hash(settings: ModelSettings) -> str:
     """sha256 over what the tokenizer does, however its files are written: two models may work together only where this agrees.
 
     Raises RecipeError as `load_tokenizer` does."""
     small = (path for path in resolve(settings).iterdir() if path.is_file() and path.suffix != ".safetensors")
-    return _tokenizer_hash(Model(path=settings.path, revision=settings.revision), _stamps(sorted(small)))
+    return _tokenizer_hash(ModelSettings(path=settings.path, revision=settings.revision), _stamps(sorted(small)))
 
 
-def tokenizer_difference(one: Model, other: Model) -> str | None:
+def tokenizer_difference(one: ModelSettings, other: ModelSettings) -> str | None:
     """In a few words, how the tokenizers of two models differ; None where they are the same."""
     if tokenizer_hash(one) == tokenizer_hash(other):
         return None
@@ -176,6 +177,6 @@ def _weights_hash(files: _Stamps) -> str:
 
 
 @lru_cache(maxsize=64)
-def _tokenizer_hash(settings: Model, files: _Stamps) -> str:
+def _tokenizer_hash(settings: ModelSettings, files: _Stamps) -> str:
     meaning = _meaning(load_tokenizer(settings))
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 
 from s2t_models import loading
-from s2t_models.recipe import Recipe, RecipeError, Reserved
+from s2t_models.recipe import Recipe, RecipeError
+from s2t_models.settings import ReservedSettings
 
 
-def reserved_ids(rows: int, tokenizer_length: int, settings: Reserved) -> tuple[int, ...]:
+def reserved_ids(rows: int, tokenizer_length: int, settings: ReservedSettings) -> tuple[int, ...]:
     """The R contiguous ids of the block; by default the highest rows of the vocabulary.
 
     `rows` counts the model's vocabulary rows, `tokenizer_length` the ids that text uses. Raises RecipeError where the

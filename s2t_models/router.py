@@ -20,7 +20,7 @@ SETTINGS, WEIGHTS = "router.json", "router.safetensors"
 
 
 @dataclass(frozen=True)
-class RouterSettings:
+class RouterConfig:
     """Sizes and threshold. `hidden` is the SLM's; the published router is 1024 wide with 6 blocks of expansion 4."""
 
     hidden: int
@@ -49,7 +49,7 @@ class _Block(nn.Module):
 class Router(nn.Module):
     """concat[last hidden, token embedding, linear(top logits)] -> width -> residual blocks -> logit."""
 
-    def __init__(self, settings: RouterSettings) -> None:
+    def __init__(self, settings: RouterConfig) -> None:
         super().__init__()
         self.settings = settings
         self.logits = nn.Linear(settings.support, settings.hidden)
@@ -80,11 +80,11 @@ def save_router(router: Router, folder: Path) -> None:
     (folder / SETTINGS).write_text(json.dumps(asdict(router.settings), indent=2) + "\n")
 
 
-def read_settings(folder: Path) -> RouterSettings:
+def read_settings(folder: Path) -> RouterConfig:
     """Sizes and threshold of a saved router. Raises FileNotFoundError with one line where there is no router."""
     if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"{folder}: holds no router; train one with the distil pipeline")
-    return RouterSettings(**json.loads((folder / SETTINGS).read_text()))
+    return RouterConfig(**json.loads((folder / SETTINGS).read_text()))
 
 
 def load_router(folder: Path) -> Router:

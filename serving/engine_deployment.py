@@ -24,7 +24,7 @@ from s2t_models.engines.contract import (
 )
 from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
-from s2t_models.recipe import MultiplexSettings
+from s2t_models.settings import MultiplexSettings
 
 
 class EngineDeployment:

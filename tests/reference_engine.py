@@ -35,8 +35,8 @@ from s2t_models.engines.contract import (
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.noise import uniforms
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
-from s2t_models.recipe import MultiplexSettings
 from s2t_models.router import Router
+from s2t_models.settings import MultiplexSettings
 
 END = 0
 #: What the tiny pair can write: id i + 1 is character i. The ids above are unused, then come the reserved rows.

@@ -23,8 +23,9 @@ from s2t_models.engines.torch.engine import load
 from s2t_models.hosting import Hosted
 from s2t_models.loading import load_tokenizer
 from s2t_models.provenance import ProvenanceError
-from s2t_models.recipe import Candidates, Model, load_recipe
+from s2t_models.recipe import load_recipe
 from s2t_models.reserved import bins
+from s2t_models.settings import CandidateSettings, ModelSettings
 from s2t_models.trigger import TriggerHead
 
 CARD = Card(
@@ -54,7 +55,7 @@ def test_what_is_saved_comes_back(tmp_path: Path, parts):
     assert loaded.card == CARD
     hidden = torch.randn(4, 32)
     assert torch.equal(loaded.head()(hidden), head(hidden))
-    settings = loaded.model(Model(path="embedded:slm", dtype="float32"))
+    settings = loaded.model(ModelSettings(path="embedded:slm", dtype="float32"))
     assert settings.dtype == "float32"
     again = AutoModelForCausalLM.from_pretrained(settings.path, dtype=torch.float32)
     ids = torch.randint(96, (1, 6))
@@ -125,7 +126,7 @@ def test_the_engine_scores_with_the_cards_bins(untrained_artifact: Path, recipe_
     card = loaded.card.model_copy(update={"bins": loaded.card.bins[::-1]})
     (turned / "artifact.json").write_text(card.model_dump_json())
     prefix = load_tokenizer(recipe.slm).encode("Mia has 3 pens and buys 14 more.")
-    selection = Selection(-1e9, Candidates(k=4, method="top_k"))
+    selection = Selection(-1e9, CandidateSettings(k=4, method="top_k"))
     scores = []
     for folder in (untrained_artifact, turned):
         engine = load(Hosted("s2t-local", recipe.slm, artifact=folder))

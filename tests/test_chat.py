@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from s2t_models import chat, loading
-from s2t_models.recipe import Model
+from s2t_models.settings import ModelSettings
 
 TURNS = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}<assistant>"
 REFUSES_SYSTEM = (
@@ -29,7 +29,7 @@ SYSTEM, USER, ANSWER = (
 
 @pytest.fixture
 def tokenizer() -> Any:
-    return copy.copy(loading.load_tokenizer(Model(path="embedded:slm")))
+    return copy.copy(loading.load_tokenizer(ModelSettings(path="embedded:slm")))
 
 
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, DROPS_SYSTEM])

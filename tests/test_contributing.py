@@ -22,7 +22,8 @@ from s2t_models.engines.contract import Engine
 from s2t_models.hosting import host
 from s2t_models.policies import KINDS, offer
 from s2t_models.policies.base import Engines, Request
-from s2t_models.recipe import SamplerSettings, load_recipe
+from s2t_models.recipe import load_recipe
+from s2t_models.settings import SamplerSettings
 from s2t_models.training.batches import trajectories
 from s2t_models.training.objectives import OBJECTIVES
 from s2t_models.training.trainer import Trainer

@@ -28,8 +28,9 @@ from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models.artifact import Artifact
 from s2t_models.loading import load_model, load_tokenizer, tokenizer_hash, weights_hash
-from s2t_models.recipe import Divergence, Model, Recipe, load_recipe
+from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
+from s2t_models.settings import DivergenceSettings, ModelSettings
 from s2t_models.training import losses
 from s2t_models.training.batches import BatchOrder, collate, drop_narrow_margins, split_by_prompt, trajectories
 from s2t_models.training.trainer import Trainer
@@ -337,11 +338,11 @@ def test_the_same_command_goes_on_after_the_job_failed(
     assert run(command, output) == 0
     assert begun[0][0] == 0
     assert begun[0][1] >= 4
-    tuned = load_model(Model(path=str(output), dtype="float32", device="cpu")).state_dict()
+    tuned = load_model(ModelSettings(path=str(output), dtype="float32", device="cpu")).state_dict()
     base = load_model(recipe.slm).state_dict()
     changed = {name for name in base if not torch.equal(base[name], tuned[name])}
     assert changed == {name for name in base if name.endswith("_proj.weight")}
-    assert len(load_tokenizer(Model(path=str(output)))) == len(load_tokenizer(recipe.slm))
+    assert len(load_tokenizer(ModelSettings(path=str(output)))) == len(load_tokenizer(recipe.slm))
 
 
 def refused(command: list[str], output: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -367,7 +368,7 @@ def test_wrong_input_is_refused_in_one_line_before_anything_runs(
     assert "a test split" in refused([*command, "--shards", str(test_rows)], output, capsys)
     again = write(tmp_path / "again", table, recipe, "embedded-train")
     assert "share 25 rows" in refused([*command, "--calibration", str(again)], output, capsys)
-    published = recipe.model_copy(update={"divergence": Divergence(tail="renormalised")})
+    published = recipe.model_copy(update={"divergence": DivergenceSettings(tail="renormalised")})
     other = write(tmp_path / "other", table, published, "embedded-train")
     assert "collected with another divergence" in refused([*command, "--calibration", str(other)], output, capsys)
     assert "unknown key distil.colour" in refused([*command, "--set", "distil.colour=1"], output, capsys)

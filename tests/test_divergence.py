@@ -12,8 +12,9 @@ import torch
 from s2t_models.candidates import propose
 from s2t_models.divergence import divergence
 from s2t_models.noise import uniforms
-from s2t_models.recipe import RecipeError, Reserved
+from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins, reserved_ids
+from s2t_models.settings import ReservedSettings
 
 
 def distributions(seed: int, steps: int = 40, vocabulary: int = 300) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,8 +100,8 @@ def test_multinomial_with_k_of_the_whole_support_is_the_support():
 
 
 def test_reserved_rows_lie_above_the_tokenizer():
-    assert reserved_ids(960, 900, Reserved(count=16)) == tuple(range(944, 960))
-    assert reserved_ids(151936, 151665, Reserved(count=16, first=151920)) == tuple(range(151920, 151936))
+    assert reserved_ids(960, 900, ReservedSettings(count=16)) == tuple(range(944, 960))
+    assert reserved_ids(151936, 151665, ReservedSettings(count=16, first=151920)) == tuple(range(151920, 151936))
     with pytest.raises(RecipeError, match="not free"):
-        reserved_ids(960, 950, Reserved(count=16))
+        reserved_ids(960, 950, ReservedSettings(count=16))
     assert bins(5).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -19,7 +19,7 @@ from s2t_models.policies.base import Engines, Request
 from s2t_models.policies.local import Local, generate_selecting
 from s2t_models.policies.multiplex import MultiplexEngine
 from s2t_models.policies.r2r import FeatureEngine, RoutingEngine
-from s2t_models.recipe import Candidates
+from s2t_models.settings import CandidateSettings
 
 TEXTS = ("Ada has 12 ", "8+5=", "Tom and Ida, ", "x", "then 4 more ", "Q: 7 of 90?\n", "zebra ", "(a)(b)")
 PROMPTS = [encode(text) for text in TEXTS]
@@ -160,7 +160,7 @@ def test_select_gives_the_reserved_rows_scores(engines, reference):
 def test_the_loop_over_generate_and_select_gives_the_fused_loops_text(engines, method):
     """The one loop that any engine with "select" can run, against the engine's own fast path."""
     local = engines["s2t-local"]
-    selection = Selection(0.3, Candidates(k=4, method=method), prior_weight=0.5, temperature=0.1, warmup=2)
+    selection = Selection(0.3, CandidateSettings(k=4, method=method), prior_weight=0.5, temperature=0.1, warmup=2)
     asked = Sampling(LENGTH, seed=3)
     fused = together(lambda p: local.generate_selecting(p, asked, selection))
     looped = together(lambda p: generate_selecting(local, p, asked, selection))
@@ -181,7 +181,7 @@ def test_the_loop_over_generate_and_select_gives_the_fused_loops_text(engines, m
 
 def test_the_policy_runs_the_loop_where_no_fused_one_is_listed(pair, engines):
     """The card decides, not the methods."""
-    policy = Local("s2t-local", Selection(0.3, Candidates(k=4), prior_weight=0.5))
+    policy = Local("s2t-local", Selection(0.3, CandidateSettings(k=4), prior_weight=0.5))
     request = Request(PROMPTS[0], LENGTH, seed=3)
     expected = run(policy, engines, request).ids
     plain = reference_engines(pair, "select")

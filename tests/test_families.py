@@ -18,8 +18,9 @@ from s2t_models.engines.contract import ModelCard, Sampling
 from s2t_models.engines.torch import families
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.engines.torch.families import UnsupportedModel
-from s2t_models.recipe import Lora, RecipeError
+from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins
+from s2t_models.settings import LoraSettings
 from s2t_models.training.selector import Selector, lora_targets, score
 
 VOCABULARY, ORIGINAL = 97, 64
@@ -168,7 +169,7 @@ def test_reserved_rows_are_scaled_and_capped_like_all_others(name: str) -> None:
         (selected,) = run(engine.select(prefix, candidates_K))
     own_K = score(own_KV[:, RESERVED], bins(len(RESERVED)))
     np.testing.assert_allclose(selected.scores_K, own_K, atol=1e-5)
-    selector = Selector(copy.deepcopy(model), RESERVED, Lora(rank=2)).eval()
+    selector = Selector(copy.deepcopy(model), RESERVED, LoraSettings(rank=2)).eval()
     selector.rows_RH.mul_(1.5)
     hidden_KH = selector(input_ids=ids_KT)[:, -1]
     scores_K, text_KV = selector.scores(hidden_KH), selector.text_logits(hidden_KH)
@@ -238,16 +239,20 @@ def test_learned_positions_end_where_they_end() -> None:
 
 
 def test_lora_targets_are_those_of_the_family() -> None:
-    every = {name: set(lora_targets(tiny(SERVED[name]), Lora())) for name in ("qwen2", "phi3, longrope", "gpt2")}
+    every = {
+        name: set(lora_targets(tiny(SERVED[name]), LoraSettings())) for name in ("qwen2", "phi3, longrope", "gpt2")
+    }
     assert every == {
         "qwen2": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
         "phi3, longrope": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
         "gpt2": {"c_attn", "c_proj", "c_fc"},
     }
     model = tiny(SERVED["phi3, longrope"])
-    adapted = Selector(copy.deepcopy(model), RESERVED, Lora(rank=2, targets=("mlp.down_proj", "qkv_proj"))).trained()
+    adapted = Selector(
+        copy.deepcopy(model), RESERVED, LoraSettings(rank=2, targets=("mlp.down_proj", "qkv_proj"))
+    ).trained()
     assert {name.split(".")[-4] for name in adapted if "lora" in name} == {"down_proj", "qkv_proj"}
     with pytest.raises(
         RecipeError, match=r"^distil\.lora\.targets: phi3 has no linear layers called q_proj, lm_head; it has "
     ):
-        Selector(model, RESERVED, Lora(targets=("q_proj", "o_proj", "lm_head")))
+        Selector(model, RESERVED, LoraSettings(targets=("q_proj", "o_proj", "lm_head")))

@@ -15,18 +15,19 @@ import pytest
 from transformers import AutoTokenizer, BartConfig, Gemma3Config, T5Config
 
 from s2t_models import loading
-from s2t_models.recipe import Model, RecipeError
+from s2t_models.recipe import RecipeError
+from s2t_models.settings import ModelSettings
 
-EMBEDDED = loading.resolve(Model(path="embedded:slm"))
+EMBEDDED = loading.resolve(ModelSettings(path="embedded:slm"))
 
 
-def folder(path: Path, without: tuple[str, ...] = ()) -> Model:
+def folder(path: Path, without: tuple[str, ...] = ()) -> ModelSettings:
     """A copy of the embedded SLM's folder without some of its files."""
     shutil.copytree(EMBEDDED, path, ignore=shutil.ignore_patterns(*without))
-    return Model(path=str(path), dtype="float32", device="cpu")
+    return ModelSettings(path=str(path), dtype="float32", device="cpu")
 
 
-def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> Model:
+def changed(path: Path, change: Callable[[dict[str, Any]], None]) -> ModelSettings:
     settings = folder(path)
     content = json.loads((path / "tokenizer.json").read_text())
     change(content)
@@ -47,7 +48,7 @@ def test_a_tokenizer_is_the_same_however_it_was_written(tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(one.path).save_pretrained(tmp_path / "saved")
     shutil.copy(EMBEDDED / "model.safetensors", tmp_path / "saved")
     shutil.copy(EMBEDDED / "config.json", tmp_path / "saved")
-    assert loading.tokenizer_hash(Model(path=str(tmp_path / "saved"))) == loading.tokenizer_hash(one)
+    assert loading.tokenizer_hash(ModelSettings(path=str(tmp_path / "saved"))) == loading.tokenizer_hash(one)
 
 
 def test_tokenizers_that_do_other_things_are_told_apart_by_name(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_tokenizers_that_do_other_things_are_told_apart_by_name(tmp_path: Path) 
         assert loading.tokenizer_difference(one, other) == words
 
 
-def tekken(path: Path, piece: bytes) -> Model:
+def tekken(path: Path, piece: bytes) -> ModelSettings:
     settings = folder(path, without=("tokenizer*", "*.jinja"))
     pieces = [*(bytes([i]) for i in range(256)), piece]
     vocab = [{"rank": i, "token_bytes": base64.b64encode(b).decode(), "token_str": None} for i, b in enumerate(pieces)]

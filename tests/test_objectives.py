@@ -14,7 +14,8 @@ from made_up import provenance
 from s2t_models.artifact import read_provenance
 from s2t_models.errors import UserError
 from s2t_models.loading import load_model
-from s2t_models.recipe import Model, load_recipe
+from s2t_models.recipe import load_recipe
+from s2t_models.settings import ModelSettings
 from s2t_models.training.batches import Batch, trajectories
 from s2t_models.training.build import build
 from s2t_models.training.objectives import OBJECTIVES, objective
@@ -60,7 +61,7 @@ def test_an_objective_is_added_by_its_class_alone(
     planned = provenance(objective="soft")
     assert build(recipe, trained, data, None, planned, tmp_path / "soft") == planned
     assert read_provenance(tmp_path / "soft") == planned
-    saved = load_model(Model(path=str(tmp_path / "soft"), dtype="float32", device="cpu"))
+    saved = load_model(ModelSettings(path=str(tmp_path / "soft"), dtype="float32", device="cpu"))
     rows_RH = saved.get_output_embeddings().weight[list(trainer.selector.reserved_ids)]
     torch.testing.assert_close(rows_RH, trained[ROWS])
 

@@ -32,7 +32,7 @@ from s2t_models.policies.local import Local
 from s2t_models.policies.scorers import TeacherScorer
 from s2t_models.policies.single import SingleModel
 from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, RandomTrigger, Trigger
-from s2t_models.recipe import Candidates
+from s2t_models.settings import CandidateSettings
 
 PROMPTS = ["Ada has 12 ", "8+5=", "Tom and Ida, ", "x", "then 4 more ", "Q: 7 of 90?\n", "zebra ", "(a)(b)"]
 LENGTH = 32
@@ -81,7 +81,7 @@ def algorithm_1(
     metric: str,
     threshold: float,
     selects: str,
-    candidates: Candidates,
+    candidates: CandidateSettings,
     support: int,
     tail: str = "bucket",
     warmup: int = 0,
@@ -135,7 +135,7 @@ def quantiles(pair: TinyPair) -> dict[str, list[float]]:
                 metric=metric,
                 threshold=np.inf,
                 selects="vocabulary",
-                candidates=Candidates(),
+                candidates=CandidateSettings(),
                 support=32,
                 seen=seen,
             )
@@ -154,7 +154,7 @@ def trigger_of(metric: str, threshold: float, tail: str = "bucket") -> Trigger:
 def test_chunks_equal_steps_and_algorithm_1(metric, selects, pair, engines, quantiles):
     interventions = 0
     for threshold in quantiles[metric]:
-        candidates = Candidates(k=4, method="multinomial")
+        candidates = CandidateSettings(k=4, method="multinomial")
         policy = Collaborate(
             "p", trigger_of(metric, threshold), TeacherScorer(selects), candidates, support=32, chunk=16
         )
@@ -180,7 +180,7 @@ def test_chunks_equal_steps_and_algorithm_1(metric, selects, pair, engines, quan
 
 
 def test_published_variant_equals_algorithm_1(pair, engines, quantiles):
-    candidates = Candidates(k=8, method="top_k")
+    candidates = CandidateSettings(k=8, method="top_k")
     threshold = quantiles["kl"][1]
     policy = Collaborate(
         "s2t",
@@ -212,7 +212,7 @@ def test_published_variant_equals_algorithm_1(pair, engines, quantiles):
 
 def test_warmup_inside_a_chunk_asks_the_teacher_about_later_steps_only(engines):
     policy = Collaborate(
-        "s2t", DivergenceTrigger(-1.0), TeacherScorer("candidate"), Candidates(), 32, chunk=8, warmup=5
+        "s2t", DivergenceTrigger(-1.0), TeacherScorer("candidate"), CandidateSettings(), 32, chunk=8, warmup=5
     )
     decoded = run(policy, engines, Request(encode("8+5="), 12))
     assert [decision.step for decision in decoded.decisions] == list(range(5, len(decoded.ids)))
@@ -240,7 +240,7 @@ def test_max_tokens_and_the_end_token(engines, reference, quantiles):
 
 def test_dynamic_candidates_are_at_least_the_ratio_as_likely_as_the_first(engines):
     policy = Collaborate(
-        "s2t", RandomTrigger(0.5), TeacherScorer("candidate"), Candidates(k=32, method="top_k", ratio=0.05), 32
+        "s2t", RandomTrigger(0.5), TeacherScorer("candidate"), CandidateSettings(k=32, method="top_k", ratio=0.05), 32
     )
     decisions = [decision for decoded in run_all(policy, engines) for decision in decoded.decisions]
     sizes = {len(decision.candidates_K) for decision in decisions}
@@ -250,7 +250,9 @@ def test_dynamic_candidates_are_at_least_the_ratio_as_likely_as_the_first(engine
 
 
 def test_decisions_hold_both_models_numbers(reference):
-    policy = Collaborate("s2t", RandomTrigger(0.4), TeacherScorer("candidate"), Candidates(k=5, method="top_k"), 32)
+    policy = Collaborate(
+        "s2t", RandomTrigger(0.4), TeacherScorer("candidate"), CandidateSettings(k=5, method="top_k"), 32
+    )
     prompt = encode("Ada has 12 ")
     decoded = run(policy, reference, Request(prompt, LENGTH))
     assert decoded.decisions
@@ -304,7 +306,9 @@ def test_a_missing_engine_is_named(engines):
 
 
 def test_local_equals_the_reference_and_marks_what_it_selected(engines, reference):
-    selection = Selection(0.3, Candidates(k=4, method="multinomial"), prior_weight=0.5, temperature=0.1, warmup=2)
+    selection = Selection(
+        0.3, CandidateSettings(k=4, method="multinomial"), prior_weight=0.5, temperature=0.1, warmup=2
+    )
     policy = Local("s2t-local", selection)
     rescued = 0
     for prompt, decoded in zip(PROMPTS, run_all(policy, engines), strict=True):

@@ -24,7 +24,6 @@ from reference_engine import (
     torch_engines,
 )
 
-from s2t_models import recipe
 from s2t_models.answers.voting import vote
 from s2t_models.engines.contract import Draft, Sampling, Scores, Usage
 from s2t_models.engines.torch.engine import TorchEngine
@@ -38,13 +37,13 @@ from s2t_models.policies.scorers import TeacherScorer
 from s2t_models.policies.segments import generate_segment
 from s2t_models.policies.single import SingleModel
 from s2t_models.policies.specreason import Digits, SpecReason
-from s2t_models.recipe import MultiplexSettings, SamplerSettings, SpecReasonSettings
 from s2t_models.router import (
     Router,
-    RouterSettings,
+    RouterConfig,
     load_router,
     save_router,
 )
+from s2t_models.settings import MultiplexSettings, RouterSettings, SamplerSettings, SpecReasonSettings
 from s2t_models.training.router import recall_threshold, train_router
 
 PROMPT = encode("Ada has 12 ")
@@ -234,7 +233,7 @@ def router_rows(engines: Engines) -> tuple[np.ndarray, np.ndarray]:
 
 def test_r2r_replaces_exactly_the_routed_tokens_by_the_teachers(pair, engines, reference):
     torch.manual_seed(0)
-    router = Router(RouterSettings(hidden=32, support=40, width=16, blocks=2)).eval()
+    router = Router(RouterConfig(hidden=32, support=40, width=16, blocks=2)).eval()
     start = len(PROMPT)
     greedy = run(SingleModel("greedy"), engines, Request(PROMPT, 24)).ids
     p = router.probabilities(asyncio.run(reference["slm"].features(PROMPT + greedy, start, 40)))
@@ -302,13 +301,13 @@ def test_router_learns_and_is_saved_with_its_threshold(tmp_path):
     rng = np.random.default_rng(0)
     inputs = rng.normal(size=(1200, 8 + 8 + 10)).astype(np.float32)
     labels = (inputs[:, 0] + inputs[:, 20] > 1.5).astype(np.int8)
-    settings = RouterSettings(hidden=8, support=10, width=32, blocks=2)
+    settings = RouterConfig(hidden=8, support=10, width=32, blocks=2)
     reports: list[dict[str, float]] = []
     router = train_router(
         inputs,
         labels,
         settings,
-        recipe.Router(learning_rate=3e-3, batch=128, epochs=30, patience=30),
+        RouterSettings(learning_rate=3e-3, batch=128, epochs=30, patience=30),
         report=reports.append,
     )
     p = router.probabilities(inputs)
@@ -328,13 +327,13 @@ def test_router_trains_on_the_labels_of_a_pair(engines):
     if labels.all() or not labels.any():
         pytest.fail("the tiny pair gives labels of one kind only: choose another seed")
     inputs, labels = np.concatenate([inputs] * 4), np.concatenate([labels] * 4)
-    settings = RouterSettings(hidden=32, support=40, width=32, blocks=1)
-    router = train_router(inputs, labels, settings, recipe.Router(learning_rate=3e-3, epochs=30, batch=64))
+    settings = RouterConfig(hidden=32, support=40, width=32, blocks=1)
+    router = train_router(inputs, labels, settings, RouterSettings(learning_rate=3e-3, epochs=30, batch=64))
     assert (router.probabilities(inputs)[labels == 1] >= router.settings.threshold).mean() >= 0.9
 
 
 def test_the_published_router_has_the_published_shape():
-    router = Router(RouterSettings(hidden=64))
+    router = Router(RouterConfig(hidden=64))
     assert len(router.blocks) == 6
     assert router.enter.weight.shape == (1024, 3 * 64)
     assert router.blocks[0].up.weight.shape == (4096, 1024)
@@ -355,7 +354,7 @@ def test_router_errors_are_one_line(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="holds no router"):
         load_router(tmp_path)
     with pytest.raises(ValueError, match="both kinds are needed"):
-        train_router(np.zeros((20, 26), np.float32), np.zeros(20), RouterSettings(8, 10, 8, 1), recipe.Router())
+        train_router(np.zeros((20, 26), np.float32), np.zeros(20), RouterConfig(8, 10, 8, 1), RouterSettings())
 
 
 # Multiplex Thinking

@@ -18,8 +18,9 @@ from s2t_models.policies.r2r import RouterTrigger
 from s2t_models.policies.scorers import SelectorScorer, TeacherScorer
 from s2t_models.policies.single import SingleModel
 from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, RandomTrigger
-from s2t_models.recipe import MultiplexSettings, Recipe, SamplerSettings
-from s2t_models.router import Router, RouterSettings, save_router
+from s2t_models.recipe import Recipe
+from s2t_models.router import Router, RouterConfig, save_router
+from s2t_models.settings import MultiplexSettings, SamplerSettings
 
 THRESHOLDS = {
     "kl": {0.01: 3.0, 0.05: 2.0, 0.1: 1.0},
@@ -49,7 +50,7 @@ def get(name: str, **changes):
 @pytest.fixture(scope="module")
 def router(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("router")
-    save_router(Router(RouterSettings(hidden=8, width=8, blocks=1, threshold=0.25)), folder)
+    save_router(Router(RouterConfig(hidden=8, width=8, blocks=1, threshold=0.25)), folder)
     return folder
 
 

@@ -10,15 +10,15 @@ import torch
 from test_tree import SIZES, random_tree
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from s2t_models.recipe import Lora
 from s2t_models.reserved import bins
+from s2t_models.settings import LoraSettings
 from s2t_models.training import losses
 from s2t_models.training.selector import ROWS, Selector, score
 from s2t_models.training.tree import pack
 
 #: One block at the end of the vocabulary, and one with unused rows above it.
 BLOCKS = {"last rows": range(88, 96), "rows below the last": range(80, 88)}
-LORA = Lora(rank=4, alpha=8, dropout=0.1)
+LORA = LoraSettings(rank=4, alpha=8, dropout=0.1)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -22,11 +22,12 @@ from s2t_models import loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling
 from s2t_models.hosting import host
-from s2t_models.recipe import Model, RecipeError, load_recipe
+from s2t_models.recipe import RecipeError, load_recipe
+from s2t_models.settings import ModelSettings
 from serving import app
 
-SLM = Model(path="embedded:slm", dtype="float32", device="cpu")
-TEACHER = Model(path="embedded:teacher", dtype="float32", device="cpu")
+SLM = ModelSettings(path="embedded:slm", dtype="float32", device="cpu")
+TEACHER = ModelSettings(path="embedded:teacher", dtype="float32", device="cpu")
 QUESTIONS = [problem.question for problem in problems("calibration", 6, seed=5)]
 LONG = 48
 
@@ -63,7 +64,7 @@ def prompt_ids(tokenizer, question: str) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "settings"), [("greedy", SLM), ("kd", SLM), ("llm", TEACHER)])
-def test_greedy_answers_are_those_of_transformers(client, tokenizer, name: str, settings: Model):
+def test_greedy_answers_are_those_of_transformers(client, tokenizer, name: str, settings: ModelSettings):
     model = loading.load_model(settings)
     for question in QUESTIONS[:3]:
         prompt = prompt_ids(tokenizer, question)

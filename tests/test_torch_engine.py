@@ -19,10 +19,10 @@ from s2t_models.engines.torch.engine import TorchEngine, load
 from s2t_models.engines.torch.sampling import pick
 from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
-from s2t_models.recipe import Candidates, Model, MultiplexSettings, Reserved
 from s2t_models.reserved import bins, reserved_ids
+from s2t_models.settings import CandidateSettings, ModelSettings, MultiplexSettings, ReservedSettings
 
-SLM = Model(path="embedded:slm", dtype="float32", device="cpu", slots=8)
+SLM = ModelSettings(path="embedded:slm", dtype="float32", device="cpu", slots=8)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def reserved(reference, tokenizer) -> tuple[int, ...]:
-    return reserved_ids(reference.get_input_embeddings().weight.shape[0], len(tokenizer), Reserved(count=16))
+    return reserved_ids(reference.get_input_embeddings().weight.shape[0], len(tokenizer), ReservedSettings(count=16))
 
 
 @pytest.fixture(scope="module")
@@ -292,12 +292,15 @@ def by_separate_forwards(reference, reserved, prompt, steps, selection, seed, en
 @pytest.mark.parametrize("prior_weight", [0.0, 1.0])
 def test_the_selecting_loop_equals_separate_forwards(local, reference, reserved, prompts, method, prior_weight):
     probe = run(
-        [local.generate_selecting(p, Sampling(30), Selection(-1e9, Candidates(k=1, method="top_k"))) for p in prompts]
+        [
+            local.generate_selecting(p, Sampling(30), Selection(-1e9, CandidateSettings(k=1, method="top_k")))
+            for p in prompts
+        ]
     )
     threshold = float(np.quantile([d.value for draft in probe for d in draft.decisions], 0.7))
     # Untrained scores hardly differ: the low temperature gives them a say against the prior.
     selection = Selection(
-        threshold, Candidates(k=8, method=method), prior_weight=prior_weight, temperature=1e-3, warmup=2
+        threshold, CandidateSettings(k=8, method=method), prior_weight=prior_weight, temperature=1e-3, warmup=2
     )
     drafts = run([local.generate_selecting(p, Sampling(30, seed=5), selection) for p in prompts])
     rescues = 0

@@ -7,11 +7,11 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from s2t_models import recipe
 from s2t_models.calibration import calibrate
+from s2t_models.settings import TriggerHeadSettings
 from s2t_models.training.trigger_head import auc, train_head
 
-SETTINGS = recipe.TriggerHead(hidden=32, epochs=60, learning_rate=3e-2)
+SETTINGS = TriggerHeadSettings(hidden=32, epochs=60, learning_rate=3e-2)
 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,7 +41,7 @@ def test_the_held_out_share_is_one_of_trajectories():
     trajectory_M = torch.arange(60).repeat_interleave(30)
     hidden_MH = marks[trajectory_M] + 0.01 * torch.randn(1800, 32, generator=generator)
     _, figures = train_head(
-        hidden_MH, positive[trajectory_M], trajectory_M, recipe.TriggerHead(epochs=1, validation=0.5)
+        hidden_MH, positive[trajectory_M], trajectory_M, TriggerHeadSettings(epochs=1, validation=0.5)
     )
     assert figures["auc"] < 0.8
 

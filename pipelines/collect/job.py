@@ -35,7 +35,8 @@ from s2t_models import loading
 from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.files import locked
 from s2t_models.hosting import pair
-from s2t_models.recipe import Recipe, Stage
+from s2t_models.recipe import Recipe
+from s2t_models.settings import ActorPool
 from serving import cluster
 
 
@@ -173,7 +174,7 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
     return committed(labelled, checkpoint)
 
 
-def _pool(stage: Stage) -> dict[str, Any]:
+def _pool(stage: ActorPool) -> dict[str, Any]:
     """Arguments of `map_batches` for a pool of actors."""
     return {
         "compute": ActorPoolStrategy(size=stage.actors),

@@ -27,7 +27,7 @@ from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r_labels import label
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
-from s2t_models.router import SETTINGS, RouterSettings, save_router
+from s2t_models.router import SETTINGS, RouterConfig, save_router
 from s2t_models.training.router import train_router
 from serving import cluster
 
@@ -131,7 +131,7 @@ def _train(
 ) -> tuple[list[dict[str, float]], float]:
     """Train on the SLM's device and write the router; returns each epoch's figures and the threshold."""
     settings = recipe.router
-    sizes = RouterSettings(
+    sizes = RouterConfig(
         hidden, settings.support, settings.width, settings.blocks, settings.expansion, settings.dropout
     )
     history: list[dict[str, float]] = []

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from s2t_models.recipe import Candidates
+from s2t_models.settings import CandidateSettings
 
 Finish = Literal["end", "length", "trigger"]
 
@@ -66,7 +66,7 @@ class Selection:
     """
 
     threshold: float
-    candidates: Candidates
+    candidates: CandidateSettings
     prior_weight: float = 0.0
     temperature: float = 0.1
     warmup: int = 0

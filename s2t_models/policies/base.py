@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from s2t_models.engines.contract import Capability, ContextOverflow, Decision, Engine, Finish, Sampling, Usage
-from s2t_models.recipe import SamplerSettings
+from s2t_models.settings import SamplerSettings
 
 T = TypeVar("T")
 Source = Literal["slm", "teacher", "selected"]

@@ -31,7 +31,7 @@ from s2t_models.policies.base import (
 from s2t_models.policies.scorers import CriticalStep, Scorer, SelectorScorer, TeacherScorer
 from s2t_models.policies.triggers import TRIGGERS, Drafted, Judgement, Trigger, budget_of, make_trigger
 from s2t_models.policies.variants import Variant, candidates_of, variant
-from s2t_models.recipe import Candidates
+from s2t_models.settings import CandidateSettings
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Collaborate(Policy):
     name: str
     trigger: Trigger
     scorer: Scorer
-    candidates: Candidates = field(default_factory=Candidates)
+    candidates: CandidateSettings = field(default_factory=CandidateSettings)
     support: int = 64
     chunk: int = 16
     warmup: int = 0
@@ -147,7 +147,7 @@ def build(name: str, hosting: Hosting) -> Policy | None:
     )
 
 
-def _scorer(found: Variant, candidates: Candidates, hosting: Hosting) -> Scorer | None:
+def _scorer(found: Variant, candidates: CandidateSettings, hosting: Hosting) -> Scorer | None:
     """None where the name asks for what its kind of policy has not got."""
     recipe = hosting.recipe
     if found.stem == LOCAL:

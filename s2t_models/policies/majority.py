@@ -11,7 +11,7 @@ from s2t_models.engines.contract import Usage
 from s2t_models.hosting import Hosting
 from s2t_models.policies.base import CORE, Done, Engines, Event, Needs, Policy, Request, Span, all_of, sampling
 from s2t_models.policies.errors import PolicyError
-from s2t_models.recipe import SamplerSettings
+from s2t_models.settings import SamplerSettings
 
 #: Samples of one answer at most.
 MOST_VOTES = 128

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from s2t_models.engines.contract import Draft, Sampling
 from s2t_models.hosting import Hosting
 from s2t_models.policies.base import Done, Engines, Event, Needs, Policy, Request, Span, sampling
-from s2t_models.recipe import MultiplexSettings, SamplerSettings
+from s2t_models.settings import MultiplexSettings, SamplerSettings
 
 
 @runtime_checkable

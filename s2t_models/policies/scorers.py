@@ -15,7 +15,7 @@ from s2t_models.engines.contract import Decision, Selecting, Selection, Usage
 from s2t_models.hosting import LOCAL
 from s2t_models.policies.base import CORE, Engines, Needs, Source
 from s2t_models.policies.triggers import Drafted, Judgement
-from s2t_models.recipe import Candidates
+from s2t_models.settings import CandidateSettings
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class CriticalStep:
     def value(self) -> float:
         return float(self.judgement.values_T[self.row])
 
-    def candidates(self, settings: Candidates) -> tuple[list[int], np.ndarray]:
+    def candidates(self, settings: CandidateSettings) -> tuple[list[int], np.ndarray]:
         """The candidates and the drafting model's log-probabilities of them."""
         support = self.drafted.support
         return candidates_at(
@@ -71,7 +71,7 @@ class Scorer(Protocol):
     def needs(self) -> Needs: ...
 
     async def decide(
-        self, engines: Engines, critical: CriticalStep, candidates: Candidates
+        self, engines: Engines, critical: CriticalStep, candidates: CandidateSettings
     ) -> tuple[Decision, dict[str, Usage]]: ...
 
 
@@ -91,7 +91,7 @@ class TeacherScorer:
         return {"teacher": CORE}
 
     async def decide(
-        self, engines: Engines, critical: CriticalStep, candidates: Candidates
+        self, engines: Engines, critical: CriticalStep, candidates: CandidateSettings
     ) -> tuple[Decision, dict[str, Usage]]:
         candidates_K, logprobs_K = critical.candidates(candidates)
         cost: dict[str, Usage] = {}
@@ -132,7 +132,7 @@ class SelectorScorer:
         return {LOCAL: frozenset({"select"})}
 
     async def decide(
-        self, engines: Engines, critical: CriticalStep, candidates: Candidates
+        self, engines: Engines, critical: CriticalStep, candidates: CandidateSettings
     ) -> tuple[Decision, dict[str, Usage]]:
         candidates_K, logprobs_K = critical.candidates(candidates)
         local = engines[LOCAL]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from s2t_models.hosting import Hosting
 from s2t_models.policies.base import CORE, GREEDY, Done, Engines, Event, Needs, Policy, Request, Source, Span, sampling
-from s2t_models.recipe import SamplerSettings
+from s2t_models.settings import SamplerSettings
 
 
 @dataclass(frozen=True)

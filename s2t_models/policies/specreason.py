@@ -25,7 +25,7 @@ from s2t_models.policies.base import (
     sampling,
 )
 from s2t_models.policies.segments import generate_segment
-from s2t_models.recipe import SpecReasonSettings
+from s2t_models.settings import SpecReasonSettings
 
 #: What follows the text so far when the teacher is asked; the next token is the score.
 VERIFY = (

@@ -12,7 +12,8 @@ import re
 from dataclasses import dataclass
 
 from s2t_models.policies.errors import PolicyError
-from s2t_models.recipe import MOST_CANDIDATES, Candidates, Recipe
+from s2t_models.recipe import Recipe
+from s2t_models.settings import MOST_CANDIDATES, CandidateSettings
 
 _NAME = re.compile(
     r"(?P<stem>s2t-local|s2t|takeover)(?:-(?P<metric>kl|entropy|random))?(?:-dynamic-(?P<percent>\d\d?))?"
@@ -50,7 +51,7 @@ def variant(name: str) -> Variant | None:
     )
 
 
-def candidates_of(name: str, found: Variant, recipe: Recipe) -> Candidates:
+def candidates_of(name: str, found: Variant, recipe: Recipe) -> CandidateSettings:
     """The recipe's candidate settings with what the name changes. Raises PolicyError where a step cannot have as many."""
     if found.k and found.k > MOST_CANDIDATES:
         raise PolicyError(f"{name}: a step has at most {MOST_CANDIDATES} candidates")

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from s2t_models import recipe
-from s2t_models.router import Router, RouterSettings
+from s2t_models.router import Router, RouterConfig
+from s2t_models.settings import RouterSettings
 
 
 def train_router(
     inputs_TF: np.ndarray,
     labels_T: np.ndarray,
-    sizes: RouterSettings,
-    settings: recipe.Router,
+    sizes: RouterConfig,
+    settings: RouterSettings,
     device: str = "cpu",
     report: Callable[[dict[str, float]], None] = lambda metrics: None,
 ) -> Router:

@@ -22,8 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from s2t_models.loading import load_config
 from s2t_models.output_head import OutputHead
-from s2t_models.recipe import Lora, Model, RecipeError
+from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins
+from s2t_models.settings import LoraSettings, ModelSettings
 
 #: The name of the reserved rows among the selector's parameters.
 ROWS = "rows_RH"
@@ -34,7 +35,7 @@ def score(logits_R: torch.Tensor, bins_R: torch.Tensor) -> torch.Tensor:
     return logits_R.float().softmax(-1) @ bins_R
 
 
-def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
+def lora_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
     """The ends of the names of the linear layers that get a LoRA: those listed, or all but the output embedding.
 
     Raises RecipeError where one that is listed is the end of no linear layer's name."""
@@ -51,7 +52,7 @@ def lora_targets(model: PreTrainedModel, lora: Lora) -> list[str]:
     return list(lora.targets) or ends
 
 
-def check_targets(settings: Model, lora: Lora) -> None:
+def check_targets(settings: ModelSettings, lora: LoraSettings) -> None:
     """Raise RecipeError as `lora_targets` does, from the model's configuration alone."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(settings))
@@ -64,7 +65,7 @@ class Selector(nn.Module):
 
     bins_R: torch.Tensor
 
-    def __init__(self, model: PreTrainedModel, reserved_ids: Sequence[int], lora: Lora) -> None:
+    def __init__(self, model: PreTrainedModel, reserved_ids: Sequence[int], lora: LoraSettings) -> None:
         super().__init__()
         config = LoraConfig(
             r=lora.rank,

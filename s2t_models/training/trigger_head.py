@@ -11,14 +11,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from s2t_models import recipe
+from s2t_models.settings import TriggerHeadSettings
 from s2t_models.trigger import TriggerHead
 
 BATCH = 4096
 
 
 def train_head(
-    hidden_MH: torch.Tensor, positive_M: torch.Tensor, trajectory_M: torch.Tensor, settings: recipe.TriggerHead
+    hidden_MH: torch.Tensor,
+    positive_M: torch.Tensor,
+    trajectory_M: torch.Tensor,
+    settings: TriggerHeadSettings,
 ) -> tuple[TriggerHead, dict[str, float]]:
     """Train a head with BCE and positive weight (negatives / positives), AdamW, the best epoch by validation AUC.
 

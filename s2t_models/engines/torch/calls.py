@@ -29,8 +29,8 @@ from s2t_models.engines.contract import (
 )
 from s2t_models.engines.torch.sampling import top
 from s2t_models.noise import uniforms
-from s2t_models.recipe import MultiplexSettings
 from s2t_models.router import Router
+from s2t_models.settings import MultiplexSettings
 
 #: Positions whose full-vocabulary log-probabilities are held at once.
 STRETCH = 512

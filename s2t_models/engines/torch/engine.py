@@ -37,8 +37,8 @@ from s2t_models.engines.torch.calls import Feed, Procedure, Step
 from s2t_models.engines.torch.sampling import pick, support
 from s2t_models.engines.torch.slots import LEAF_ROOM, Query
 from s2t_models.noise import uniforms
-from s2t_models.recipe import MultiplexSettings
 from s2t_models.reserved import bins as uniform_bins
+from s2t_models.settings import MultiplexSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

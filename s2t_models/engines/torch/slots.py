@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2t_models.recipe import MOST_CANDIDATES
+from s2t_models.settings import MOST_CANDIDATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from s2t_models.errors import UserError
 
 if TYPE_CHECKING:
-    from s2t_models.recipe import Distil
+    from s2t_models.settings import DistilSettings
     from s2t_models.training.objectives.base import Objective
 
 #: Name -> module:class. Modules are imported when they are used, so that listing the names needs no torch.
@@ -18,7 +18,7 @@ OBJECTIVES = {
 }
 
 
-def objective(name: str, settings: Distil) -> Objective:
+def objective(name: str, settings: DistilSettings) -> Objective:
     """The objective of that name. Raises UserError where there is none."""
     if name not in OBJECTIVES:
         raise UserError(f"no objective {name!r}; there are: {', '.join(OBJECTIVES)}")

@@ -17,7 +17,7 @@ import torch
 
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
-from s2t_models.recipe import Distil
+from s2t_models.settings import DistilSettings
 from s2t_models.training.batches import Batch, Trajectory
 from s2t_models.training.products import Merged, save_checkpoint
 from s2t_models.training.selector import ROWS
@@ -51,7 +51,7 @@ class Objective(ABC):
     #: The file by which the product's folder is known, so that nothing else is overwritten.
     mark: ClassVar[str] = artifact.CHECKPOINT
 
-    def __init__(self, settings: Distil) -> None:
+    def __init__(self, settings: DistilSettings) -> None:
         self.settings = settings
 
     def trains(self, parameter: str) -> bool:

@@ -1,0 +1,238 @@
+"""The sections of a recipe: every setting with its type, default and bounds.
+
+Unknown keys and bad values are refused. A policy, an engine or a training holds its section as it is. Resource numbers are plain
+numbers: nothing here knows of Ray.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+#: Candidates of one step at most: an engine keeps room for as many leaves.
+MOST_CANDIDATES = 64
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSettings(Settings):
+    """Where a model's weights are: a folder, a hub name with its revision, or `embedded:slm` / `embedded:teacher`."""
+
+    path: str
+    engine: str = "torch"
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    slots: Count = 32
+    context: Count | None = None
+    num_replicas: Count = 1
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class ReservedSettings(Settings):
+    """The block of R reserved rows (section 3.2, D.1). `first` null: the highest unused rows of the vocabulary."""
+
+    count: Count = 16
+    first: int | None = Field(None, ge=0)
+
+
+class DivergenceSettings(Settings):
+    """KL(SLM || teacher) on the SLM's top `support` tokens; `renormalised` is the published code's variant."""
+
+    support: Count = 64
+    tail: Literal["bucket", "renormalised"] = "bucket"
+
+    def __str__(self) -> str:
+        """What shards and thresholds record: values of different divergences are not compared."""
+        return f"KL(SLM || teacher), top {self.support}, {self.tail}"
+
+
+class CandidateSettings(Settings):
+    """How C_t is made (section 4.2, Table A15); `ratio` > 0 makes the set dynamic (Table A4)."""
+
+    k: int = Field(8, ge=1, le=MOST_CANDIDATES)
+    method: Literal["top_k", "multinomial"] = "multinomial"
+    ratio: Fraction = 0.0
+
+
+class TriggerSettings(Settings):
+    """When a step counts as critical. `threshold` null: from `calibration` at the recipe's budget. `head_threshold` is one for the
+    trigger head, as a probability: S2T-Local then triggers wherever the head says so, at whatever budget that comes to."""
+
+    metric: Literal["kl", "entropy", "random"] = "kl"
+    threshold: float | None = None
+    calibration: str | None = None
+    head_threshold: float | None = Field(None, gt=0, lt=1)
+    warmup: int = Field(0, ge=0)
+
+
+class ActorPool(Settings):
+    """A pool of actors: how many, and what each takes of the cluster."""
+
+    actors: Count = 1
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    batch: Count = 32
+
+
+class CollectSettings(Settings):
+    """Rollouts and labels (section 4.3, D.2)."""
+
+    task: str = "embedded-train"
+    prompts: Count = 2400
+    max_new_tokens: Count = 256
+    sampled: Fraction = 0.5
+    temperature: float = Field(0.7, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    steps: Fraction = 0.10
+    random_steps: Fraction = 0.10
+    k: int = Field(16, ge=1, le=MOST_CANDIDATES)
+    method: Literal["top_k", "multinomial"] = "multinomial"
+    rollout: ActorPool = ActorPool()
+    label: ActorPool = ActorPool()
+
+
+class LoraSettings(Settings):
+    """`targets` are the ends of linear layers' names, such as q_proj; none: all layers but the output embedding."""
+
+    rank: Count = 64
+    alpha: float = Field(128, gt=0)
+    dropout: Fraction = 0.05
+    targets: tuple[str, ...] = ()
+
+
+class DistilSettings(Settings):
+    """Selector training (Eqs. 6-8, 13, 14). `temperature` is the score temperature, `margin` the weight of the
+    pairwise hinge, `beta` that of the KL to the base, `min_teacher_margin` the filter of D.4."""
+
+    lora: LoraSettings = LoraSettings()
+    temperature: float = Field(0.1, gt=0)
+    prior_weight: float = Field(0.0, ge=0)
+    margin: float = Field(0.5, ge=0)
+    margin_spread: Literal["group", "batch"] = "group"
+    beta: float = Field(30.0, ge=0)
+    kd_beta: float = Field(1.0, ge=0)
+    min_teacher_margin: Fraction = 0.3
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: Fraction = 0.03
+    weight_decay: float = Field(0.0, ge=0)
+    steps: Count = 1200
+    batch: Count = 64
+    validation: float = Field(0.1, ge=0, lt=1)
+    evaluate_every: Count = 200
+    workers: Count = 1
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class TriggerHeadSettings(Settings):
+    """The trigger head (E.2): a two-layer MLP on the SLM's last hidden state, thresholds set post hoc by percentile."""
+
+    hidden: Count = 128
+    dropout: Fraction = 0.1
+    positives: Fraction = 0.05
+    epochs: Count = 50
+    learning_rate: float = Field(1e-3, gt=0)
+    validation: Fraction = 0.1
+    seed: int = 42
+
+
+class SamplerSettings(Settings):
+    """How a policy draws tokens unless the request says otherwise; temperature 0 is greedy, `top_k` 0 leaves it out."""
+
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+
+class LocalSettings(Settings):
+    """S2T-Local. `prior_weight` w > 0 keeps the SLM's own ranking in play beside the score; 0 is the paper's rule."""
+
+    prior_weight: float = Field(0.0, ge=0)
+
+
+class MajoritySettings(Settings):
+    """Maj@n as it is listed; any n can be asked for by name."""
+
+    votes: int = Field(8, ge=1, le=128)
+
+
+class SpecReasonSettings(Settings):
+    """SpecReason. A step ends at `delimiter` (a blank line in the published code) or after `step_tokens`; it is accepted at a score
+    of `accept` or more. `score` is the likeliest digit, or the mean over the ten digits' probabilities."""
+
+    accept: int = Field(7, ge=0, le=9)
+    delimiter: str = Field("\n\n", min_length=1)
+    step_tokens: Count = 512
+    score: Literal["greedy", "expected"] = "greedy"
+    sampler: SamplerSettings = SamplerSettings(temperature=0.6, top_p=0.95)
+
+
+class MultiplexSettings(Settings):
+    """Multiplex Thinking: each input is the mean embedding of `width` draws until the text turns certain.
+
+    After `patience` steps in a row with an entropy below `entropy` nats, decoding goes on with ordinary sampling."""
+
+    width: Count = 3
+    temperature: float = Field(1.0, gt=0)
+    weighted: bool = True
+    entropy: float = Field(0.1, ge=0)
+    patience: Count = 256
+
+
+class PolicySettings(Settings):
+    """What policies share (`chunk`: the longest draft that is judged at once) and what each has of its own, with the published
+    defaults. `sample` also draws the samples of maj@n and what Multiplex goes on with."""
+
+    chunk: Count = 16
+    sample: SamplerSettings = SamplerSettings(temperature=0.7, top_p=0.8, top_k=20)
+    llm_sample: SamplerSettings = SamplerSettings(temperature=0.6, top_p=0.95)
+    majority: MajoritySettings = MajoritySettings()
+    local: LocalSettings = LocalSettings()
+    specreason: SpecReasonSettings = SpecReasonSettings()
+    multiplex: MultiplexSettings = MultiplexSettings()
+
+
+class RouterSettings(Settings):
+    """R2R's router, with the published sizes and training. `path` is the folder of a trained one; `judge` says who tells
+    whether two sentences differ in meaning: the teacher, or for generated arithmetic the numbers themselves."""
+
+    path: str | None = None
+    prompts: Count = 1000
+    max_new_tokens: Count = 1024
+    judge: Literal["teacher", "numbers"] = "teacher"
+    support: Count = 100
+    width: Count = 1024
+    blocks: Count = 6
+    expansion: Count = 4
+    dropout: Fraction = 0.1
+    learning_rate: float = Field(5e-5, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    batch: Count = 1024
+    epochs: Count = 50
+    patience: Count = 10
+    validation: Fraction = 0.1
+    recall: Fraction = 0.95
+    seed: int = 42
+
+
+class ServingSettings(Settings):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    gateway_replicas: Count = 1
+
+
+class BenchmarkSettings(Settings):
+    task: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedded",)
+    items: Count = 600
+    policies: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        *("greedy", "maj@8", "takeover", "s2t", "s2t-local", "s2t-local-w0", "kd", "llm"),
+    )
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    concurrency: Count = 32
