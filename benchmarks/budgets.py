@@ -1,9 +1,11 @@
-"""Accuracy at each budget: Takeover and S2T, which ask the teacher, and S2T-Local, which does not, on the same problems.
+"""Accuracy at each budget: Takeover and S2T, which ask the teacher, and S2T-Local, which does not, on the same
+problems.
 
     python -m benchmarks.budgets --recipe runs/demo/recipe.yaml [--items 500] [--budgets 0.01 0.05 0.10 0.20]
 
-It is a benchmark job like any other: it serves what it needs, can be killed and run again, and leaves results, tables and figures in
-its output folder. The table shows accuracy in percent with its 95% interval, and the teacher's tokens per answer.
+It is a benchmark job like any other: it serves what it needs, can be killed and run again, and leaves results, tables
+and figures in its output folder. The table shows accuracy in percent with its 95% interval, and the teacher's tokens
+per answer.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Collaborative S2T drafting in chunks against step by step, on the same engines: the same texts, fewer teacher forwards.
+"""Collaborative S2T drafting in chunks against step by step, on the same engines: the same texts, fewer teacher
+forwards.
 
     python -m benchmarks.collaboration [--items 12] [--chunk 16] [--budgets 0.01 0.05 0.10 0.20]
 
-Every prompt is decoded by both sides in turn, so that the machine's moods fall on both, one request at a time. Besides the
-wall clock the table gives the process's CPU seconds, which other programs do not disturb. Thresholds are the percentiles of the
-SLM's greedy texts on calibration problems.
+Every prompt is decoded by both sides in turn, so that the machine's moods fall on both, one request at a time. Besides
+the wall clock the table gives the process's CPU seconds, which other programs do not disturb. Thresholds are the
+percentiles of the SLM's greedy texts on calibration problems.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def main() -> None:
     values = asyncio.run(_divergences(engines, requests("calibration", args.calibration)))
     hosting = replace(host(recipe), thresholds={"kl": calibrate(values, args.budgets)})
     print(
-        f"{'budget':<8}{'side':<10}{'seconds':>9}{'CPU':>8}{'teacher forwards':>18}{'SLM forwards':>14}{'triggered':>11}"
+        f"{'budget':<8}{'side':<10}{'seconds':>9}{'CPU':>8}{'teacher forwards':>18}{'SLM forwards':>14}"
+        f"{'triggered':>11}"
     )
     for budget in args.budgets:
         chunked = policy(f"s2t@{budget:g}", hosting)
@@ -96,7 +98,8 @@ def _compare(engines: Engines, sides: dict[str, Policy], requests: list[Request]
     equal = sum(a.ids == b.ids for a, b in zip(*texts.values(), strict=True))
     quicker, cheaper, fewer = (part["steps"] / part["chunks"] for part in (wall, cpu, forwards))
     print(
-        f"{'':<8}{'ratio':<10}{quicker:>8.2f}x{cheaper:>7.2f}x{fewer:>17.2f}x   texts equal: {equal} of {len(requests)}\n"
+        f"{'':<8}{'ratio':<10}{quicker:>8.2f}x{cheaper:>7.2f}x{fewer:>17.2f}x   "
+        f"texts equal: {equal} of {len(requests)}\n"
     )
 
 

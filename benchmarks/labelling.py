@@ -2,12 +2,12 @@
 
     python -m benchmarks.labelling [--problems 1024] [--decoded 8] [--slots 96] [--batch 256]
 
-Labelling is what the collect pipeline does on two cores with two actors of each kind: rollout processes decode
-batches of prompts, label processes take one teacher forward a trajectory and draw the candidates of every step. The other
-side is the published way: one prompt at a time, both models a token at a time with their KV caches, the KL at each
-step. Both sides run here one after the other, on one thread a process and on the same prompts (the slow side
-on the first few), and are compared by time a token: by the clock, which wants an idle machine, and by the CPU
-of all processes together. `labels alone` leaves the rollouts out, which both ways need: what it costs to label text.
+Labelling is what the collect pipeline does on two cores with two actors of each kind: rollout processes decode batches
+of prompts, label processes take one teacher forward a trajectory and draw the candidates of every step. The other side
+is the published way: one prompt at a time, both models a token at a time with their KV caches, the KL at each step.
+Both sides run here one after the other, on one thread a process and on the same prompts (the slow side on the first
+few), and are compared by time a token: by the clock, which wants an idle machine, and by the CPU of all processes
+together. `labels alone` leaves the rollouts out, which both ways need: what it costs to label text.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m benchmarks.local_latency [--artifact runs/demo/artifact] [--items 12] [--rounds 5]
 
-Both sides decode the same number of tokens from the same prompts, in turn, so that the machine's moods fall on both. The
-table gives milliseconds a token and the median of the rounds' ratios, one request at a time (the paper's Table A14) and
-with the engine full. Without an artifact the SLM carries an untrained head: its cost is the same, what it picks is not.
+Both sides decode the same number of tokens from the same prompts, in turn, so that the machine's moods fall on both.
+The table gives milliseconds a token and the median of the rounds' ratios, one request at a time (the paper's Table A14)
+and with the engine full. Without an artifact the SLM carries an untrained head: its cost is the same, what it picks is
+not.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     make docs
 
-A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. In the tables of settings the last column is written by
-hand and kept from one run to the next. tests/test_docs.py checks that nothing is out of date or left without a description.
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`. In the tables of settings the last column
+is written by hand and kept from one run to the next. tests/test_docs.py checks that nothing is out of date or left
+without a description.
 """
 
 from __future__ import annotations
@@ -95,7 +96,8 @@ def first_paragraph(module: Path) -> str:
 
 
 def settings(section: str, old: str) -> str:
-    """The table of one section of the recipe, or of the settings outside sections for ""; descriptions are taken from `old`."""
+    """The table of one section of the recipe, or of the settings outside sections for ""; descriptions are taken from
+    `old`."""
     kept = {row["key"]: row["text"] for row in ROW.finditer(old)}
     path = {"path": ""}
     whole = Recipe.model_validate({"name": "", "slm": path, "teacher": path})

@@ -3,9 +3,9 @@
     s2t demo                             or: make demo
     s2t demo --output runs/again --items 1000
 
-Each stage is the pipeline of its name, as a user would run it on a pair of their own. What is there already, made with the same
-settings, is not made again. The output folder ends with `recipe.yaml` (the recipe with its artifact, control and chosen budget,
-ready to serve) and `summary.json` (the figures of the table).
+Each stage is the pipeline of its name, as a user would run it on a pair of their own. What is there already, made with
+the same settings, is not made again. The output folder ends with `recipe.yaml` (the recipe with its artifact, control
+and chosen budget, ready to serve) and `summary.json` (the figures of the table).
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ BUDGETS = (0.01, 0.02, 0.05, 0.10)
 CALIBRATION_PROMPTS = 400
 VALIDATION_ITEMS = 200
 MEANING = """\
-What it means: `s2t-local` is the SLM alone, choosing among its own candidates at the steps its trigger head picks; the budget
-({budget:.0%} of steps) was chosen on validation problems, not on these. `takeover` and `s2t` ask the teacher at the same budget;
-`llm` is the teacher writing everything. `kd` spends the same labels on plain distillation: the control an honest table shows.
-`s2t-local-w0` is the same artifact choosing by its scores alone, without the SLM's ranking that it was trained beside.
-The pair is tiny and was made for this task, so the table shows the method at work; it proves nothing about large models."""
+What it means: `s2t-local` is the SLM alone, choosing among its own candidates at the steps its trigger head picks.
+The budget ({budget:.0%} of steps) was chosen on validation problems, not on these. `takeover` and `s2t` ask the teacher
+at the same budget; `llm` is the teacher writing everything. `kd` spends the same labels on plain distillation: the
+control that an honest table shows. `s2t-local-w0` is the same artifact choosing by its scores alone, without the SLM's
+ranking that it was trained beside. The pair is tiny and was made for this task: the table shows the method at work, and
+proves nothing about large models."""
 
 
 def main(argv: list[str] | None = None) -> int:

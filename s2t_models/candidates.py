@@ -21,8 +21,8 @@ SUPPORT = 64
 def candidates_at(
     ids_N: np.ndarray, logprobs_N: np.ndarray, settings: CandidateSettings, seed: int, step: int
 ) -> tuple[list[int], np.ndarray]:
-    """The candidates of one step from its support: ids, and the SLM's log-probabilities [K], best first. The draws depend on
-    (seed, step) alone."""
+    """The candidates of one step from its support: ids, and the SLM's log-probabilities [K], best first. The draws
+    depend on (seed, step) alone."""
     noise_K = uniforms(seed, step, settings.k, "candidates") if settings.method == "multinomial" else None
     chosen_K = propose(logprobs_N, settings.k, settings.method, settings.ratio, noise_K)
     return [int(token) for token in np.asarray(ids_N)[chosen_K]], np.asarray(logprobs_N)[chosen_K]
@@ -38,9 +38,9 @@ def propose(
 ) -> np.ndarray:
     """Indices into the support of at most `k` candidates, best first, [<=K] int.
 
-    "top_k" takes the first k. "multinomial" draws k without replacement at T = 1, top-p 1, one uniform of `uniforms_K` a draw, from
-    the support renormalised. `ratio` > 0 keeps only candidates at least `ratio` times as probable as the support's top one (dynamic
-    sizing, Table A4).
+    "top_k" takes the first k. "multinomial" draws k without replacement at T = 1, top-p 1, one uniform of `uniforms_K`
+    a draw, from the support renormalised. `ratio` > 0 keeps only candidates at least `ratio` times as probable as the
+    support's top one (dynamic sizing, Table A4).
     """
     logprobs_N = np.asarray(logprobs_N, dtype=np.float64)
     k = min(k, int(np.isfinite(logprobs_N).sum()))

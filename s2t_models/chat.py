@@ -94,8 +94,8 @@ def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> s
 
 
 def _fixed_date() -> dict[str, Any]:
-    """What templates ask for the date: a variable of Llama's, and a function that transformers gives all of them, which a
-    variable of that name replaces."""
+    """What templates ask for the date: a variable of Llama's, and a function that transformers gives all of them, which
+    a variable of that name replaces."""
     return {"date_string": TODAY.strftime("%d %b %Y"), "strftime_now": TODAY.strftime}
 
 

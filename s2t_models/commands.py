@@ -1,7 +1,8 @@
 """How every command ends: a status, and at most one line about what went wrong.
 
-A command is `run_command("collect", work, output)`. What a user can put right is a `UserError`; anything else is a fault of ours or of
-the machine, and its traceback is kept in `errors.log`. With S2T_DEBUG=1 nothing is caught, and Ray's own logs are shown.
+A command is `run_command("collect", work, output)`. What a user can put right is a `UserError`; anything else is a
+fault of ours or of the machine, and its traceback is kept in `errors.log`. With S2T_DEBUG=1 nothing is caught, and
+Ray's own logs are shown.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def debugging() -> bool:
 
 
 def run_command(name: str, work: Callable[[], int | None], output: Path | None = None, resumes: bool = True) -> int:
-    """Run `work` and return the exit status: its own (0 for None), 1 for a fault, the error's for a `UserError`, 130 for Ctrl-C.
+    """Run `work` and return the exit status: its own (0 for None), 1 for a fault, the error's for a `UserError`, 130
+    for Ctrl-C.
 
-    `output` is where the traceback of a fault is kept (the current folder where there is none); `resumes` says whether the same
-    command goes on where it stopped."""
+    `output` is where the traceback of a fault is kept (the current folder where there is none); `resumes` says whether
+    the same command goes on where it stopped."""
     if debugging():
         return work() or 0
     try:
@@ -52,9 +54,9 @@ def run_command(name: str, work: Callable[[], int | None], output: Path | None =
 
 @contextmanager
 def _ctrl_c_stops(line: str) -> Iterator[None]:
-    """Ctrl-C prints `line`, silences the process and raises KeyboardInterrupt. The process ends GRACE_S later at the latest, and
-    at once when Ctrl-C is pressed again: libraries that are stopped in the middle print tracebacks and may wait for long, and
-    no job here needs more than a moment, since what counts is on the disk."""
+    """Ctrl-C prints `line`, silences the process and raises KeyboardInterrupt. The process ends GRACE_S later at the
+    latest, and at once when Ctrl-C is pressed again: libraries that are stopped in the middle print tracebacks and may
+    wait for long, and no job here needs more than a moment, since what counts is on the disk."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield  # someone else's thread, or SIGINT is ignored (a background job of a shell)
@@ -68,7 +70,8 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
 
     def stop(*_: Any) -> NoReturn:
         signal.signal(signal.SIGINT, leave)
-        # A terminal shows ^C and perhaps a line of progress; and print may be what was interrupted, so it is not used here.
+        # A terminal shows ^C and perhaps a line of progress; and print may be what was interrupted, so it is not used
+        # here.
         os.write(screen, f"{newline}{line}\n".encode())
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
@@ -88,8 +91,8 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
             )  # a local cluster ends with this process, and takes less time about it than Ray's own exit
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(screen)
-        # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first served, so
-        # this one comes before Ray's.
+        # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first
+        # served, so this one comes before Ray's.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 

@@ -9,21 +9,22 @@ if TYPE_CHECKING:
 
 
 class UserError(Exception):
-    """Something that cannot be done as asked. The message is one line: what is wrong, where, and what to do. Commands print
-    it and exit with `status`; nothing computed before it is lost."""
+    """Something that cannot be done as asked. The message is one line: what is wrong, where, and what to do. Commands
+    print it and exit with `status`; nothing computed before it is lost."""
 
     status = 2
 
 
 class NothingDone(UserError):
-    """A job that ran to its end and has nothing to show for it: every row failed. The message names the first reason."""
+    """A job that ran to its end and has nothing to show for it: every row failed. The message names the first
+    reason."""
 
     status = 1
 
 
 def one_line(error: BaseException | str, longest: int = 300) -> str:
-    """What an error says, in one line of at most `longest` characters: the last line where the message holds a traceback (as
-    Ray's do), the error's type where it says nothing."""
+    """What an error says, in one line of at most `longest` characters: the last line where the message holds a
+    traceback (as Ray's do), the error's type where it says nothing."""
     text = str(error).strip()
     if "Traceback (most recent call last)" in text or text.startswith("ray::"):
         text = text.rsplit("\n", 1)[-1]

@@ -17,8 +17,8 @@ class FolderError(UserError):
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A path to write a file or a folder at. It takes the place of `path` when the block ends without an exception, so that
-    `path` is never half of anything; what an interrupted block left behind is removed first."""
+    """A path to write a file or a folder at. It takes the place of `path` when the block ends without an exception, so
+    that `path` is never half of anything; what an interrupted block left behind is removed first."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     _remove(part)
@@ -30,8 +30,8 @@ def whole(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder`, making it where it is missing: two jobs in one folder would undo or repeat each other's work. Raises
-    FolderError where it cannot be made or another process holds it. The lock ends with the process."""
+    """Hold `folder`, making it where it is missing: two jobs in one folder would undo or repeat each other's work.
+    Raises FolderError where it cannot be made or another process holds it. The lock ends with the process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")

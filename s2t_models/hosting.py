@@ -18,7 +18,8 @@ from s2t_models.reserved import reserved_rows
 from s2t_models.router import SETTINGS, WEIGHTS
 from s2t_models.settings import ModelSettings
 
-#: What triggers compare with ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of calibration steps.
+#: What triggers compare with ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of
+#: calibration steps.
 Thresholds = Mapping[str, Mapping[float, float]]
 #: The engine that holds the artifact.
 LOCAL = "s2t-local"
@@ -26,9 +27,9 @@ LOCAL = "s2t-local"
 
 @dataclass(frozen=True)
 class Hosted:
-    """One engine: a model with the reserved ids it must not generate, or the S2T-Local artifact in a folder (which knows its own), on
-    the device and slots of `settings`; `router` is the folder of R2R's router, which runs beside the SLM. Local paths are absolute:
-    replicas run in other folders."""
+    """One engine: a model with the reserved ids it must not generate, or the S2T-Local artifact in a folder (which
+    knows its own), on the device and slots of `settings`; `router` is the folder of R2R's router, which runs beside the
+    SLM. Local paths are absolute: replicas run in other folders."""
 
     name: str
     settings: ModelSettings
@@ -102,7 +103,8 @@ def _check_tokenizer(engine: Hosted, recipe: Recipe) -> None:
 def _thresholds(recipe: Recipe) -> Thresholds:
     """Those of the artifact, and for KL and entropy those of `trigger.calibration` where it is set.
 
-    An artifact's KL thresholds hold for the teacher and the divergence they were calibrated with, and are left out beside another."""
+    An artifact's KL thresholds hold for the teacher and the divergence they were calibrated with, and are left out
+    beside another."""
     found: dict[str, dict[float, float]] = {}
     if recipe.artifact:
         card = _artifact(recipe).card
@@ -135,14 +137,15 @@ def _artifact(recipe: Recipe) -> Artifact:
     ):
         if trained != here:
             raise RecipeError(
-                f"artifact: {artifact.folder} was made for {key} = {trained:g}, the recipe says {here:g}; set {key}={trained:g} "
-                "(a policy's name takes another prior weight, as in s2t-local-w0)"
+                f"artifact: {artifact.folder} was made for {key} = {trained:g}, the recipe says {here:g}; "
+                f"set {key}={trained:g} (a policy's name takes another prior weight, as in s2t-local-w0)"
             )
     return artifact
 
 
 def calibration(path: Path) -> Calibration:
-    """What `s2t collect` wrote as thresholds.json, in the folder or file `path`. Raises RecipeError where it is none."""
+    """What `s2t collect` wrote as thresholds.json, in the folder or file `path`. Raises RecipeError where it is
+    none."""
     try:
         return Calibration.read(path)
     except CalibrationError as error:

@@ -75,8 +75,8 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
 
 
 def load_model(settings: ModelSettings, attention: str | None = None) -> PreTrainedModel:
-    """The causal language model, in eval mode, on its device. `attention` is transformers' implementation; None: the fastest that
-    computes what the model asks for. Raises RecipeError as `load_config` does."""
+    """The causal language model, in eval mode, on its device. `attention` is transformers' implementation; None: the
+    fastest that computes what the model asks for. Raises RecipeError as `load_config` does."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -119,7 +119,8 @@ def weights_hash(settings: ModelSettings) -> str:
 
 
 def tokenizer_hash(settings: ModelSettings) -> str:
-    """sha256 over what the tokenizer does, however its files are written: two models may work together only where this agrees.
+    """sha256 over what the tokenizer does, however its files are written: two models may work together only where this
+    agrees.
 
     Raises RecipeError as `load_tokenizer` does."""
     small = (path for path in resolve(settings).iterdir() if path.is_file() and path.suffix != ".safetensors")
@@ -142,8 +143,8 @@ def tokenizer_difference(one: ModelSettings, other: ModelSettings) -> str | None
 
 
 def _meaning(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What the tokenizer does, part by part. How it was saved (versions, order, settings left out because they are the default)
-    is gone, since this is what the library makes of it now; padding and truncation are a matter of calls."""
+    """What the tokenizer does, part by part. How it was saved (versions, order, settings left out because they are the
+    default) is gone, since this is what the library makes of it now; padding and truncation are a matter of calls."""
     whole = json.loads(tokenizer.backend_tokenizer.to_str())
     model = whole.pop("model")
     vocabulary = model.pop("vocab")

@@ -1,8 +1,9 @@
 """From hidden states to logits, by the model class's own code.
 
-What follows the decoder differs between families: the output embedding alone, or also a scale (Granite, Cohere) or a soft
-cap (Gemma). None of it is written again here: the class's own `forward` is called with a decoder that hands back hidden
-states that are already computed. Engine and training read their logits here. Axes: _R row, _V vocabulary, _H hidden.
+What follows the decoder differs between families: the output embedding alone, or also a scale (Granite, Cohere) or a
+soft cap (Gemma). None of it is written again here: the class's own `forward` is called with a decoder that hands back
+hidden states that are already computed. Engine and training read their logits here. Axes: _R row, _V vocabulary, _H
+hidden.
 """
 
 from __future__ import annotations

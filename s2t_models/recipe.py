@@ -68,8 +68,8 @@ class Recipe(Settings):
     @model_validator(mode="before")
     @classmethod
     def as_published(cls, values: Any) -> Any:
-        """`published: true` takes the choices of the published code: KL renormalised on the SLM's top 64, no trigger in the
-        first 3 steps, candidates by top-K."""
+        """`published: true` takes the choices of the published code: KL renormalised on the SLM's top 64, no trigger in
+        the first 3 steps, candidates by top-K."""
         if not (isinstance(values, dict) and values.get("published") is True):
             return values
         forced: dict[str, dict[str, Any]] = {
@@ -88,7 +88,8 @@ class Recipe(Settings):
         for section in ("candidates", "collect"):
             if (k := getattr(self, section).k) > self.divergence.support:
                 raise ValueError(
-                    f"{section}.k = {k}: candidates come from the {self.divergence.support} tokens of divergence.support"
+                    f"{section}.k = {k}: candidates come from the {self.divergence.support} tokens of "
+                    "divergence.support"
                 )
         if taken := sorted(ENGINES & self.checkpoints.keys()):
             raise ValueError(f"checkpoints.{taken[0]}: that is the name of an engine of every recipe; choose another")
@@ -102,8 +103,8 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides (values are YAML) and validate it.
 
-    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Raises RecipeError with one
-    line that names the file and every wrong key.
+    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Raises
+    RecipeError with one line that names the file and every wrong key.
     """
     try:
         values = yaml.safe_load(_find(path).read_text())
@@ -120,7 +121,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with the project, by name: the files of the data package `cluster`, where it is installed."""
+    """The recipes that ship with the project, by name: the files of the data package `cluster`, where it is
+    installed."""
     try:
         folder = Path(str(files("cluster") / "recipes"))
     except ModuleNotFoundError:

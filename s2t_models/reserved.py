@@ -28,7 +28,8 @@ def reserved_ids(rows: int, tokenizer_length: int, settings: ReservedSettings) -
 
 
 def reserved_rows(recipe: Recipe) -> tuple[int, ...]:
-    """The ids that no engine of the recipe puts probability on: the SLM's reserved block, masked in the teacher as well.
+    """The ids that no engine of the recipe puts probability on: the SLM's reserved block, masked in the teacher as
+    well.
 
     Raises RecipeError where the block is not free."""
     rows = loading.load_config(recipe.slm).vocab_size

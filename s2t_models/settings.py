@@ -1,6 +1,7 @@
 """The sections of a recipe: every setting with its type, default and bounds.
 
-Unknown keys and bad values are refused. A policy, an engine or a training holds its section as it is. Resource numbers are plain
+Unknown keys and bad values are refused. A policy, an engine or a training holds its section as it is. Resource numbers
+are plain
 numbers: nothing here knows of Ray.
 """
 
@@ -62,8 +63,9 @@ class CandidateSettings(Settings):
 
 
 class TriggerSettings(Settings):
-    """When a step counts as critical. `threshold` null: from `calibration` at the recipe's budget. `head_threshold` is one for the
-    trigger head, as a probability: S2T-Local then triggers wherever the head says so, at whatever budget that comes to."""
+    """When a step counts as critical. `threshold` null: from `calibration` at the recipe's budget. `head_threshold` is
+    one for the trigger head, as a probability: S2T-Local then triggers wherever the head says so, at whatever budget
+    that comes to."""
 
     metric: Literal["kl", "entropy", "random"] = "kl"
     threshold: float | None = None
@@ -164,8 +166,9 @@ class MajoritySettings(Settings):
 
 
 class SpecReasonSettings(Settings):
-    """SpecReason. A step ends at `delimiter` (a blank line in the published code) or after `step_tokens`; it is accepted at a score
-    of `accept` or more. `score` is the likeliest digit, or the mean over the ten digits' probabilities."""
+    """SpecReason. A step ends at `delimiter` (a blank line in the published code) or after `step_tokens`; it is
+    accepted at a score of `accept` or more. `score` is the likeliest digit, or the mean over the ten digits'
+    probabilities."""
 
     accept: int = Field(7, ge=0, le=9)
     delimiter: str = Field("\n\n", min_length=1)
@@ -187,8 +190,8 @@ class MultiplexSettings(Settings):
 
 
 class PolicySettings(Settings):
-    """What policies share (`chunk`: the longest draft that is judged at once) and what each has of its own, with the published
-    defaults. `sample` also draws the samples of maj@n and what Multiplex goes on with."""
+    """What policies share (`chunk`: the longest draft that is judged at once) and what each has of its own, with the
+    published defaults. `sample` also draws the samples of maj@n and what Multiplex goes on with."""
 
     chunk: Count = 16
     sample: SamplerSettings = SamplerSettings(temperature=0.7, top_p=0.8, top_k=20)
@@ -200,8 +203,8 @@ class PolicySettings(Settings):
 
 
 class RouterSettings(Settings):
-    """R2R's router, with the published sizes and training. `path` is the folder of a trained one; `judge` says who tells
-    whether two sentences differ in meaning: the teacher, or for generated arithmetic the numbers themselves."""
+    """R2R's router, with the published sizes and training. `path` is the folder of a trained one; `judge` says who
+    tells whether two sentences differ in meaning: the teacher, or for generated arithmetic the numbers themselves."""
 
     path: str | None = None
     prompts: Count = 1000

@@ -40,7 +40,8 @@ LOGGING: dict[str, Any] = {"log_level": "INFO" if debugging() else "WARNING", "e
 
 
 def build(hosting: Hosting) -> Application:
-    """What a recipe hosts as a Serve application. Raises RecipeError where a model asks for an engine that there is not."""
+    """What a recipe hosts as a Serve application. Raises RecipeError where a model asks for an engine that there is
+    not."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -78,8 +79,8 @@ def app(args: dict[str, Any]) -> Application:
 
 
 def run(hosting: Hosting, blocking: bool = True, name: str = NAME) -> str:
-    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `name` is the
-    application's.
+    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `name` is
+    the application's.
 
     Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
     cluster too small, or an engine does not start.

@@ -32,8 +32,9 @@ class ClusterError(UserError):
 
 
 def start(cpus: float = LOCAL_CPUS) -> bool:
-    """Join the cluster that RAY_ADDRESS names, or start one here with `cpus` logical CPUs at the least, unless this process is on
-    one already. Returns whether it was started here. Raises ClusterError where RAY_ADDRESS names no cluster that can be joined."""
+    """Join the cluster that RAY_ADDRESS names, or start one here with `cpus` logical CPUs at the least, unless this
+    process is on one already. Returns whether it was started here. Raises ClusterError where RAY_ADDRESS names no
+    cluster that can be joined."""
     # Ray's own complaints about what is meant here: actors that ask for no GPU, and more actors than cores.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(LOCAL_CPUS))
@@ -71,8 +72,8 @@ def _join(address: str, options: dict[str, Any]) -> None:
 
 
 def _probe(address: str) -> None:
-    """Ask the cluster for its id. Left to itself, Ray tries for minutes in native code, which Ctrl-C does not reach, and then ends
-    the process. Raises ClusterError where nothing answers within _PROBE_S, or a token is wanted."""
+    """Ask the cluster for its id. Left to itself, Ray tries for minutes in native code, which Ctrl-C does not reach,
+    and then ends the process. Raises ClusterError where nothing answers within _PROBE_S, or a token is wanted."""
     import grpc
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray._private.grpc_utils import init_grpc_channel
@@ -95,8 +96,8 @@ def _probe(address: str) -> None:
             raise ClusterError(_wants_a_token(address)) from None
         if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
             raise ClusterError(
-                f"RAY_ADDRESS={address}: no Ray cluster answers there; start it (ray start --head), or unset RAY_ADDRESS to "
-                "start one on this machine"
+                f"RAY_ADDRESS={address}: no Ray cluster answers there; start it (ray start --head), or unset "
+                "RAY_ADDRESS to start one on this machine"
             ) from None
 
 
@@ -112,8 +113,8 @@ def _canonical(address: str) -> str | None:
 
 def _wants_a_token(address: str) -> str:
     return (
-        f"RAY_ADDRESS={address}: the cluster wants a token, and the one here is missing or wrong; set RAY_AUTH_MODE=token "
-        "and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
+        f"RAY_ADDRESS={address}: the cluster wants a token, and the one here is missing or wrong; "
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
     )
 
 

@@ -43,12 +43,12 @@ class EngineDeployment:
 
 
 class RemoteEngine:
-    """The engine contract, with all that an engine may have beyond the core, over a handle. Raises what the engine raises; what the
-    engine can do its card says."""
+    """The engine contract, with all that an engine may have beyond the core, over a handle. Raises what the engine
+    raises; what the engine can do its card says."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        # Over gRPC: for the many small calls of collaborative decoding, Serve's way through Ray's actor calls costs more
-        # than what they compute (Takeover took 1.4 times as long).
+        # Over gRPC: for the many small calls of collaborative decoding, Serve's way through Ray's actor calls costs
+        # more than what they compute (Takeover took 1.4 times as long).
         self._handle = handle.options(_by_reference=False)
         # Serve's gRPC would take an `http_proxy` of the environment to the next replica; Ray's own gRPC never does.
         os.environ["grpc_proxy"] = ""  # noqa: SIM112

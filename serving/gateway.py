@@ -189,7 +189,8 @@ class Gateway:
     async def _decode(
         self, policy: base.Policy, request: api.CompletionSettings, prompt: list[int], field: str
     ) -> tuple[list[str], list[api.FinishReason], api.TokenUsage, api.S2T]:
-        """Run the policy once a choice, with seeds that follow each other: from the request's, or from one drawn for it."""
+        """Run the policy once a choice, with seeds that follow each other: from the request's, or from one drawn for
+        it."""
         limit = await self._limit(policy, len(prompt), request.limit(), field)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         began = time.perf_counter()

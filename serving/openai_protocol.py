@@ -43,8 +43,8 @@ class Body(BaseModel):
 
 
 class Extension(Body):
-    """`decisions`: the answer's `s2t` object shall hold decisions, spans and token ids beside the costs (n = 1 only). `options`: the
-    texts of a multiple choice's options A, B, ...; a policy that votes then votes by letter."""
+    """`decisions`: the answer's `s2t` object shall hold decisions, spans and token ids beside the costs (n = 1 only).
+    `options`: the texts of a multiple choice's options A, B, ...; a policy that votes then votes by letter."""
 
     decisions: bool = False
     options: list[str] = Field([], max_length=26)
@@ -122,9 +122,10 @@ class TokenUsage(BaseModel):
 
 
 class S2T(BaseModel):
-    """What the policy did. `usage` is each engine's cost summed over the choices, `seed` the first choice's (with it the same
-    request gives the same answer), `seconds` the wall-clock time spent decoding, `models` the sha256 of each engine's weights,
-    `samples` the texts voted over (maj@n), `spans` the output's [source, tokens] in order, `ids` its token ids."""
+    """What the policy did. `usage` is each engine's cost summed over the choices, `seed` the first choice's (with it
+    the same request gives the same answer), `seconds` the wall-clock time spent decoding, `models` the sha256 of each
+    engine's weights, `samples` the texts voted over (maj@n), `spans` the output's [source, tokens] in order, `ids` its
+    token ids."""
 
     usage: dict[str, dict[str, int]]
     seed: int
@@ -171,9 +172,9 @@ class CompletionResponse(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """A policy as a model. `kind` is its name without K and budget; these and `votes` are null where they mean nothing to it. `needs`
-    names the engines it calls, `context` counts the tokens of prompt and answer, and `settings` are all that decide what it writes
-    beside the weights: thresholds, candidates, sampling."""
+    """A policy as a model. `kind` is its name without K and budget; these and `votes` are null where they mean nothing
+    to it. `needs` names the engines it calls, `context` counts the tokens of prompt and answer, and `settings` are all
+    that decide what it writes beside the weights: thresholds, candidates, sampling."""
 
     id: str
     object: Literal["model"] = "model"

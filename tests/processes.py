@@ -1,4 +1,5 @@
-"""Commands as a user runs them: processes of their own, stopped with Ctrl-C as a terminal does it, the whole group at once."""
+"""Commands as a user runs them: processes of their own, stopped with Ctrl-C as a terminal does it, the whole group at
+once."""
 
 from __future__ import annotations
 

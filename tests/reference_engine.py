@@ -1,7 +1,8 @@
-"""The engine contract written as plainly as it can be, and a tiny random pair to try it on: the reference of exactness tests.
+"""The engine contract written as plainly as it can be, and a tiny random pair to try it on: the reference of exactness
+tests.
 
-Every step is one transformers forward over the whole sequence: no cache, no batch, no packing, float32. It shares with the
-package the contract's types, the noise and the candidates, which have tests of their own.
+Every step is one transformers forward over the whole sequence: no cache, no batch, no packing, float32. It shares with
+the package the contract's types, the noise and the candidates, which have tests of their own.
 """
 
 from __future__ import annotations
@@ -251,7 +252,8 @@ class ReferenceEngine:
 
 
 def draw(logprobs_V: torch.Tensor, sampling: Sampling, u: float) -> int:
-    """Temperature, then top-k, then top-p, then the token whose stretch of the unit interval holds u, most likely first."""
+    """Temperature, then top-k, then top-p, then the token whose stretch of the unit interval holds u, most likely
+    first."""
     if sampling.temperature == 0:
         return int(logprobs_V.argmax())
     p_V = (logprobs_V.double() / sampling.temperature).softmax(-1)
@@ -272,7 +274,8 @@ def draw(logprobs_V: torch.Tensor, sampling: Sampling, u: float) -> int:
 
 
 def reference_engines(pair: TinyPair, *local: Capability) -> Engines:
-    """The pair, and the SLM as an artifact, behind reference engines; `local` is what the artifact's lists (both ways to select)."""
+    """The pair, and the SLM as an artifact, behind reference engines; `local` is what the artifact's lists (both ways
+    to select)."""
     slm, teacher = ReferenceEngine(pair.slm, card("slm")), ReferenceEngine(pair.teacher, card("teacher"))
     artifact = ReferenceEngine(pair.slm, card("s2t-local", *(local or ("select", "fused_select"))), pair.head)
     return Engines({"slm": slm, "teacher": teacher, "s2t-local": artifact}, decode, encode)

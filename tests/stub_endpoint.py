@@ -20,8 +20,9 @@ SKILL = {"greedy": 90, "maj@8": 110, "s2t-local": 140, "kd": 150, "s2t": 200, "t
 
 
 class Stub(ThreadingHTTPServer):
-    """`gold` maps a question to its answer. `fault(body, times asked before)` may give (status, body, headers) instead of an
-    answer, or raise ConnectionError to hang up; a body of bytes is sent as it is, and so is one of `pages`, by path."""
+    """`gold` maps a question to its answer. `fault(body, times asked before)` may give (status, body, headers) instead
+    of an answer, or raise ConnectionError to hang up; a body of bytes is sent as it is, and so is one of `pages`, by
+    path."""
 
     daemon_threads = True
     # The default of 5 drops connections where this process is slow to accept them, and a dropped one waits for minutes.

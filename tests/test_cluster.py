@@ -1,4 +1,5 @@
-"""Clusters and stores that are not there, and proxies that must not come between us and what is near: said in seconds, in one line."""
+"""Clusters and stores that are not there, and proxies that must not come between us and what is near: said in seconds,
+in one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""CONTRIBUTING, followed: what it shows of a policy, an engine and an objective works as it stands, each in under 100 lines.
+"""CONTRIBUTING, followed: what it shows of a policy, an engine and an objective works as it stands, each in under 100
+lines.
 
 The task is in `test_docs.py`.
 """

@@ -1,6 +1,7 @@
 """The engine contract, over every engine: what is promised is kept, and what a card lists is there.
 
-The same tests run over the plain reference engine of the tests and the torch engine, on one tiny random pair in float32.
+The same tests run over the plain reference engine of the tests and the torch engine, on one tiny random pair in
+float32.
 """
 
 from __future__ import annotations

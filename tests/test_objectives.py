@@ -27,7 +27,8 @@ SETTINGS = ["distil.batch=4", "distil.validation=0.2", "distil.min_teacher_margi
 
 
 class SoftLabels(Objective):
-    """An ablation of D.4: the reserved rows alone are trained, to give the teacher's probabilities of the candidates."""
+    """An ablation of D.4: the reserved rows alone are trained, to give the teacher's probabilities of the
+    candidates."""
 
     needs_leaves = True
 

@@ -211,7 +211,8 @@ def test_a_failed_forward_leaves_nothing_wrong_in_the_cache(reserved, prompts):
 
 
 def test_samples_of_one_prompt_read_it_once(reserved, prompts):
-    """Those asked together wait for the first, a later one copies from a busy slot; the texts are those of calls alone."""
+    """Those asked together wait for the first, a later one copies from a busy slot; the texts are those of calls
+    alone."""
     engine = load(Hosted("slm", SLM, reserved))
     prompt = prompts[2]
     samplings = [Sampling(30, temperature=0.7, seed=seed) for seed in range(6)]

@@ -26,7 +26,8 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves its `build` folder beside what it builds, and would take old files from one."""
+    """Built from a copy: setuptools leaves its `build` folder beside what it builds, and would take old files from
+    one."""
     folder = tmp_path_factory.mktemp("wheel")
     leave_out = shutil.ignore_patterns(".*", "runs", "build", "*.egg-info", "__pycache__")
     source = shutil.copytree(REPOSITORY, folder / "source", ignore=leave_out)
@@ -49,11 +50,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` of an environment that holds the wheel, and sees the packages of this one but not its editable install."""
+    """The `bin` of an environment that holds the wheel, and sees the packages of this one but not its editable
+    install."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # A path from a .pth file is only searched: the .pth files that lie there, the editable install's among them, are not read.
+    # A path from a .pth file is only searched: the .pth files that lie there, the editable install's among them, are
+    # not read.
     (packages / "these.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     python = folder / "bin" / "python"
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)

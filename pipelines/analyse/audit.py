@@ -1,8 +1,8 @@
 """The teacher's view of choices that were made without it: what S2T-Local's decisions are measured against
 (Tables 2 and A9).
 
-One teacher forward an answer, over the token ids that were recorded with it; answers without them (several turns, another endpoint) are
-left as they were. It knows nothing of Ray or HTTP: the teacher runs in this process.
+One teacher forward an answer, over the token ids that were recorded with it; answers without them (several turns,
+another endpoint) are left as they were. It knows nothing of Ray or HTTP: the teacher runs in this process.
 """
 
 from __future__ import annotations

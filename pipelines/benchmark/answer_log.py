@@ -1,7 +1,7 @@
 """Questions, and the answers that are kept, so that none is paid for twice.
 
-An answer is written and synced to `ANSWERS/*.jsonl` before it counts as answered; a job that was killed reads these files and asks
-only the rest. What a judge said is kept in the same way.
+An answer is written and synced to `ANSWERS/*.jsonl` before it counts as answered; a job that was killed reads these
+files and asks only the rest. What a judge said is kept in the same way.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from s2t_models.errors import UserError
 
-#: A question is {"key", "model", "seed", "max_tokens", "messages": JSON, "turns": JSON list of later user texts, "options": JSON list
-#: of a multiple choice's texts}.
+#: A question is {"key", "model", "seed", "max_tokens", "messages": JSON, "turns": JSON list of later user texts,
+#: "options": JSON list of a multiple choice's texts}.
 Question = dict[str, Any]
 #: An answer is {"key", "outputs": one text a turn, "finish", "s2t": extension or {}, "tokens", "seconds", "error"}.
 Answer = dict[str, Any]
@@ -28,8 +28,8 @@ class AnswersError(UserError):
 
 
 def read_answers(folder: Path) -> dict[str, Answer]:
-    """Every answer kept in `folder`, by key. The torn last line of a killed writer is left out; anything else that is not an
-    answer raises AnswersError, naming the file and line."""
+    """Every answer kept in `folder`, by key. The torn last line of a killed writer is left out; anything else that is
+    not an answer raises AnswersError, naming the file and line."""
     answers: dict[str, Answer] = {}
     for path in sorted(folder.glob("*.jsonl")):
         *lines, torn = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")

@@ -1,7 +1,7 @@
 """Asking a served endpoint many questions at once, on Ray Data.
 
-The answers go to an answer log, which must lie on storage that the actors share with the job. This module knows the OpenAI protocol
-and its `s2t` extension, nothing of tasks, grading or policies.
+The answers go to an answer log, which must lie on storage that the actors share with the job. This module knows the
+OpenAI protocol and its `s2t` extension, nothing of tasks, grading or policies.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ class Refused(Exception):
 
 
 class Asker:
-    """A Ray Data actor: asks its questions concurrently, and tries again where the fault may pass (429, 5xx, connection).
+    """A Ray Data actor: asks its questions concurrently, and tries again where the fault may pass (429, 5xx,
+    connection).
 
-    Each row comes back as {"key", "fault", "reason"}: fault is None where the answer is kept, "row" where only this question
-    could not be answered, "endpoint" where nothing answers any more; the rest is then not asked."""
+    Each row comes back as {"key", "fault", "reason"}: fault is None where the answer is kept, "row" where only this
+    question could not be answered, "endpoint" where nothing answers any more; the rest is then not asked."""
 
     def __init__(self, endpoint: str, folder: str, concurrency: int, first_delay_s: float) -> None:
         self.url, self.log = base_url(endpoint), AnswerLog(Path(folder))
@@ -106,7 +107,8 @@ class Asker:
         }
 
     async def post_fitting(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Reply:
-        """One request; where prompt and limit exceed the model's context, again with whatever room the context leaves."""
+        """One request; where prompt and limit exceed the model's context, again with whatever room the context
+        leaves."""
         try:
             return await self.post(session, body)
         except Refused as refusal:
@@ -115,8 +117,8 @@ class Asker:
             return await self.post(session, {key: value for key, value in body.items() if key != "max_tokens"})
 
     async def post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Reply:
-        """One request, tried up to ATTEMPTS times. Raises Refused, Gone, EndpointError (the status stays bad, or the reply makes
-        no sense) or what aiohttp raises."""
+        """One request, tried up to ATTEMPTS times. Raises Refused, Gone, EndpointError (the status stays bad, or the
+        reply makes no sense) or what aiohttp raises."""
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
             wait = min(LONGEST_DELAY_S, self.first_delay_s * 2**attempt) * random.uniform(0.5, 1.0)
@@ -163,8 +165,8 @@ def ask(
 ) -> dict[str, str]:
     """Ask every question of `questions` on Ray Data; answers land in `folder`. Needs a running Ray.
 
-    Returns key -> reason for the questions that could not be answered this time. Raises EndpointError where the endpoint stopped
-    answering: what was answered is kept."""
+    Returns key -> reason for the questions that could not be answered this time. Raises EndpointError where the
+    endpoint stopped answering: what was answered is kept."""
     unanswered: dict[str, str] = {}
     for done, row in enumerate(_rows(questions, endpoint, folder, concurrency), 1):
         if row["fault"] == "endpoint":
@@ -181,7 +183,8 @@ def ask(
 def _rows(questions: list[Question], endpoint: str, folder: Path, concurrency: int) -> Iterator[dict[str, Any]]:
     actors = -(-concurrency // ACTOR_CONCURRENCY)
     each = -(-concurrency // actors)
-    # A small block comes back early and one slow row holds few others up; twice the blocks that fill the slots keep them full.
+    # A small block comes back early and one slow row holds few others up; twice the blocks that fill the slots keep
+    # them full.
     calls = 2 * -(-each // ROWS_A_BLOCK)
     rows = ray.data.from_items(questions, override_num_blocks=-(-len(questions) // ROWS_A_BLOCK))
     pool = ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=calls, max_concurrent_calls_per_actor=calls)

@@ -1,7 +1,8 @@
 """What an OpenAI endpoint says, checked: its models, its answers, its errors.
 
-The endpoint may be anyone's. A reply is read leniently where servers differ (no `usage`, `content: null`) and refused with a reason
-where it makes no sense; nothing it says raises anything but EndpointError. The `s2t` extension is what this project's gateway adds.
+The endpoint may be anyone's. A reply is read leniently where servers differ (no `usage`, `content: null`) and refused
+with a reason where it makes no sense; nothing it says raises anything but EndpointError. The `s2t` extension is what
+this project's gateway adds.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def read_reply(body: bytes) -> Reply:
 
 
 def merge(extensions: list[_Extension | None]) -> dict[str, Any]:
-    """The `s2t` objects of a question's turns as one: costs add up, lists follow each other. Empty where the endpoint has none."""
+    """The `s2t` objects of a question's turns as one: costs add up, lists follow each other. Empty where the endpoint
+    has none."""
     merged: dict[str, Any] = {}
     for extension in extensions:
         if extension is None:
@@ -153,8 +155,9 @@ def read_error(text: str) -> tuple[str, str | None]:
 
 
 def served_models(endpoint: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """What the endpoint says about each model of `names`: its /v1/models entry, and the weight and tokenizer hashes of the engines
-    it needs where the server has them (/health). Raises EndpointError where nothing answers there, or a model is not served."""
+    """What the endpoint says about each model of `names`: its /v1/models entry, and the weight and tokenizer hashes of
+    the engines it needs where the server has them (/health). Raises EndpointError where nothing answers there, or a
+    model is not served."""
     url, names = base_url(endpoint), list(names)
     try:
         with http.client(url, timeout=60) as client:

@@ -72,8 +72,8 @@ class Options:
 def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
     """Run or finish the job in `output`; returns its tables as Markdown.
 
-    Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster is too
-    small, the endpoint stopped answering, or (NothingDone) every row errored."""
+    Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster
+    is too small, the endpoint stopped answering, or (NothingDone) every row errored."""
     with locked(output):
         chosen = [(task.prepared(options.unsandboxed), items) for task, items in load_items(recipe, options.data)]
         splits = check_splits(recipe, chosen, options.data)
@@ -100,7 +100,8 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
 
 
 def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, output: Path) -> None:
-    """One line on stderr where rows errored, with the first reason. Raises NothingDone with that line where all of them did."""
+    """One line on stderr where rows errored, with the first reason. Raises NothingDone with that line where all of them
+    did."""
     reasons = [row["error"] for row in graded if row["verdict"] == "errored"]
     if not reasons:
         return
@@ -115,7 +116,8 @@ def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, outp
 
 
 def _engines(hosting: Hosting, names: Sequence[str]) -> set[str]:
-    """The engines that the policies call. Raises PolicyError where there is no such policy, or an engine cannot serve it."""
+    """The engines that the policies call. Raises PolicyError where there is no such policy, or an engine cannot serve
+    it."""
     policies = [policy(name, hosting) for name in names]
     if reason := next((reason for wanted in policies if (reason := lacking(wanted, hosting))), None):
         raise PolicyError(reason)

@@ -53,8 +53,9 @@ def check_splits(recipe: Recipe, chosen: Sequence[tuple[Task, list[Item]]], data
 
 
 def recorded_rows(recipe: Recipe) -> dict[str, set[str]]:
-    """The row hashes (`splits.question_hashes`) by split that the artifact, the checkpoints, the router and the calibration of the
-    recipe say they were made with. Raises ArtifactError, ProvenanceError or RecipeError where a record cannot be read."""
+    """The row hashes (`splits.question_hashes`) by split that the artifact, the checkpoints, the router and the
+    calibration of the recipe say they were made with. Raises ArtifactError, ProvenanceError or RecipeError where a
+    record cannot be read."""
     rows: dict[str, set[str]] = {}
     for folder in (recipe.artifact, recipe.router.path, *recipe.checkpoints.values()):
         provenance = read_provenance(folder) if folder else None
@@ -78,8 +79,8 @@ def _collected(recipe: Recipe, data: Path | None) -> set[str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One question of the job: which item is asked of which policy, with which seed, for which time. `settings` is what the endpoint
-    says of the policy."""
+    """One question of the job: which item is asked of which policy, with which seed, for which time. `settings` is what
+    the endpoint says of the policy."""
 
     task: Task
     item: Item

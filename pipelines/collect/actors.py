@@ -145,9 +145,9 @@ class Labels:
 
 
 def propose_steps(logprobs_TN: np.ndarray, k: int, method: Method, seed: int) -> np.ndarray:
-    """Indices into the support of every step's candidates, best first, [T, min(K, N)] (D.2): what `candidates.propose` draws from,
-    for a whole trajectory at once and with noise of its own. The top K of log p plus Gumbel noise are K draws without
-    replacement."""
+    """Indices into the support of every step's candidates, best first, [T, min(K, N)] (D.2): what `candidates.propose`
+    draws from, for a whole trajectory at once and with noise of its own. The top K of log p plus Gumbel noise are K
+    draws without replacement."""
     steps, support = logprobs_TN.shape
     if method == "top_k":
         return np.tile(np.arange(min(k, support)), (steps, 1))

@@ -95,8 +95,8 @@ def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) 
     tokenizer = loading.tokenizer_hash(recipe.slm)
     if difference := loading.tokenizer_difference(recipe.slm, recipe.teacher):
         raise CollectError(
-            f"{recipe.name}: the tokenizers of {recipe.slm.path} and {recipe.teacher.path} are not the same: {difference}; "
-            "a pair shares one"
+            f"{recipe.name}: the tokenizers of {recipe.slm.path} and {recipe.teacher.path} are not the same: "
+            f"{difference}; a pair shares one"
         )
     metadata = shard_metadata(recipe, slm, teacher, tokenizer, task)
     settings = {

@@ -37,7 +37,8 @@ def publish(
 ) -> dict[str, Any]:
     """Write `output`'s shards, thresholds and summary from the rows in `files`; returns the summary.
 
-    The shards appear last and all at once. Raises ShardError where a row is missing, NothingDone where every row errored.
+    The shards appear last and all at once. Raises ShardError where a row is missing, NothingDone where every row
+    errored.
     """
     rows = _rows(files, uids)
     everything = pa.concat_tables(rows)

@@ -23,10 +23,10 @@ KEPT_STEP = pa.struct(
     ]
 )
 
-#: One trajectory. `questions` are the hashes its prompt is known by (`splits.question_hashes`), by which test rows are kept
-#: out of training. `teacher_rank_T` is the 0-based rank of the teacher's argmax in the SLM's order (support or
-#: more: the value `support`). `error` is null where the row is whole; then the step columns are filled, and
-#: null where it is not. An error is "kind: detail"; the kinds are "empty prompt", "too long" and "failed".
+#: One trajectory. `questions` are the hashes its prompt is known by (`splits.question_hashes`), by which test rows are
+#: kept out of training. `teacher_rank_T` is the 0-based rank of the teacher's argmax in the SLM's order (support or
+#: more: the value `support`). `error` is null where the row is whole; then the step columns are filled, and null where
+#: it is not. An error is "kind: detail"; the kinds are "empty prompt", "too long" and "failed".
 SHARD = pa.schema(
     [
         ("uid", pa.string()),
@@ -59,11 +59,11 @@ METADATA = (
     "s2t.task",
 )
 
-#: One answer. `kind` is the policy's name without K and budget, which are null where they mean nothing to it. `verdict` is
-#: correct, wrong, truncated or errored; the four sum to the total. `turns` holds every turn's text where a task has several,
-#: `output` the last; `output_ids` are the token ids of an answer of one turn, where the endpoint gives them. `usage` (engine -> Usage), `decisions` and
-#: `models` (engine -> sha256 of its weights) are JSON. `seconds` is the server's time for the answer,
-#: `client_seconds` what passed here.
+#: One answer. `kind` is the policy's name without K and budget, which are null where they mean nothing to it. `verdict`
+#: is correct, wrong, truncated or errored; the four sum to the total. `turns` holds every turn's text where a task has
+#: several, `output` the last; `output_ids` are the token ids of an answer of one turn, where the endpoint gives them.
+#: `usage` (engine -> Usage), `decisions` and `models` (engine -> sha256 of its weights) are JSON. `seconds` is the
+#: server's time for the answer, `client_seconds` what passed here.
 RESULT = pa.schema(
     [
         ("key", pa.string()),

@@ -8,5 +8,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def encodable(text: str) -> str:
-    """The text with U+FFFD for each lone surrogate: JSON can carry half a character (`\\ud83d`), UTF-8 and Parquet cannot."""
+    """The text with U+FFFD for each lone surrogate: JSON can carry half a character (`\\ud83d`), UTF-8 and Parquet
+    cannot."""
     return _SURROGATE.sub("\ufffd", text)

@@ -62,9 +62,9 @@ def read_results(path: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A policy on a task; `k` and `budget` are None where they mean nothing to it. Accuracies are fractions; costs are means over the answers that were given: tokens
-    of output, teacher tokens read (prefill) and written (decode), forwards of all models, triggered steps,
-    and seconds on the server under the job's load."""
+    """A policy on a task; `k` and `budget` are None where they mean nothing to it. Accuracies are fractions; costs are
+    means over the answers that were given: tokens of output, teacher tokens read (prefill) and written (decode),
+    forwards of all models, triggered steps, and seconds on the server under the job's load."""
 
     task: str
     policy: str

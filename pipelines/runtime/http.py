@@ -16,8 +16,8 @@ def client(url: str, **options: Any) -> httpx.Client:
 
 
 def is_near(url: str) -> bool:
-    """Whether every address of the URL's host is a loopback, private or link-local one. A host without an address here is far:
-    a proxy may know it."""
+    """Whether every address of the URL's host is a loopback, private or link-local one. A host without an address here
+    is far: a proxy may know it."""
     try:
         found = socket.getaddrinfo(urlsplit(url).hostname or "", None)
     except (OSError, ValueError):

@@ -71,7 +71,8 @@ def _probe(uri: str) -> None:
 
 @contextmanager
 def _impatient() -> Iterator[None]:
-    """One attempt of a few seconds: MLflow's own patience, minutes of it without a word, is for a store that has answered before."""
+    """One attempt of a few seconds: MLflow's own patience, minutes of it without a word, is for a store that has
+    answered before."""
     few = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_PROBE_S)}
     before = {name: os.environ.get(name) for name in few}
     os.environ.update(few)

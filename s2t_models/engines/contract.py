@@ -1,12 +1,13 @@
 """What an engine is: token ids in, token ids and log-probabilities out.
 
-The core is `Engine`: card, generate, score, close. Everything beyond it is a capability that the card lists, with a protocol of its
-own: `Selecting` here, mean-embedding inputs beside Multiplex, the router beside R2R. A policy that needs a capability is offered only
-where the engine has it.
+The core is `Engine`: card, generate, score, close. Everything beyond it is a capability that the card lists, with a
+protocol of its
+own: `Selecting` here, mean-embedding inputs beside Multiplex, the router beside R2R. A policy that needs a capability
+    is offered only where the engine has it.
 
-Calls carry their whole prefix and are asynchronous, so no policy manages a cache, any replica can serve any call, and batching is the
-engine's business. An engine belongs to the event loop of its first call; all its calls come from there. The contract knows nothing of
-tokenizers, text, policies or HTTP.
+Calls carry their whole prefix and are asynchronous, so no policy manages a cache, any replica can serve any call, and
+batching is the engine's business. An engine belongs to the event loop of its first call; all its calls come from there.
+The contract knows nothing of tokenizers, text, policies or HTTP.
 
 Axes: _T step, _N support (the top-N of a step), _K candidate.
 """
@@ -37,12 +38,12 @@ Capability = Literal["select", "fused_select", "entropy", "seeded_noise", "multi
 class Sampling:
     """How `generate` picks tokens, and when it stops.
 
-    `temperature` 0 is greedy. `first_step` is the step of the first token generated: a draft that goes on where another stopped passes
-    the number of tokens decoded so far, so that the noise of a step depends on (seed, step) alone. `support` asks for the top-N ids
-    and log-probabilities of every step (0: none).
+    `temperature` 0 is greedy. `first_step` is the step of the first token generated: a draft that goes on where another
+    stopped passes the number of tokens decoded so far, so that the noise of a step depends on (seed, step) alone.
+    `support` asks for the top-N ids and log-probabilities of every step (0: none).
 
-    With `trigger_threshold` the draft stops *before* the first step, from step `trigger_warmup` on, whose trigger-head logit reaches
-    it; the top `trigger_support` tokens of that step come with it. Needs the capability "select".
+    With `trigger_threshold` the draft stops *before* the first step, from step `trigger_warmup` on, whose trigger-head
+    logit reaches it; the top `trigger_support` tokens of that step come with it. Needs the capability "select".
     """
 
     max_tokens: int
@@ -97,9 +98,9 @@ class Usage:
 
 @dataclass
 class Decision:
-    """What happened at one triggered step: `value` is the trigger's, `scores_K` the scorer's (teacher probabilities or reserved-row
-    scores), `preferences_K` what the choice maximised. Where a teacher was asked, `teacher_K` are its probabilities of the candidates and
-    `argmax` is its own choice."""
+    """What happened at one triggered step: `value` is the trigger's, `scores_K` the scorer's (teacher probabilities or
+    reserved-row scores), `preferences_K` what the choice maximised. Where a teacher was asked, `teacher_K` are its
+    probabilities of the candidates and `argmax` is its own choice."""
 
     step: int
     value: float
@@ -114,8 +115,8 @@ class Decision:
 
 @dataclass
 class Support:
-    """The most probable tokens of each step, best first: ids and log-probabilities [T, N] over the whole vocabulary, and the entropy
-    [T] of the whole distribution in nats where the engine has the capability "entropy"."""
+    """The most probable tokens of each step, best first: ids and log-probabilities [T, N] over the whole vocabulary,
+    and the entropy [T] of the whole distribution in nats where the engine has the capability "entropy"."""
 
     ids_TN: np.ndarray
     logprobs_TN: np.ndarray
@@ -124,7 +125,8 @@ class Support:
 
 @dataclass
 class Triggered:
-    """The step that a draft stopped before: the trigger head's logit, and the step's most probable tokens, best first, [N] each."""
+    """The step that a draft stopped before: the trigger head's logit, and the step's most probable tokens, best first,
+    [N] each."""
 
     value: float
     ids_N: np.ndarray
@@ -133,8 +135,9 @@ class Triggered:
 
 @dataclass
 class Draft:
-    """Generated tokens. With finish "end" the last id is the end-of-text token; with "trigger" `triggered` says what stopped it, and
-    there may be no token. `support` is there where it was asked for, `decisions` where the engine ran the S2T-Local loop."""
+    """Generated tokens. With finish "end" the last id is the end-of-text token; with "trigger" `triggered` says what
+    stopped it, and there may be no token. `support` is there where it was asked for, `decisions` where the engine ran
+    the S2T-Local loop."""
 
     ids: list[int]
     finish: Finish
@@ -178,7 +181,8 @@ class Routed:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Who an engine is, as recorded with every result. Hashes are sha256 of the weights and of what the tokenizer means."""
+    """Who an engine is, as recorded with every result. Hashes are sha256 of the weights and of what the tokenizer
+    means."""
 
     name: str
     weights: str
@@ -229,7 +233,7 @@ class Selecting(Protocol):
 
 @runtime_checkable
 class FusedSelecting(Protocol):
-    """Capability "fused_select": the S2T-Local loop inside the engine, where the scoring pass is the next decode step. The text is that
-    of the loop over `generate` and `select` (`policies.local`)."""
+    """Capability "fused_select": the S2T-Local loop inside the engine, where the scoring pass is the next decode step.
+    The text is that of the loop over `generate` and `select` (`policies.local`)."""
 
     async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft: ...

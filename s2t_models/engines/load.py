@@ -1,4 +1,5 @@
-"""The one place where engines are made: collection, R2R's labels, the audit, serving and benchmarks all load through it.
+"""The one place where engines are made: collection, R2R's labels, the audit, serving and benchmarks all load through
+it.
 
 Which engine runs a model is the key `engine` of that model in the recipe. A further engine is a module with a function
 `load(hosted) -> Engine` and a line in `ENGINES`.
@@ -16,7 +17,8 @@ from s2t_models.recipe import RecipeError
 
 @dataclass(frozen=True)
 class EngineKind:
-    """`module` holds `load`. `plain` are the capabilities with any model; those of `artifact` and `router` come with these."""
+    """`module` holds `load`. `plain` are the capabilities with any model; those of `artifact` and `router` come with
+    these."""
 
     module: str
     plain: frozenset[Capability] = frozenset()

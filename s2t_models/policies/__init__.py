@@ -3,8 +3,9 @@
     greedy  sample  maj@8  llm  llm-sample  specreason  multiplex  r2r  kd  <any checkpoint of the recipe>
     s2t[-METRIC][-dynamic-05][-k4][@0.05]   takeover[-METRIC][@0.05]   s2t-local[-METRIC][-k4][-w0][@0.05]
 
-A policy is a file with its class and two functions, `names(hosting)` (what it lists) and `build(name, hosting)` (None where the name is
-not its own; PolicyError where it cannot be had), and a place in `KINDS`. The registry knows what a recipe hosts, not running engines.
+A policy is a file with its class and two functions, `names(hosting)` (what it lists) and `build(name, hosting)` (None
+where the name is not its own; PolicyError where it cannot be had), and a place in `KINDS`. The registry knows what a
+recipe hosts, not running engines.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def policy(name: str, hosting: Hosting) -> Policy:
         if built is not None:
             return built
     raise PolicyError(
-        f"no policy named {name!r}; there are: {', '.join(names(hosting))}; maj@N takes any N, s2t and takeover a budget as @0.05"
+        f"no policy named {name!r}; there are: {', '.join(names(hosting))}; "
+        "maj@N takes any N, s2t and takeover a budget as @0.05"
     )
 
 

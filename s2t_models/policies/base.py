@@ -22,8 +22,8 @@ Source = Literal["slm", "teacher", "selected"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to decode. `temperature` and `top_p` override what a policy would use itself (None: its own setting); `options` are
-    the texts of a multiple choice's options A, B, ..., for policies that vote."""
+    """One prompt to decode. `temperature` and `top_p` override what a policy would use itself (None: its own setting);
+    `options` are the texts of a multiple choice's options A, B, ..., for policies that vote."""
 
     prompt: list[int]
     max_tokens: int
@@ -77,9 +77,11 @@ CORE: frozenset[Capability] = frozenset()
 
 
 class Policy(ABC):
-    """A way of decoding. `name` is the model name it is served under; `needs` are the engines it calls, and what it calls of them.
+    """A way of decoding. `name` is the model name it is served under; `needs` are the engines it calls, and what it
+    calls of them.
 
-    `kind` is the name without K and budget. `k`, `budget` and `votes` are None where they mean nothing to the policy."""
+    `kind` is the name without K and budget. `k`, `budget` and `votes` are None where they mean nothing to the
+    policy."""
 
     name: str
     needs: Needs
@@ -107,8 +109,8 @@ def sampling(
     first_step: int = 0,
     support: int = 0,
 ) -> Sampling:
-    """An engine's settings for up to `max_tokens` tokens of `request` from step `first_step` on, drawn as `sampler` says unless the
-    request says otherwise."""
+    """An engine's settings for up to `max_tokens` tokens of `request` from step `first_step` on, drawn as `sampler`
+    says unless the request says otherwise."""
     return Sampling(
         max_tokens=max_tokens,
         temperature=sampler.temperature if request.temperature is None else request.temperature,
@@ -161,7 +163,8 @@ async def gather(events: AsyncIterator[Event]) -> Decoded:
 
 
 async def all_of(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """What the calls return, run at once; where one fails the others are cancelled, for nobody waits for them any more."""
+    """What the calls return, run at once; where one fails the others are cancelled, for nobody waits for them any
+    more."""
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)

@@ -36,8 +36,8 @@ from s2t_models.settings import CandidateSettings
 
 @dataclass(frozen=True)
 class Collaborate(Policy):
-    """trigger x proposer x scorer (Eq. 9). `drafter` is the engine that writes and proposes. `chunk` bounds the draft's length,
-    `support` is N, and the first `warmup` steps never trigger."""
+    """trigger x proposer x scorer (Eq. 9). `drafter` is the engine that writes and proposes. `chunk` bounds the draft's
+    length, `support` is N, and the first `warmup` steps never trigger."""
 
     name: str
     trigger: Trigger

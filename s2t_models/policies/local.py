@@ -1,7 +1,7 @@
 """S2T-Local: the SLM selects among its own candidates by its reserved rows (Eq. 5), with no teacher at hand.
 
-The loop is written once, over an engine that can `generate` up to a trigger and `select`. An engine may bring it fused, in which the
-scoring pass is the next decode step: the same text, faster.
+The loop is written once, over an engine that can `generate` up to a trigger and `select`. An engine may bring it fused,
+in which the scoring pass is the next decode step: the same text, faster.
 """
 
 from __future__ import annotations

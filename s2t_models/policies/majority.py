@@ -1,4 +1,5 @@
-"""Maj@n, self-consistency: n samples vote by their answers, and the first sample with the majority's answer is served."""
+"""Maj@n, self-consistency: n samples vote by their answers, and the first sample with the majority's answer is
+served."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """R2R: a router on the SLM's own outputs decides which of its tokens the teacher replaces.
 
-It is Takeover with another trigger. The router runs beside the SLM, on its device; it reads the whole draft in one SLM forward.
+It is Takeover with another trigger. The router runs beside the SLM, on its device; it reads the whole draft in one SLM
+forward.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class FeatureEngine(Protocol):
     """Capability "features": what the router reads, to train one."""
 
     async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
-        """For the steps whose tokens are tokens[start:]: [T, H + H + support] float32, the last hidden state, the embedding of the
-        SLM's token and its top logits."""
+        """For the steps whose tokens are tokens[start:]: [T, H + H + support] float32, the last hidden state, the
+        embedding of the SLM's token and its top logits."""
         ...
 
 

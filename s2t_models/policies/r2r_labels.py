@@ -1,8 +1,8 @@
 """R2R's labels: which of the SLM's tokens would have changed what the teacher goes on to say.
 
-The teacher answers; the SLM is prefilled over that text; where its argmax differs, the teacher goes on from the SLM's token to
-the end of the sentence, and a judge says whether the meaning diverged. A judge for real pairs is a model's 0/1 (`ask`);
-for generated arithmetic the equations speak for themselves (`numbers_differ`). Axes: _T step, _F feature.
+The teacher answers; the SLM is prefilled over that text; where its argmax differs, the teacher goes on from the SLM's
+token to the end of the sentence, and a judge says whether the meaning diverged. A judge for real pairs is a model's 0/1
+(`ask`); for generated arithmetic the equations speak for themselves (`numbers_differ`). Axes: _T step, _F feature.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ Judge = Callable[[str, str, str], Awaitable[bool]]
 
 SENTENCE_ENDS = (". ", ".\n", "! ", "!\n", "? ", "?\n", "\n")
 JUDGE = (
-    "<|im_start|>user\nTwo sentences go on from the same text.\n\nText: {context}\n\nSentence 1: {reference}\n\nSentence 2: "
-    "{alternative}\n\nReply 1 if they differ in meaning, in the result of a calculation or in the path of the reasoning, "
+    "<|im_start|>user\nTwo sentences go on from the same text.\n\nText: {context}\n\nSentence 1: {reference}\n\n"
+    "Sentence 2: {alternative}\n\nReply 1 if they differ in meaning, in the result of a calculation or in the path of the "
+    "reasoning, "
     "and 0 if they differ in wording only.<|im_end|>\n<|im_start|>assistant\n"
 )
 
 
 @dataclass(frozen=True)
 class RouterRows:
-    """One prompt's steps: the router's inputs for the SLM's token, whether it was divergent, whether it differed at all."""
+    """One prompt's steps: the router's inputs for the SLM's token, whether it was divergent, whether it differed at
+    all."""
 
     inputs_TF: np.ndarray
     labels_T: np.ndarray

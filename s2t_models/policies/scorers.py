@@ -1,6 +1,7 @@
 """Who chooses at a triggered step, and how (the scorer of Eq. 9): the teacher, or the selector of an artifact.
 
-Each scorer proposes the SLM's candidates, scores them, and decides. Axes: _N the drafting model's support, _K candidate.
+Each scorer proposes the SLM's candidates, scores them, and decides. Axes: _N the drafting model's support, _K
+candidate.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class TeacherScorer:
-    """The teacher's probability of each candidate; with `takes` "candidate" the best one is chosen (S2T), with "vocabulary" the
-    teacher's own argmax takes over (Takeover). A teacher call of its own only where the trigger made none."""
+    """The teacher's probability of each candidate; with `takes` "candidate" the best one is chosen (S2T), with
+    "vocabulary" the teacher's own argmax takes over (Takeover). A teacher call of its own only where the trigger made
+    none."""
 
     takes: Literal["candidate", "vocabulary"] = "candidate"
 
@@ -117,9 +119,9 @@ class TeacherScorer:
 
 @dataclass(frozen=True)
 class SelectorScorer:
-    """The reserved rows' score of each candidate (Eq. 5), from the engine that holds the artifact: S2T-Local behind another trigger
-    than its head, so that the selector's error shows apart from the trigger's. What the teacher says is noted where the trigger asked
-    it, and decides nothing."""
+    """The reserved rows' score of each candidate (Eq. 5), from the engine that holds the artifact: S2T-Local behind
+    another trigger than its head, so that the selector's error shows apart from the trigger's. What the teacher says is
+    noted where the trigger asked it, and decides nothing."""
 
     selection: Selection
 

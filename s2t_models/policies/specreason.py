@@ -1,4 +1,5 @@
-"""SpecReason: the SLM writes a step of reasoning, the teacher scores it 0-9, and writes the step itself where it is poor."""
+"""SpecReason: the SLM writes a step of reasoning, the teacher scores it 0-9, and writes the step itself where it is
+poor."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ from s2t_models.settings import SpecReasonSettings
 
 #: What follows the text so far when the teacher is asked; the next token is the score.
 VERIFY = (
-    "<|im_end|>\n<|im_start|>user\nRate the last step of the reasoning above from 0 to 9. Judge only whether it is correct and "
-    "follows from what came before; ignore its style. Reply with one digit.<|im_end|>\n<|im_start|>assistant\nScore: "
+    "<|im_end|>\n<|im_start|>user\nRate the last step of the reasoning above from 0 to 9. Judge only whether it is "
+    "correct and follows from what came before; ignore its style. Reply with one digit.<|im_end|>\n<|im_start|>assistant\nScore: "
 )
 #: The teacher's own draws, independent of those of the step it rejected.
 TEACHER_SEED = 1 << 32
@@ -84,8 +85,8 @@ class SpecReason(Policy):
         most = min(request.max_tokens, card.context - len(request.prompt) - len(question))
         if most < 1:
             raise ContextOverflow(
-                f"the prompt's {len(request.prompt)} tokens and the {len(question)} of the question to the judge do not fit "
-                f"the {card.context} tokens of teacher; shorten the prompt"
+                f"the prompt's {len(request.prompt)} tokens and the {len(question)} of the question to the judge "
+                f"do not fit the {card.context} tokens of teacher; shorten the prompt"
             )
         usage: dict[str, Usage] = defaultdict(Usage)
         tokens, before, finish = list(request.prompt), "", None

@@ -1,7 +1,7 @@
 """Which steps of a draft are critical (g_t, section 4.1): by divergence, by the SLM's entropy, or at random.
 
-A trigger judges a whole draft at once, and hands on the teacher's scores where it had to ask for them. `TRIGGERS` is the one table
-of them; the trigger head is in it too, although it fires inside the engine that holds the artifact.
+A trigger judges a whole draft at once, and hands on the teacher's scores where it had to ask for them. `TRIGGERS` is
+the one table of them; the trigger head is in it too, although it fires inside the engine that holds the artifact.
 Axes: _T step of the draft from the first that may trigger, _N the drafting model's top-N support.
 """
 
@@ -24,7 +24,8 @@ from s2t_models.recipe import Recipe
 
 @dataclass(frozen=True)
 class Judgement:
-    """`values_T` the trigger's values and `fires_T` where it fires; `scores` the teacher's over the same steps, if asked."""
+    """`values_T` the trigger's values and `fires_T` where it fires; `scores` the teacher's over the same steps, if
+    asked."""
 
     values_T: np.ndarray
     fires_T: np.ndarray
@@ -34,7 +35,8 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Drafted:
-    """A draft after `prefix`, whose steps before `first` may not trigger; `step` counts the tokens decoded before it."""
+    """A draft after `prefix`, whose steps before `first` may not trigger; `step` counts the tokens decoded before
+    it."""
 
     prefix: list[int]
     ids: list[int]
@@ -114,8 +116,8 @@ class RandomTrigger:
 
 @dataclass(frozen=True)
 class TriggerKind:
-    """`make` builds the trigger from its threshold, or from the budget itself where `calibrated` is False; None where it fires inside
-    an engine. `reads_entropy`: the drafting engine needs the capability "entropy"."""
+    """`make` builds the trigger from its threshold, or from the budget itself where `calibrated` is False; None where
+    it fires inside an engine. `reads_entropy`: the drafting engine needs the capability "entropy"."""
 
     make: Callable[[float, Recipe], Trigger] | None
     calibrated: bool = True
@@ -139,8 +141,8 @@ def budget_of(name: str, budget: float | None, recipe: Recipe) -> float:
 
 
 def threshold_of(name: str, metric: str, budget: float | None, hosting: Hosting) -> float:
-    """The threshold of a metric at a budget: one that the recipe fixes, else the calibrated one. Raises PolicyError where there is
-    none."""
+    """The threshold of a metric at a budget: one that the recipe fixes, else the calibrated one. Raises PolicyError
+    where there is none."""
     recipe = hosting.recipe
     if not TRIGGERS[metric].calibrated:
         return budget_of(name, budget, recipe)

@@ -1,9 +1,10 @@
-"""What the name of a triggered policy says: s2t-local-k4-w0@0.05 is S2T-Local with 4 candidates, prior weight 0 and a budget of 5%.
+"""What the name of a triggered policy says: s2t-local-k4-w0@0.05 is S2T-Local with 4 candidates, prior weight 0 and a
+budget of 5%.
 
     s2t[-METRIC][-dynamic-05][-k4][@0.05]   takeover[-METRIC][@0.05]   s2t-local[-METRIC][-k4][-w0][@0.05]
 
-METRIC is kl, entropy or random; `@0.05` is the budget tau; `-dynamic-05` keeps candidates at least 5% as likely as the top one. What
-the name leaves out is the recipe's.
+METRIC is kl, entropy or random; `@0.05` is the budget tau; `-dynamic-05` keeps candidates at least 5% as likely as the
+top one. What the name leaves out is the recipe's.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Variant:
-    """A triggered policy's name taken apart; None is what the name leaves to the recipe. `ratio` sizes a dynamic candidate
-    set (Table A4), `kind` is the name without K and budget."""
+    """A triggered policy's name taken apart; None is what the name leaves to the recipe. `ratio` sizes a dynamic
+    candidate set (Table A4), `kind` is the name without K and budget."""
 
     kind: str
     stem: str
@@ -52,7 +53,8 @@ def variant(name: str) -> Variant | None:
 
 
 def candidates_of(name: str, found: Variant, recipe: Recipe) -> CandidateSettings:
-    """The recipe's candidate settings with what the name changes. Raises PolicyError where a step cannot have as many."""
+    """The recipe's candidate settings with what the name changes. Raises PolicyError where a step cannot have as
+    many."""
     if found.k and found.k > MOST_CANDIDATES:
         raise PolicyError(f"{name}: a step has at most {MOST_CANDIDATES} candidates")
     changes: dict[str, object] = {"k": found.k} if found.k else {}

@@ -60,8 +60,8 @@ def check_targets(settings: ModelSettings, lora: LoraSettings) -> None:
 
 
 class Selector(nn.Module):
-    """A causal language model with a LoRA on it and its reserved rows as parameters. `forward` is the model's decoder, so a
-    distributed wrapper around this module sees every parameter it has to keep in step."""
+    """A causal language model with a LoRA on it and its reserved rows as parameters. `forward` is the model's decoder,
+    so a distributed wrapper around this module sees every parameter it has to keep in step."""
 
     bins_R: torch.Tensor
 
@@ -104,7 +104,8 @@ class Selector(nn.Module):
                 value.requires_grad_(is_trained)
 
     def scores(self, leaves_H: torch.Tensor) -> torch.Tensor:
-        """Scores from the leaves' hidden states, [..., H] -> [...]. Only the reserved rows of the output head are computed."""
+        """Scores from the leaves' hidden states, [..., H] -> [...]. Only the reserved rows of the output head are
+        computed."""
         bias_V = self._bias_V
         bias_R = None if bias_V is None else bias_V[list(self.reserved_ids)].float()
         return score(self.output.rows(leaves_H.float(), self.rows_RH, bias_R), self.bins_R)

@@ -1,7 +1,7 @@
 """What each call does, written as a generator: it yields `Feed`s and is sent their outcomes.
 
-The engine runs many calls at once and packs what they feed into one forward; a call neither knows nor cares. So each kind of
-call reads as the algorithm it is. Axes: _T step, _N support, _K candidate, _R reserved row, _H hidden.
+The engine runs many calls at once and packs what they feed into one forward; a call neither knows nor cares. So each
+kind of call reads as the algorithm it is. Axes: _T step, _N support, _K candidate, _R reserved row, _H hidden.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ Embed = Callable[[list[int]], torch.Tensor]
 class Step:
     """The next-token distribution after what was fed: the token picked from it, the trigger head's logit where asked.
 
-    The support is filled for the whole batch where the feed asked for it; `look` fills it for this row alone. A step holds
-    the logits of its whole batch: it is for the step after it, not for keeping."""
+    The support is filled for the whole batch where the feed asked for it; `look` fills it for this row alone. A step
+    holds the logits of its whole batch: it is for the step after it, not for keeping."""
 
     token: int
     logits_BV: torch.Tensor  # of the whole batch, of which this is `row`
@@ -68,8 +68,8 @@ class Step:
 class Feed:
     """Run `ids` through the model behind the first `start` tokens of the row's slot.
 
-    What comes back: with `read`, what it makes of the last `reads` fed tokens' (hidden_TH, logits_TV); else the `Step` after the
-    last token, or after the leaf that `choose` picks from the reserved rows' logits [K, R]."""
+    What comes back: with `read`, what it makes of the last `reads` fed tokens' (hidden_TH, logits_TV); else the `Step`
+    after the last token, or after the leaf that `choose` picks from the reserved rows' logits [K, R]."""
 
     start: int
     ids: list[int]

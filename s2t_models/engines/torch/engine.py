@@ -1,8 +1,8 @@
 """The torch engine: transformers models on one device, many calls at once, exact.
 
-A thread steps all running calls together: each call (see `calls`) says what to feed next, all feeds go
-through one forward (see `slots`), and every call gets its outcome. A new call takes the free slot with the longest common
-prefix, so nothing computed for an earlier call of the same decode is computed again; what a busy slot holds of its prefix is
+A thread steps all running calls together: each call (see `calls`) says what to feed next, all feeds go through one
+forward (see `slots`), and every call gets its outcome. A new call takes the free slot with the longest common prefix,
+so nothing computed for an earlier call of the same decode is computed again; what a busy slot holds of its prefix is
 copied, so the samples of one prompt read it once.
 
 Axes: _B row, _T token, _K candidate, _R reserved row, _V vocabulary, _N support, _H hidden.
@@ -63,11 +63,11 @@ class _Call:
 
 
 class TorchEngine:
-    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `bins` the values of its
-    reserved rows, by default uniform (Eq. 5); `router` is R2R's router.
+    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `bins` the values
+    of its reserved rows, by default uniform (Eq. 5); `router` is R2R's router.
 
-    It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the model, or the
-    card's context, cannot be served exactly."""
+    It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the
+    model, or the card's context, cannot be served exactly."""
 
     def __init__(
         self,
@@ -226,7 +226,8 @@ class TorchEngine:
                 self._advance(call, outcome)
 
     def _admit_waiting(self) -> None:
-        """Give the free slots to calls in their order; one whose prefix another call is about to read waits for that."""
+        """Give the free slots to calls in their order; one whose prefix another call is about to read waits for
+        that."""
         postponed: list[_Call] = []
         while self._waiting and self._free:
             call = self._waiting.popleft()
@@ -262,8 +263,9 @@ class TorchEngine:
         self._advance(call, None)
 
     def _choose_slot(self, tokens: list[int]) -> int:
-        """The free slot that holds the longest prefix of the tokens, where that is at least half of what it holds; else the one
-        unused for longest. A template that all prompts share must not cost a decode between two calls its slot."""
+        """The free slot that holds the longest prefix of the tokens, where that is at least half of what it holds; else
+        the one unused for longest. A template that all prompts share must not cost a decode between two calls its
+        slot."""
         fits = {}
         for slot in self._free:
             known = self._slots.tokens[slot]

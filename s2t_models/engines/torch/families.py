@@ -1,8 +1,8 @@
 """Which model families the torch engine serves: those whose log-probabilities it gives exactly.
 
 Most of transformers' decoder-only classes run on the engine's cache unchanged; what does not is refused by name when it
-is loaded. What a configuration tells is read from it. For the rest, a few tokens go through the engine's cache, beside a
-neighbour at the end of the context, and are compared with the model's own forward.
+is loaded. What a configuration tells is read from it. For the rest, a few tokens go through the engine's cache, beside
+a neighbour at the end of the context, and are compared with the model's own forward.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 #: Tokens of the comparison.
 TOKENS = 12
-#: The mean difference of log-probabilities that rounding explains, for a distribution whose log-probabilities spread by one
-#: nat. Half precision rounds logits of 16 to an eighth; a forgotten scale or cap is off by more than the spread.
+#: The mean difference of log-probabilities that rounding explains, for a distribution whose log-probabilities spread by
+#: one nat. Half precision rounds logits of 16 to an eighth; a forgotten scale or cap is off by more than the spread.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
@@ -70,14 +70,15 @@ def _check_configuration(model: PreTrainedModel, context: int, setting: str) -> 
     unchanging = unchanging_context(model)
     if unchanging is not None and context > unchanging:
         raise UnsupportedModel(
-            f"{setting} = {context}: beyond {unchanging} tokens the rotary embedding of {config.model_type} changes with the "
-            f"longest row of the batch; set {setting} to {unchanging} or less"
+            f"{setting} = {context}: beyond {unchanging} tokens the rotary embedding of {config.model_type} changes "
+            f"with the longest row of the batch; set {setting} to {unchanging} or less"
         )
     is_rotary = any(name.endswith("inv_freq") for name, _ in model.named_buffers())
     longest = getattr(config, "max_position_embeddings", None)
     if longest and context > longest and not is_rotary:
         raise UnsupportedModel(
-            f"{setting} = {context}: {config.model_type} has positions for {longest} tokens; set {setting} to {longest} or less"
+            f"{setting} = {context}: {config.model_type} has positions for {longest} tokens; "
+            f"set {setting} to {longest} or less"
         )
 
 
@@ -108,8 +109,8 @@ def prepare(model: PreTrainedModel, count: int, context: int, setting: str) -> t
 
 
 def _hidden_states(slots: Slots, tokens: list[int]) -> torch.Tensor:
-    """Those of the tokens, [T, H], read in two pieces, the second beside a neighbour at the end of the context. The slots are
-    empty again afterwards."""
+    """Those of the tokens, [T, H], read in two pieces, the second beside a neighbour at the end of the context. The
+    slots are empty again afterwards."""
     half = len(tokens) // 2
     try:
         first_TH, _ = slots.forward([Query(0, 0, tokens[:half])])

@@ -2,8 +2,8 @@
 
 Slots are the rows of a static KV cache, each at its own position. A forward takes any mix of queries, each some tokens
 for one slot: a decode step (1 token), a prompt or a draft to verify (a chain of tokens), or a fan of K candidate leaves
-(each seeing its prefix and itself). Queries are packed into one flat row of tokens, so that linear layers do no work for
-padding between a decode step and a fan; attention runs once per group of queries of like length. transformers' own
+(each seeing its prefix and itself). Queries are packed into one flat row of tokens, so that linear layers do no work
+for padding between a decode step and a fan; attention runs once per group of queries of like length. transformers' own
 modelling code does the rest, for any model whose attention goes through its attention interface.
 
 Axes: _T flat token, _B query of a group, _Q token of a query, _L cache position.
@@ -158,7 +158,8 @@ class Slots:
             count_M = np.array([len(queries[i].ids) for i in members])
             width, slot_M = int(count_M.max()), slot_B[members]
             span = int(slot_M[-1] - slot_M[0]) + 1
-            # Rows without a gap are read in place. A few idle slots among decode steps cost less than copying the others.
+            # Rows without a gap are read in place. A few idle slots among decode steps cost less than copying the
+            # others.
             in_place = span == len(slot_M) or (width == 1 and span <= 2 * len(slot_M))
             row_M = slot_M - slot_M[0] if in_place else np.arange(len(slot_M))
             # Places without a token see their slot's first key.
