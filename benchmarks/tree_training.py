@@ -3,10 +3,10 @@
     python -m benchmarks.tree_training
     python -m benchmarks.tree_training --hidden 512 --layers 8 --groups 20 --rounds 3
 
-Both sides score the same labelled steps with the same selector (the embedded SLM, or a random Qwen2 of a given size): the
-tree side in one forward over the trajectory and all its leaves, the copy side in one batch of K unpadded rows a step, which is
-what scoring is without the mask. Backward is that of the selection loss (Eq. 7). Times are this process's CPU seconds with one
-thread, or wall seconds on a GPU, the median of the rounds.
+Both sides score the same labelled steps with the same selector (the embedded SLM, or a random Qwen2 of a given size):
+the tree side in one forward over the trajectory and all its leaves, the copy side in one batch of K unpadded rows a
+step, which is what scoring is without the mask. Backward is that of the selection loss (Eq. 7). Times are this
+process's CPU seconds with one thread, or wall seconds on a GPU, the median of the rounds.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
         slow, fast = _medians(sides, settings.rounds, device)
         print(f"{name:20}{1000 * slow:13.1f} ms{1000 * fast:11.1f} ms{slow / fast:8.1f}x")
     print(
-        f"max |score difference| {difference:.1e}; max |gradient difference| {largest:.1e} (largest gradient {scale:.1e})"
+        f"max |score difference| {difference:.1e}; max |gradient difference| {largest:.1e} "
+        f"(largest gradient {scale:.1e})"
     )
 
 

@@ -4,8 +4,8 @@
     trigger_head.safetensors   the trigger head
     artifact.json              reserved ids, bins, thresholds and provenance (`Card`)
 
-The reserved rows live in the model's output embedding, so loading needs transformers alone. The module does not know how
-an engine uses any of it.
+The reserved rows live in the model's output embedding, so loading needs transformers alone. The module does not know
+how an engine uses any of it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Card(BaseModel):
     """What artifact.json holds.
 
     `bins` are the values v of the reserved rows (Eq. 5). `temperature` and `prior_weight` are those of decoding,
-    `trained_prior_weight` the one of training. `thresholds` maps a trigger ("head", on its logit; "kl" and "entropy", in
-    nats) to budget -> threshold.
+    `trained_prior_weight` the one of training. `thresholds` maps a trigger ("head", on its logit; "kl" and "entropy",
+    in nats) to budget -> threshold.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -116,16 +116,16 @@ def save(
 def save_checkpoint(
     folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: Provenance
 ) -> None:
-    """Write a plain transformers checkpoint with its provenance; one that is already there is replaced as a whole. Raises
-    ArtifactError where `folder` holds something else."""
+    """Write a plain transformers checkpoint with its provenance; one that is already there is replaced as a whole.
+    Raises ArtifactError where `folder` holds something else."""
     with replacing(folder, CHECKPOINT) as parts:
         _save_model(parts, model, tokenizer)
         provenance.write(parts)
 
 
 def read_provenance(folder: str | Path) -> Provenance | None:
-    """Where an artifact, a checkpoint or a router comes from; None for what was not distilled here. Raises ArtifactError or
-    ProvenanceError where the file cannot be read."""
+    """Where an artifact, a checkpoint or a router comes from; None for what was not distilled here. Raises
+    ArtifactError or ProvenanceError where the file cannot be read."""
     folder = Path(folder)
     if (folder / CARD).is_file():
         return Artifact.load(folder).card.provenance
@@ -148,7 +148,8 @@ def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def refuse_foreign(folder: str | Path, mark: str) -> None:
-    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark`, or nothing."""
+    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark`,
+    or nothing."""
     folder = Path(folder)
     if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder}: exists and holds something else; give another --output")

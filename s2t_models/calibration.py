@@ -25,8 +25,8 @@ class CalibrationError(UserError):
 
 
 class Calibration(BaseModel):
-    """What `s2t collect` writes as thresholds.json: for KL and entropy, in nats, the threshold of each budget over all `steps`
-    of a collection, and what that collection is of.
+    """What `s2t collect` writes as thresholds.json: for KL and entropy, in nats, the threshold of each budget over
+    all `steps` of a collection, and what that collection is of.
 
     `rows` are the hashes of its prompts (`splits.question_hashes`); `slm`, `teacher` and `tokenizer` sha256 of files;
     `divergence` names how KL was computed.
@@ -79,8 +79,9 @@ def calibration_file(path: Path) -> Path:
 def calibrate(values_M: Iterable[float] | np.ndarray, budgets: Iterable[float]) -> dict[float, float]:
     """The threshold of each budget tau: a step triggers when its value >= threshold (E.2, dynamic thresholding).
 
-    The threshold is the value of rank round(tau * M), at least 1, from the top. Steps that tie with it all trigger, so the
-    share that does is never below tau (but for the rounding) and above it only by ties. Raises ValueError for no values.
+    The threshold is the value of rank round(tau * M), at least 1, from the top. Steps that tie with it all trigger,
+    so the share that does is never below tau (but for the rounding) and above it only by ties. Raises ValueError for
+    no values.
     """
     descending_M = np.sort(np.asarray(values_M, dtype=np.float64))[::-1]
     if not len(descending_M):

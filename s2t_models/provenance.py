@@ -24,11 +24,11 @@ class ProvenanceError(UserError):
 class Provenance(BaseModel):
     """The record of one training. Weights, tokenizer, shards and rows are given as sha256.
 
-    `shards` maps a role ("training", "calibration") to the digest of its files; `rows` maps "role (task)" to the hashes
-    of its prompts (`splits.question_hashes`), so that a benchmark can refuse rows that were trained on. `settings` are those
-    that decide the result, by their name in the recipe. Of the outcome: `validation` holds the figures of the checkpoint that
-    was taken, `begun_at_steps` the optimiser steps at which worker groups began, `trigger_head` the head's figures, and
-    `calibration_steps` how many steps its thresholds are percentiles of.
+    `shards` maps a role ("training", "calibration") to the digest of its files; `rows` maps "role (task)" to the
+    hashes of its prompts (`splits.question_hashes`), so that a benchmark can refuse rows that were trained on.
+    `settings` are those that decide the result, by their name in the recipe. Of the outcome: `validation` holds the
+    figures of the checkpoint that was taken, `begun_at_steps` the optimiser steps at which worker groups began,
+    `trigger_head` the head's figures, and `calibration_steps` how many steps its thresholds are percentiles of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")

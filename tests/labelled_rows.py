@@ -1,4 +1,5 @@
-"""Shard rows for tests of training, made as `s2t collect` makes them but from written solutions in place of rollouts."""
+"""Shard rows for tests of training, made as `s2t collect` makes them but from written solutions in place of
+rollouts."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from s2t_models.recipe import Recipe
 
 
 def labelled_rows(recipe: Recipe, task_name: str, count: int) -> list[dict[str, Any]]:
-    """The first `count` problems' solutions with both models' labels, each cut at 24 tokens; every fourth step is kept."""
+    """The first `count` problems' solutions with both models' labels, each cut at 24 tokens; every fourth step is
+    kept."""
     slm, teacher, tokenizer = load_model(recipe.slm), load_model(recipe.teacher), load_tokenizer(recipe.slm)
     rows = []
     for item in task(task_name).load()[:count]:

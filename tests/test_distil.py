@@ -147,7 +147,8 @@ def test_training_learns_and_goes_on_where_it_stopped(recipe: Recipe, table: pa.
 
 @pytest.mark.parametrize("objective", ["selector", "kd"])
 def test_the_gradient_is_the_batch_mean_however_it_is_spread(recipe: Recipe, table: pa.Table, objective: str):
-    """Two workers' gradients, averaged as DDP does, are one worker's; their trajectories have unlike numbers of groups."""
+    """Two workers' gradients, averaged as DDP does, are one worker's; their trajectories have unlike numbers of
+    groups."""
     data = [
         item.with_groups(np.arange(len(item.by_kl_G)) % (2 + i) == 0)
         for i, item in enumerate(trajectories(table.to_pylist())[:8])

@@ -31,7 +31,8 @@ SETTINGS = (
     "distil.prior_weight=0.25",
     "slm.device=cpu",
 )
-#: Figures that other processors' rounding moves by more than the rest (0.7% was seen between instruction sets, 0.03% in a loss).
+#: Figures that other processors' rounding moves by more than the rest (0.7% was seen between instruction sets, 0.03%
+#: in a loss).
 ROUNDING = {"kl_loss": 0.02, "kl_to_base": 0.02, "gradient_norm": 0.02}
 
 

@@ -1,4 +1,5 @@
-"""The losses and their gradients against loops that spell the paper's formulas out, one group and one token at a time."""
+"""The losses and their gradients against loops that spell the paper's formulas out, one group and one token at a
+time."""
 
 from __future__ import annotations
 
@@ -42,8 +43,8 @@ def deviation(values):
 
 
 def loop_margin(scores, slm, teacher, valid, w, spread):
-    """Eqs. 13 and 14: max(0, m_eff - (s(c*) - s(c-))) in units of the loss's logits, m_eff = std(s) / T, with the deviation of
-    the group's own scores or of all scores in the batch."""
+    """Eqs. 13 and 14: max(0, m_eff - (s(c*) - s(c-))) in units of the loss's logits, m_eff = std(s) / T, with the
+    deviation of the group's own scores or of all scores in the batch."""
     total = torch.zeros((), dtype=scores.dtype)
     everything = [scores[g, k].item() for g in range(len(scores)) for k in range(scores.shape[1]) if valid[g, k]]
     for g in range(len(scores)):

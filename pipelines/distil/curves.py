@@ -19,8 +19,8 @@ def append_metrics(path: Path, step: int, metrics: dict[str, float]) -> None:
 
 
 class Follower:
-    """Reads the file as it grows, into an MLflow run. A job that goes on reads the earlier part too, so that its curves are
-    whole."""
+    """Reads the file as it grows, into an MLflow run. A job that goes on reads the earlier part too, so that its
+    curves are whole."""
 
     def __init__(self, path: Path, run: str) -> None:
         self.path, self.run = path, run

@@ -1,4 +1,5 @@
-"""What a training may begin with: collections of the recipe's pair, of no test split, that share no row; and their record."""
+"""What a training may begin with: collections of the recipe's pair, of no test split, that share no row; and their
+record."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def training_folder(output: Path) -> Path:
 
 
 def read_training(recipe: Recipe, folder: Path) -> tuple[pa.Table, dict[str, str]]:
-    """A collection that may be trained or calibrated on. Raises ShardError where it is of another pair or of a test split."""
+    """A collection that may be trained or calibrated on. Raises ShardError where it is of another pair or of a test
+    split."""
     table, metadata = read_shards(folder)
     slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
     check_pair(metadata, slm, teacher, loading.tokenizer_hash(recipe.slm))
@@ -58,8 +60,8 @@ def check_inputs(
 ) -> Provenance:
     """Check the collections and return the record of a training on them that has not begun.
 
-    Raises ShardError where one is of another pair or of a test split or has no labelled step, or where both share a row or
-    were made with different divergences.
+    Raises ShardError where one is of another pair or of a test split or has no labelled step, or where both share a
+    row or were made with different divergences.
     """
     digests: dict[str, str] = {}
     rows: dict[str, list[str]] = {}

@@ -5,8 +5,8 @@
     python -m pipelines.distil --recipe cluster/recipes/embedded.yaml --shards runs/train \\
         --objective kd --output runs/kd
 
-The training survives killed workers, and a job that was killed: the same command goes on from the last checkpoint, which
-lies in `<output>.training` until the job is done. That folder must be on a file system that all nodes share.
+The training survives killed workers, and a job that was killed: the same command goes on from the last checkpoint,
+which lies in `<output>.training` until the job is done. That folder must be on a file system that all nodes share.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def distil(
     objective: str = "selector",
     calibration: Path | None = None,
 ) -> Provenance:
-    """Train, or finish training, and write `output`; returns its provenance. An output of the same inputs and settings is
-    left as it is.
+    """Train, or finish training, and write `output`; returns its provenance. An output of the same inputs and
+    settings is left as it is.
 
     Raises RecipeError, ShardError, ClusterError, ArtifactError or DistilError.
     """
@@ -159,8 +159,8 @@ def _train(
 
 
 def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
-    """The latest checkpoint whose Agree@1 is within one standard error of the highest: a difference that the held-out steps are
-    too few to tell is no reason to leave a training early."""
+    """The latest checkpoint whose Agree@1 is within one standard error of the highest: a difference that the held-out
+    steps are too few to tell is no reason to leave a training early."""
     highest = max(metrics["agree_at_1"] for _, metrics in checkpoints)
     steps = max(metrics["top_steps"] for _, metrics in checkpoints)
     enough = highest - math.sqrt(highest * (1 - highest) / max(steps, 1))

@@ -1,7 +1,7 @@
 """What each Ray Train worker runs: the trainer's steps, with evaluations, checkpoints and curves.
 
-A checkpoint is reported with every evaluation. A worker group that is started again (after a killed worker, or by running
-the same command again) takes up the latest one.
+A checkpoint is reported with every evaluation. A worker group that is started again (after a killed worker, or by
+running the same command again) takes up the latest one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""From labelled rows to training batches: trajectories with their groups, the split by prompt, and the order of batches.
+"""From labelled rows to training batches: trajectories with their groups, the split by prompt, and the order of
+batches.
 
-Everything here is a pure function of the rows and a seed, so every worker, and a worker that starts again, sees the same
-trajectories and the same batches. It knows nothing of models or of how rows are stored.
+Everything here is a pure function of the rows and a seed, so every worker, and a worker that starts again, sees the
+same trajectories and the same batches. It knows nothing of models or of how rows are stored.
 
 Axes: _T output step, _G group (a kept step), _K candidate.
 """
@@ -26,8 +27,8 @@ NO_CANDIDATE = -1e9
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One labelled row. `tree` holds tokens and candidates; `by_kl_G` says which groups are top steps by KL; divergence and
-    entropy of each step are in nats."""
+    """One labelled row. `tree` holds tokens and candidates; `by_kl_G` says which groups are top steps by KL;
+    divergence and entropy of each step are in nats."""
 
     uid: str
     prompt: str
@@ -53,8 +54,8 @@ class Trajectory:
 
 
 def trajectories(rows: Iterable[Mapping[str, Any]]) -> list[Trajectory]:
-    """The rows of a collection (columns as in a shard) with at least one output token, in order; rows with an error are left
-    out."""
+    """The rows of a collection (columns as in a shard) with at least one output token, in order; rows with an error
+    are left out."""
     return [_trajectory(row) for row in rows if row.get("error") is None and row["output_ids"]]
 
 
@@ -98,15 +99,16 @@ def split_by_prompt(data: Sequence[Trajectory], share: float, seed: int) -> tupl
 
 
 def drop_narrow_margins(item: Trajectory, min_margin: float) -> Trajectory:
-    """The trajectory without the groups whose teacher margin p(best) - p(second) is below `min_margin` (D.4, mode drop)."""
+    """The trajectory without the groups whose teacher margin p(best) - p(second) is below `min_margin` (D.4, mode
+    drop)."""
     ordered_GK = np.sort(np.exp(item.teacher_logprobs_GK), axis=1)
     second_G = ordered_GK[:, -2] if ordered_GK.shape[1] > 1 else 0.0
     return item.with_groups(ordered_GK[:, -1] - second_G >= min_margin)
 
 
 class BatchOrder:
-    """Which trajectories make up the batch of a step: every one at most once an epoch (what fills no batch is left out), in batches
-    of like length (little padding), shuffled; the same for the same seed whoever asks."""
+    """Which trajectories make up the batch of a step: every one at most once an epoch (what fills no batch is left
+    out), in batches of like length (little padding), shuffled; the same for the same seed whoever asks."""
 
     def __init__(self, lengths: Sequence[int], batch: int, seed: int) -> None:
         self.lengths = np.asarray(lengths)
@@ -138,7 +140,8 @@ class BatchOrder:
 class Batch:
     """Packed trajectories with the labels of their groups, on one device.
 
-    `valid_GK` marks the real candidates. `target_G` is the index of the teacher's best candidate, `target_token_G` its id.
+    `valid_GK` marks the real candidates. `target_G` is the index of the teacher's best candidate, `target_token_G`
+    its id.
     """
 
     packed: TreeBatch

@@ -24,8 +24,8 @@ def build(
     provenance: Provenance,
     output: Path,
 ) -> Provenance:
-    """Merge what `Selector.trained` gave into the recipe's SLM and write the objective's product to `output`; returns its
-    provenance as written. Without `calibration`, thresholds are set on the held-out prompts' trajectories."""
+    """Merge what `Selector.trained` gave into the recipe's SLM and write the objective's product to `output`; returns
+    its provenance as written. Without `calibration`, thresholds are set on the held-out prompts' trajectories."""
     chosen = objective(provenance.objective, recipe.distil)
     selector = load_selector(recipe, chosen)
     selector.load_trained(trained)

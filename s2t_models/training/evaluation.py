@@ -23,7 +23,8 @@ SUMS = (
 def add_up(
     batch: Batch, outputs: Outputs, preference_GK: torch.Tensor, token_G: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """The sums over one batch that `figures` are made from; `preference_GK` and `token_G` are what `Objective.choose` gave."""
+    """The sums over one batch that `figures` are made from; `preference_GK` and `token_G` are what `Objective.choose`
+    gave."""
     top_G, target_G, valid_GK = batch.by_kl_G, batch.target_G, batch.valid_GK
     agrees_G = token_G == batch.target_token_G
     slm_token_G = batch.candidates_GK.gather(1, batch.slm_logprobs_GK.argmax(-1, keepdim=True))[:, 0]
@@ -45,10 +46,10 @@ def add_up(
 def figures(sums: dict[str, float]) -> dict[str, float]:
     """Means from the sums over all batches.
 
-    `agree_at_1`: how often the choice is the teacher's, on the `top_steps` steps kept by KL; `selection_loss` the cross-entropy
-    of that choice among the candidates (Eq. 7), mean over them; `agree_at_1_random` on the random ones; `agree_at_1_slm` for
-    the SLM's own ranking on the top steps; `spearman` between preferences and the teacher's log-probabilities, mean over
-    all groups of several candidates; `kl_to_base` in nats, mean over steps.
+    `agree_at_1`: how often the choice is the teacher's, on the `top_steps` steps kept by KL; `selection_loss` the
+    cross-entropy of that choice among the candidates (Eq. 7), mean over them; `agree_at_1_random` on the random ones;
+    `agree_at_1_slm` for the SLM's own ranking on the top steps; `spearman` between preferences and the teacher's
+    log-probabilities, mean over all groups of several candidates; `kl_to_base` in nats, mean over steps.
     """
     top = max(sums["top_steps"], 1)
     return {

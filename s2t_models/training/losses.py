@@ -25,8 +25,8 @@ def preference(
 
 
 def teacher_choice(teacher_logprobs_GK: torch.Tensor, valid_GK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The teacher's best candidate c* of each group, [G], and its margin, [G]: p(best) - p(second best), as the teacher gives
-    them (a group of one candidate has margin p(best))."""
+    """The teacher's best candidate c* of each group, [G], and its margin, [G]: p(best) - p(second best), as the
+    teacher gives them (a group of one candidate has margin p(best))."""
     probabilities_GK = teacher_logprobs_GK.exp().masked_fill(~valid_GK, 0.0)
     if probabilities_GK.shape[1] == 1:
         return probabilities_GK.argmax(-1), probabilities_GK[:, 0]
@@ -35,7 +35,8 @@ def teacher_choice(teacher_logprobs_GK: torch.Tensor, valid_GK: torch.Tensor) ->
 
 
 def selection(preference_GK: torch.Tensor, target_G: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the teacher's best candidate over the set, mean over groups (Eq. 7); 0 where there is no group."""
+    """Cross-entropy of the teacher's best candidate over the set, mean over groups (Eq. 7); 0 where there is no
+    group."""
     logits_GK = preference_GK.masked_fill(~valid_GK, EXCLUDED)
     return F.cross_entropy(logits_GK, target_G, reduction="sum") / max(len(target_G), 1)
 
@@ -50,9 +51,9 @@ def margin(
 ) -> torch.Tensor:
     """Adaptive pairwise hinge against the hard negative, mean over groups (Eqs. 13, 14); 0 where there is no group.
 
-    max(0, m - (preference(c*) - preference(c-))), where c- is the best wrong candidate and the effective margin
-    m = std(scores) / T follows the spread of the scores (see `score_spread`; a constant to the gradient), so that flat scores
-    are not over-penalised. A group of one candidate costs nothing.
+    max(0, m - (preference(c*) - preference(c-))), where c- is the best wrong candidate and the effective margin m =
+    std(scores) / T follows the spread of the scores (see `score_spread`; a constant to the gradient), so that flat
+    scores are not over-penalised. A group of one candidate costs nothing.
     """
     right_G = preference_GK.gather(1, target_G[:, None])[:, 0]
     is_wrong_GK = valid_GK.scatter(1, target_G[:, None], False)
@@ -62,8 +63,8 @@ def margin(
 
 
 def score_spread(scores_GK: torch.Tensor, valid_GK: torch.Tensor, spread: Spread) -> torch.Tensor:
-    """The population standard deviation of the real candidates' scores, without gradient, for each group, [G]: of the group's
-    own scores ("group"), or of all that are given ("batch"), as Eq. 14 has it."""
+    """The population standard deviation of the real candidates' scores, without gradient, for each group, [G]: of the
+    group's own scores ("group"), or of all that are given ("batch"), as the paper has it."""
     scores_GK = scores_GK.detach().masked_fill(~valid_GK, 0.0)
     if spread == "batch":
         scores_M = scores_GK[valid_GK]

@@ -26,8 +26,8 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Merged:
-    """The trained model as plain transformers knows it, with what its products are made from: the trajectories it was trained
-    on, and others to set thresholds on."""
+    """The trained model as plain transformers knows it, with what its products are made from: the trajectories it was
+    trained on, and others to set thresholds on."""
 
     recipe: Recipe
     model: PreTrainedModel
@@ -48,8 +48,8 @@ def save_checkpoint(merged: Merged, output: Path) -> Provenance:
 def save_artifact(merged: Merged, output: Path) -> Provenance:
     """Train the trigger head, set thresholds, write the artifact; returns its provenance with the head's figures.
 
-    The head's positives are the top `trigger_head.positives` share of the training trajectories' steps by KL; thresholds are
-    percentiles over the calibration trajectories.
+    The head's positives are the top `trigger_head.positives` share of the training trajectories' steps by KL;
+    thresholds are percentiles over the calibration trajectories.
     """
     recipe, model = merged.recipe, merged.model
     hidden_MH, trajectory_M = hidden_states(model, merged.training)

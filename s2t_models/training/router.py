@@ -28,8 +28,8 @@ def train_router(
     """Train on steps [T, F] with 0/1 labels [T]; returns the router of the epoch with the lowest validation loss, on
     `device`, its threshold set to reach `settings.recall` on the validation steps.
 
-    `report` gets each epoch's figures. The steps stay on the CPU but for the batch at hand. Raises ValueError where the steps
-    lack one of the two labels.
+    `report` gets each epoch's figures. The steps stay on the CPU but for the batch at hand. Raises ValueError where
+    the steps lack one of the two labels.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(labels_T), generator=generator)

@@ -33,8 +33,8 @@ def score(logits_R: torch.Tensor, bins_R: torch.Tensor) -> torch.Tensor:
 
 
 class Selector(nn.Module):
-    """A causal language model with a LoRA on it and its reserved rows as parameters. `forward` is the model's decoder, so a
-    distributed wrapper around this module sees every parameter it has to keep in step."""
+    """A causal language model with a LoRA on it and its reserved rows as parameters. `forward` is the model's
+    decoder, so a distributed wrapper around this module sees every parameter it has to keep in step."""
 
     bins_R: torch.Tensor
 
@@ -76,7 +76,8 @@ class Selector(nn.Module):
                 value.requires_grad_(is_trained)
 
     def scores(self, leaves_H: torch.Tensor) -> torch.Tensor:
-        """Scores from the leaves' hidden states, [..., H] -> [...]. Only the reserved rows of the output head are computed."""
+        """Scores from the leaves' hidden states, [..., H] -> [...]. Only the reserved rows of the output head are
+        computed."""
         return score(F.linear(leaves_H.float(), self.rows_RH), self.bins_R)
 
     def text_logits(self, states_H: torch.Tensor) -> torch.Tensor:

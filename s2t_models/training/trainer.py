@@ -39,7 +39,8 @@ GRADIENT_NORM = 1.0
 
 
 def load_selector(recipe: Recipe, objective: Objective) -> Selector:
-    """The recipe's SLM with a fresh LoRA and its reserved rows, on its device; what the objective trains has gradients."""
+    """The recipe's SLM with a fresh LoRA and its reserved rows, on its device; what the objective trains has
+    gradients."""
     torch.manual_seed(recipe.seed)
     model = load_model(recipe.slm)
     selector = Selector(model, reserved_rows(recipe), recipe.distil.lora).to(model.device)
@@ -49,8 +50,8 @@ def load_selector(recipe: Recipe, objective: Objective) -> Selector:
 
 
 class Trainer:
-    """Trains one replica of the model. `wrap` makes it data-parallel; `rank` of `world` says which share of each batch is this
-    worker's."""
+    """Trains one replica of the model. `wrap` makes it data-parallel; `rank` of `world` says which share of each
+    batch is this worker's."""
 
     def __init__(
         self,
@@ -80,7 +81,8 @@ class Trainer:
         self._base_states: dict[str, torch.Tensor] = {}  # uid -> the frozen base's states [T, H]: they never change
 
     def advance(self) -> dict[str, float]:
-        """One optimiser step; returns the loss and its terms on this worker, whose mean over the workers is the batch's."""
+        """One optimiser step; returns the loss and its terms on this worker, whose mean over the workers is the
+        batch's."""
         torch.manual_seed((self.seed * 1_000_003 + self.step) * self.world + self.rank)
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
@@ -146,8 +148,8 @@ class Trainer:
         here = self.objective.count(items)
         loss, parts = torch.zeros((), device=self.device), {}
         for term in self.objective.terms(batch, outputs):
-            # The gradient is that of the mean over the whole batch, however it is spread over forwards and workers: workers
-            # are averaged, so each one's share counts `world` times.
+            # The gradient is that of the mean over the whole batch, however it is spread over forwards and workers:
+            # workers are averaged, so each one's share counts `world` times.
             value = term.value * (self.world * here[term.per] / max(whole[term.per], 1))
             loss = loss + term.weight * value
             parts[term.name] = value.detach()

@@ -1,8 +1,8 @@
 """A trajectory once, and all its candidate leaves behind it, in one forward under a tree mask.
 
-A leaf is one candidate token c at a state s_t: it sees its prefix and itself, and its position is the prefix's length, so
-its hidden state equals that of a forward over s_t + c alone. That costs one forward a trajectory instead of a copy of the
-prefix per candidate. The module knows nothing of losses, labels or reserved rows.
+A leaf is one candidate token c at a state s_t: it sees its prefix and itself, and its position is the prefix's
+length, so its hidden state equals that of a forward over s_t + c alone. That costs one forward a trajectory instead
+of a copy of the prefix per candidate. The module knows nothing of losses, labels or reserved rows.
 
 Axes: _B tree in a batch, _L packed token, _S state (a prefix length to decode from), _G group (a triggered step),
 _K candidate.
@@ -20,8 +20,8 @@ import torch
 
 @dataclass(frozen=True)
 class Tree:
-    """One trajectory: `tokens` (prompt + output), of which the first `prompt` are the prompt's; for each group the length of
-    its prefix and its candidates, padded with -1."""
+    """One trajectory: `tokens` (prompt + output), of which the first `prompt` are the prompt's; for each group the
+    length of its prefix and its candidates, padded with -1."""
 
     tokens: np.ndarray  # [N] int
     prompt: int
@@ -38,10 +38,10 @@ class Tree:
 class TreeBatch:
     """Packed trees, padded to one length.
 
-    `mask` is True where attention is allowed, [B, 1, L, L]. `(row_S, column_S)` is where every output step's decoding state
-    lies (the position whose logits are p(. | s_t)), trajectory after trajectory; `state_G` each group's state as an index
-    into those; `(row_G, leaf_GK)` where each candidate's leaf lies, valid where `valid_GK`. The first `trunk` columns hold
-    all trajectory tokens.
+    `mask` is True where attention is allowed, [B, 1, L, L]. `(row_S, column_S)` is where every output step's decoding
+    state lies (the position whose logits are p(. | s_t)), trajectory after trajectory; `state_G` each group's state
+    as an index into those; `(row_G, leaf_GK)` where each candidate's leaf lies, valid where `valid_GK`. The first
+    `trunk` columns hold all trajectory tokens.
     """
 
     ids_BL: torch.Tensor

@@ -22,9 +22,9 @@ def train_head(
 ) -> tuple[TriggerHead, dict[str, float]]:
     """Train a head with BCE and positive weight (negatives / positives), AdamW, the best epoch by validation AUC.
 
-    `positive_M` is bool; `trajectory_M` numbers each sample's trajectory: the held-out share is one of trajectories, so that
-    neighbouring steps never sit on both sides. Returns the head in eval mode and its figures (`auc`, `accuracy`, `epoch`).
-    Raises ValueError where either side of the split has only one kind of label.
+    `positive_M` is bool; `trajectory_M` numbers each sample's trajectory: the held-out share is one of trajectories,
+    so that neighbouring steps never sit on both sides. Returns the head in eval mode and its figures (`auc`,
+    `accuracy`, `epoch`). Raises ValueError where either side of the split has only one kind of label.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     trajectories = trajectory_M.unique()

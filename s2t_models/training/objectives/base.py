@@ -25,8 +25,9 @@ from s2t_models.training.selector import ROWS
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the models say of a batch: the frozen base's text logits at every decoding state and the tuned model's (those of
-    group g are at `batch.packed.state_G[g]`), and the scores of the candidates (no columns where no leaves were packed)."""
+    """What the models say of a batch: the frozen base's text logits at every decoding state and the tuned model's
+    (those of group g are at `batch.packed.state_G[g]`), and the scores of the candidates (no columns where no leaves
+    were packed)."""
 
     base_SV: torch.Tensor
     tuned_SV: torch.Tensor
@@ -35,7 +36,8 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Term:
-    """One term of a loss: `value`, a mean over what `per` counts (see `Objective.count`), enters the loss with `weight`."""
+    """One term of a loss: `value`, a mean over what `per` counts (see `Objective.count`), enters the loss with
+    `weight`."""
 
     name: str
     value: torch.Tensor
@@ -55,13 +57,14 @@ class Objective(ABC):
         self.settings = settings
 
     def trains(self, parameter: str) -> bool:
-        """Whether the selector's parameter of this name is trained: a LoRA factor, or the reserved rows (`selector.ROWS`). By
-        default the rows are not."""
+        """Whether the selector's parameter of this name is trained: a LoRA factor, or the reserved rows
+        (`selector.ROWS`). By default the rows are not."""
         return parameter != ROWS
 
     def count(self, items: Sequence[Trajectory]) -> dict[str, int]:
-        """How many of each thing that terms are means over there are in some trajectories. The trainer weights the terms of a
-        part of a batch by its share of the counts, so that every gradient is that of the whole batch's mean."""
+        """How many of each thing that terms are means over there are in some trajectories. The trainer weights the
+        terms of a part of a batch by its share of the counts, so that every gradient is that of the whole batch's
+        mean."""
         return {
             "groups": sum(len(item.tree.prefixes_G) for item in items),
             "states": sum(len(item.kl_T) for item in items),
@@ -73,9 +76,10 @@ class Objective(ABC):
 
     @abstractmethod
     def choose(self, batch: Batch, outputs: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """How the trained model decides, for evaluation: its preference over the candidates, [G, K], and the token it would
-        write, [G]."""
+        """How the trained model decides, for evaluation: its preference over the candidates, [G, K], and the token it
+        would write, [G]."""
 
     def save(self, merged: Merged, output: Path) -> Provenance:
-        """Write what the training produces to `output`, by default a plain checkpoint; returns its provenance as written."""
+        """Write what the training produces to `output`, by default a plain checkpoint; returns its provenance as
+        written."""
         return save_checkpoint(merged, output)

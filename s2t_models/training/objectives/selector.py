@@ -15,8 +15,8 @@ from s2t_models.training.products import Merged, save_artifact
 
 
 class SelectorObjective(Objective):
-    """Selection + `margin` x pairwise hinge + `beta` x KL to the base. It trains LoRA and reserved rows, and its product is
-    an artifact with a trigger head."""
+    """Selection + `margin` x pairwise hinge + `beta` x KL to the base. It trains LoRA and reserved rows, and its
+    product is an artifact with a trigger head."""
 
     needs_leaves = True
     mark = artifact.CARD
