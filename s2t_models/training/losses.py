@@ -64,7 +64,7 @@ def margin(
 
 def score_spread(scores_GK: torch.Tensor, valid_GK: torch.Tensor, spread: Spread) -> torch.Tensor:
     """The population standard deviation of the real candidates' scores, without gradient, for each group, [G]: of the
-    group's own scores ("group"), or of all that are given ("batch"), as Eq. 14 has it."""
+    group's own scores ("group"), or of all that are given ("batch"), as the paper has it."""
     scores_GK = scores_GK.detach().masked_fill(~valid_GK, 0.0)
     if spread == "batch":
         scores_M = scores_GK[valid_GK]
