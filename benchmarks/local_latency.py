@@ -22,7 +22,8 @@ import torch
 from s2t_models import chat, loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Decision, Draft, Sampling, Selection
-from s2t_models.engines.torch.engine import TorchEngine, load
+from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.engines.torch.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows

@@ -45,7 +45,7 @@ def build(hosting: Hosting) -> Application:
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from s2t_models.engines.load import kind
+    from s2t_models.engines.load import check
     from serving.engine_deployment import EngineDeployment
     from serving.gateway import Gateway
 
@@ -63,7 +63,7 @@ def build(hosting: Hosting) -> Application:
 
     handles = {}
     for name, engine in hosting.engines.items():
-        kind(engine)
+        check(engine)
         model = engine.settings
         engine_deployment = deployment(EngineDeployment, name, model.num_replicas, model.num_cpus, model.num_gpus)
         handles[name] = engine_deployment.bind(engine)

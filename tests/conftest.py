@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,3 +91,28 @@ def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path) -> s
     settings = [f"artifact={untrained_artifact}", "checkpoints.kd=embedded:slm", f"serving.port={port}"]
     few = [f"{model}.num_cpus=0.1" for model in ("slm", "teacher")]
     return run(host(load_recipe(recipe_path, settings + few)), blocking=False)
+
+
+@pytest.fixture(scope="session")
+def items(recipe_path: Path) -> list[Any]:
+    """The small benchmark job's tasks with their items."""
+    from benchmark_jobs import job
+
+    from pipelines.benchmark.questions import load_items
+
+    return load_items(job(recipe_path), None)
+
+
+@pytest.fixture
+def stub(items: list[Any]) -> Iterator[Any]:
+    """A stub endpoint that knows the answers of that job."""
+    from stub_endpoint import stub_endpoint
+
+    with stub_endpoint({item.question: str(item.answer) for _, drawn in items for item in drawn}) as server:
+        yield server
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked again is asked again at once."""
+    monkeypatch.setattr("pipelines.benchmark.asking.FIRST_DELAY_S", 0.01)

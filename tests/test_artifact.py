@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Con
 from s2t_models import artifact
 from s2t_models.artifact import Artifact, ArtifactError, Card, read_provenance
 from s2t_models.engines.contract import Sampling, Selection
-from s2t_models.engines.torch.engine import load
+from s2t_models.engines.torch.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.loading import load_tokenizer
 from s2t_models.provenance import ProvenanceError

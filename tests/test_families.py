@@ -221,7 +221,7 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str) -> None:
         ):
             pass
     with (  # what the configuration does not tell shows in the comparison
-        patch.object(families, "_check_configuration"),
+        patch.object(families, "check_configuration"),
         pytest.raises(UnsupportedModel, match="nats off"),
         running(model, 100),
     ):

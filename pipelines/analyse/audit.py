@@ -54,7 +54,11 @@ async def _judged(row: Any, prompt: list[dict[str, str]], tokenizer: PreTrainedT
     open_ones = [one for one in decisions if one["candidates_K"] and one["teacher_K"] is None]
     if not open_ones or row.output_ids is None:
         return row.decisions
-    await judge(open_ones, chat.prompt_ids(tokenizer, prompt), list(row.output_ids), engine)
+    try:
+        prompt_ids = chat.prompt_ids(tokenizer, prompt)
+    except chat.ChatError:  # it was not this template that the answer was given to
+        return row.decisions
+    await judge(open_ones, prompt_ids, list(row.output_ids), engine)
     return json.dumps(decisions)
 
 

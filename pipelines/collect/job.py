@@ -32,6 +32,7 @@ from pipelines.collect.sink import ArrowSink, committed
 from pipelines.data.shards import FOLDER, RECORD, shard_metadata
 from pipelines.runtime.progress import Progress
 from s2t_models import loading
+from s2t_models.engines.load import check
 from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.files import locked
 from s2t_models.hosting import pair
@@ -141,6 +142,8 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
 
     if rows_done() < len(rows):
         engines = pair(recipe)
+        for hosted in engines.values():
+            check(hosted)
         cluster.start()
         collect = recipe.collect
         # One CPU more reads and writes, and one filters out what an earlier run has done.

@@ -2,7 +2,7 @@
 it.
 
 Which engine runs a model is the key `engine` of that model in the recipe. A further engine is a module with a function
-`load(hosted) -> Engine` and a line in `ENGINES`.
+`load(hosted) -> Engine`, a line in `ENGINES`, and where it can tell early what it does not serve, `check(hosted)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class EngineKind:
 
 ENGINES: dict[str, EngineKind] = {
     "torch": EngineKind(
-        "s2t_models.engines.torch.engine",
+        "s2t_models.engines.torch.load",
         plain=frozenset({"entropy", "seeded_noise", "multiplex", "features"}),
         artifact=frozenset({"select", "fused_select"}),
         router=frozenset({"route"}),
@@ -48,6 +48,14 @@ def capabilities(hosted: Hosted) -> frozenset[Capability]:
     """What the engine will be able to do beyond the core, known before it is loaded."""
     of = kind(hosted)
     return of.plain | (of.artifact if hosted.artifact else frozenset()) | (of.router if hosted.router else frozenset())
+
+
+def check(hosted: Hosted) -> None:
+    """Refuse before any process is started what the engine will not serve, as far as it can tell without the weights.
+    Raises RecipeError, or the engine's own UserError."""
+    module = importlib.import_module(kind(hosted).module)
+    if hasattr(module, "check"):
+        module.check(hosted)
 
 
 def load(hosted: Hosted) -> Engine:

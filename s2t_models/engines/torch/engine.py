@@ -43,7 +43,6 @@ from s2t_models.settings import MultiplexSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from s2t_models.hosting import Hosted
     from s2t_models.router import Router
 
 #: Tokens one forward takes at most, beyond its first feed; further feeds wait for the next.
@@ -82,7 +81,7 @@ class TorchEngine:
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
         self._router = router.to(model.device).eval() if router is not None else None
-        self._slots, self._output = families.prepare(model, slots, card.context, _context_setting(card.name))
+        self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name))
         self._reserved = torch.tensor(card.reserved_ids, dtype=torch.long, device=model.device)
         embedding: Any = model.get_output_embeddings()
         bias = getattr(embedding, "bias", None)
@@ -390,37 +389,6 @@ def _common(known: list[int], tokens: list[int]) -> int:
     return same
 
 
-def _context_setting(name: str) -> str:
+def context_setting(name: str) -> str:
     """The recipe's key for the context of the engine of that name."""
     return f"{'teacher' if name == 'teacher' else 'slm'}.context"
-
-
-def load(hosted: Hosted) -> TorchEngine:
-    """An engine over what a recipe hosts: a model, or the merged model of an artifact with its trigger head."""
-    from s2t_models import loading
-    from s2t_models.artifact import Artifact
-    from s2t_models.engines.load import capabilities
-    from s2t_models.router import load_router
-
-    artifact = Artifact.load(hosted.artifact) if hosted.artifact else None
-    settings = artifact.model(hosted.settings) if artifact else hosted.settings
-    model = loading.load_model(settings)
-    # A further checkpoint may have fewer rows than the pair's SLM.
-    reserved = artifact.card.reserved_ids if artifact else hosted.reserved_ids
-    reserved = tuple(row for row in reserved if row < model.config.vocab_size)
-    end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
-    card = ModelCard(
-        name=hosted.name,
-        weights=loading.weights_hash(settings),
-        tokenizer=loading.tokenizer_hash(settings),
-        vocabulary=int(model.config.vocab_size),
-        context=settings.context or families.default_context(model),
-        end_ids=tuple(end) if isinstance(end, list) else (end,) if end is not None else (),
-        reserved_ids=reserved,
-        dtype=settings.dtype,
-        router=hosted.router_hash,
-        capabilities=capabilities(hosted),
-    )
-    router = load_router(hosted.router) if hosted.router else None
-    head, bins = (artifact.head(), artifact.card.bins) if artifact else (None, ())
-    return TorchEngine(model, card, settings.slots, head, bins, router)

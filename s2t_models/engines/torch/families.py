@@ -56,7 +56,7 @@ def unchanging_context(model: PreTrainedModel) -> int | None:
     return min(lengths, default=None)
 
 
-def _check_configuration(model: PreTrainedModel, context: int, setting: str) -> None:
+def check_configuration(model: PreTrainedModel, context: int, setting: str) -> None:
     config: Any = model.config
     if config.get_text_config() is not config:
         raise _unsupported(model, "it is a multimodal model")
@@ -86,7 +86,7 @@ def _check_configuration(model: PreTrainedModel, context: int, setting: str) -> 
 def prepare(model: PreTrainedModel, count: int, context: int, setting: str) -> tuple[Slots, OutputHead]:
     """The model on `count` slots of `context` tokens, and its output head. Raises UnsupportedModel where its
     log-probabilities would not be those of its own forward; `setting` is the recipe's key for the context."""
-    _check_configuration(model, context, setting)
+    check_configuration(model, context, setting)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, min(TOKENS, context)).tolist()
     with _refusing_failures(model, "its own forward fails"):
         model.set_attn_implementation("eager")

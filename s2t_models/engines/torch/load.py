@@ -1,0 +1,50 @@
+"""From what a recipe hosts to a running torch engine."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from s2t_models import loading
+from s2t_models.artifact import Artifact
+from s2t_models.engines.contract import ModelCard
+from s2t_models.engines.load import capabilities
+from s2t_models.engines.torch import families
+from s2t_models.engines.torch.engine import TorchEngine, context_setting
+from s2t_models.hosting import Hosted
+from s2t_models.router import load_router
+
+
+def load(hosted: Hosted) -> TorchEngine:
+    """An engine over a model, or over the merged model of an artifact with its trigger head. Raises RecipeError where
+    there is no such model, UnsupportedModel where it cannot be served exactly."""
+    artifact = Artifact.load(hosted.artifact) if hosted.artifact else None
+    settings = artifact.model(hosted.settings) if artifact else hosted.settings
+    model = loading.load_model(settings)
+    # A further checkpoint may have fewer rows than the pair's SLM.
+    reserved = artifact.card.reserved_ids if artifact else hosted.reserved_ids
+    reserved = tuple(row for row in reserved if row < model.config.vocab_size)
+    end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
+    card = ModelCard(
+        name=hosted.name,
+        weights=loading.weights_hash(settings),
+        tokenizer=loading.tokenizer_hash(settings),
+        vocabulary=int(model.config.vocab_size),
+        context=settings.context or families.default_context(model),
+        end_ids=tuple(end) if isinstance(end, list) else (end,) if end is not None else (),
+        reserved_ids=reserved,
+        dtype=settings.dtype,
+        router=hosted.router_hash,
+        capabilities=capabilities(hosted),
+    )
+    router = load_router(hosted.router) if hosted.router else None
+    head, bins = (artifact.head(), artifact.card.bins) if artifact else (None, ())
+    return TorchEngine(model, card, settings.slots, head, bins, router)
+
+
+def check(hosted: Hosted) -> None:
+    """Refuse what its configuration alone shows cannot be served: no weights are read. Raises as `load` does."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(loading.load_config(hosted.settings))
+    context = hosted.settings.context or families.default_context(model)
+    families.check_configuration(model, context, context_setting(hosted.name))
