@@ -36,10 +36,16 @@ _PYTHON = (
 _CODE_START = re.compile(r"[ \t]*(?:from\s+\S+\s+import\s|import\s+\w|def\s+\w|async\s+def\s|class\s+\w|@\w)")
 _MOST_FENCES = 40  # more are no answer but a loop
 _MOST_CUTS = 60  # attempts at prose behind the code
+_MOST_PARSED = 1_000_000  # characters, over all attempts
 _MOST_ENDS = 8  # fences that may end one block
 _LONGEST = 100_000  # characters
 _FUNCTION_OR_CLASS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-_UNPARSABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # ValueError: such as an integer of too many digits
+_UNPARSABLE = (
+    SyntaxError,
+    ValueError,
+    RecursionError,
+    MemoryError,
+)  # ValueError: such as an integer of too many digits
 
 
 def program(response: str, prompt: str, entry_point: str) -> str:
@@ -61,7 +67,9 @@ def program(response: str, prompt: str, entry_point: str) -> str:
 
 def _with_plain_whitespace(text: str) -> str:
     """Line ends as \\n, indentation without tabs or no-break spaces."""
-    text = text[:_LONGEST].replace("\r\n", "\n").replace("\r", "\n").translate(dict.fromkeys(map(ord, "\ufeff\u200b\0")))
+    text = (
+        text[:_LONGEST].replace("\r\n", "\n").replace("\r", "\n").translate(dict.fromkeys(map(ord, "\ufeff\u200b\0")))
+    )
     text = text.encode(errors="replace").decode()  # half a character, which no parser takes
     text = _FENCE_BEHIND_CODE.sub(r"\1\n```", _FENCE_BEFORE_CODE.sub(r"\1\n", text))
     return re.sub(r"^[ \t\u00a0]+", lambda run: run[0].replace("\u00a0", " ").expandtabs(4), text, flags=re.MULTILINE)
@@ -97,7 +105,7 @@ def _parsed(code: str) -> ast.Module | None:
 
 def _parsable_start(code: str) -> str:
     """The code without what follows it and does not parse: prose, or a last line that was cut off."""
-    for _ in range(_MOST_CUTS):
+    for _ in range(min(_MOST_CUTS, _MOST_PARSED // (len(code) + 1) + 2)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

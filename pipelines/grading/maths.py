@@ -110,6 +110,8 @@ def _sides(gold: str, pred: str) -> tuple[str, str]:
     """`x =` taken off where only one side has it, or where both name the same; a chain a = b = c answers its last member."""
     if pred.count("=") > gold.count("=") and len(alternatives(pred)) == 1 and (pred.count("=") > 1 or "=" not in gold):
         pred = last_side(pred)
+    if "=" in gold and "=" not in pred and not re.search(r"[-+*/^,]|frac", gold.split("=")[0]):
+        gold = last_side(gold)
     if ("=" in gold) != ("=" in pred) or "\\in" in gold + pred:
         return value_side(gold), value_side(pred)
     gold_value, pred_value = value_side(gold), value_side(pred)
