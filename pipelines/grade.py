@@ -1,9 +1,9 @@
 """Grade responses that were recorded elsewhere: `s2t grade TASK RESPONSES.jsonl [--data DIR] [--output FILE]`.
 
-One JSON object a line, with `response` (a text, or a list of texts to vote over; for mt_bench the two turns' answers) and either `id` (a row of
-the task) or `answer` (the gold answer). `finish_reason` "length" marks a response that was cut off, `error` one that failed. Every
-field is kept; `verdict`, `extracted` and `correct` are added. It asks no model but MT-Bench's judge. What it does is in
-`tasks.recorded`.
+One JSON object a line, with `response` (a text, or a list of texts to vote over; for mt_bench the two turns' answers)
+and either `id` (a row of the task) or `answer` (the gold answer). `finish_reason` "length" marks a response that was
+cut off, `error` one that failed. Every field is kept; `verdict`, `extracted` and `correct` are added. It asks no model
+but MT-Bench's judge. What it does is in `results.recorded`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from s2t_models.commands import run_command
-from s2t_models.errors import UserError
+from s2t_models.errors import UserError, one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,8 +25,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _grade(options: argparse.Namespace) -> int:
     from pipelines.grading.judge import endpoint
+    from pipelines.results.recorded import grade_file, report, write_lines
     from pipelines.tasks import task
-    from pipelines.tasks.recorded import grade_file, report, write_lines
 
     chosen = task(options.task).prepared(options.allow_unsandboxed)
     ask = None
@@ -35,14 +35,14 @@ def _grade(options: argparse.Namespace) -> int:
             raise UserError(f"{chosen.name} is graded by a judge model: name one with --judge URL --judge-model NAME")
         ask = endpoint(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY", ""))
     graded = grade_file(options.responses, chosen, options.data, ask)
-    for number, reason in graded.malformed.items():
-        print(f"{options.responses}, line {number}: {reason}; the line is left out", file=sys.stderr)
+    for number, problem in graded.malformed.items():
+        print(f"{options.responses}, line {number}: {problem}; the line is left out", file=sys.stderr)
     if options.output:
         write_lines(options.output, graded.lines)
     if graded.none_graded:
         first = next((line.get("error") for line in graded.lines), None)
-        why = f"; the first error: {first}" if first else ""
-        raise UserError(f"{options.responses}: none of its lines could be graded{why}")
+        because = f"; the first error: {one_line(str(first))}" if first else ""
+        raise UserError(f"{options.responses}: none of its lines could be graded{because}")
     print(report(chosen.name, graded.lines))
     return 1 if graded.malformed else 0
 

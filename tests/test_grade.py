@@ -17,10 +17,10 @@ from pipelines.grading import sandbox
 from pipelines.results.statistics import wilson
 from pipelines.tasks import task
 
-Row = dict[str, Any]
+ResponseLine = dict[str, Any]
 
 
-def run(tmp_path: Path, name: str, rows: list[Row | str], *options: str) -> tuple[int, list[Row]]:
+def run(tmp_path: Path, name: str, rows: list[ResponseLine | str], *options: str) -> tuple[int, list[ResponseLine]]:
     """Exit status and the graded lines."""
     path, output = tmp_path / "responses.jsonl", tmp_path / "graded.jsonl"
     path.write_text(
@@ -31,7 +31,7 @@ def run(tmp_path: Path, name: str, rows: list[Row | str], *options: str) -> tupl
 
 
 def test_answers_on_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows: list[Row | str] = [
+    rows: list[ResponseLine | str] = [
         {"response": "So it is \\boxed{1{,}000}.", "answer": "1000", "model": "m", "n": [1, {"a": None}]},
         {"response": "She has 18.00 dollars. #### 18", "answer": 18},
         {"response": "The answer is 7.", "answer": "8"},
@@ -63,7 +63,7 @@ def test_answers_on_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_rows_by_id(tmp_path: Path, data_dir: Path) -> None:
     items = task("math500").load(data_dir)[:20]
-    rows: list[Row | str] = [{"id": item.uid, "response": item.metadata["solution"]} for item in items]
+    rows: list[ResponseLine | str] = [{"id": item.uid, "response": item.metadata["solution"]} for item in items]
     rows += [{"id": item.uid.removeprefix("math500/"), "response": "\\boxed{0.123}"} for item in items]
     status, graded = run(tmp_path, "math500", rows, "--data", str(data_dir))
     assert status == 0
@@ -76,17 +76,18 @@ def test_rows_by_id(tmp_path: Path, data_dir: Path) -> None:
 
 
 def test_a_percentage_is_seen_from_the_question_or_the_response(tmp_path: Path) -> None:
-    rows: list[Row | str] = [
+    rows: list[ResponseLine | str] = [
         {"response": "\\boxed{10\\%}", "answer": "10"},
         {"response": "The percentage is \\boxed{10\\%}", "answer": "10"},
+        {"response": "\\boxed{10}", "answer": "10\\%"},
         {"response": "\\boxed{10\\%}", "answer": "10", "question": "What percent of 50 is 5?"},
         {"response": "The percentage is \\boxed{10\\%}", "answer": "10", "question": "How many are left?"},
     ]
-    assert [row["correct"] for row in run(tmp_path, "math500", rows)[1]] == [False, True, True, False]
+    assert [row["correct"] for row in run(tmp_path, "math500", rows)[1]] == [False, True, True, True, False]
 
 
 def test_lists_are_voted_over(tmp_path: Path) -> None:
-    rows: list[Row | str] = [
+    rows: list[ResponseLine | str] = [
         {"response": ["\\boxed{1}", "\\boxed{2}", "\\boxed{2.0}"], "answer": "2"},
         {"response": ["\\boxed{1}", "\\boxed{2}"], "answer": "2"},
         {"response": ["no idea", "none", "\\boxed{2}"], "answer": "2"},
@@ -96,14 +97,52 @@ def test_lists_are_voted_over(tmp_path: Path) -> None:
     graded = run(tmp_path, "math500", rows)[1]
     assert [row["correct"] for row in graded] == [True, False, True, False, True]
     assert [row["extracted"] for row in graded] == ["2", "1", "2", None, "0.5"]
-    letters: list[Row | str] = [{"response": ["Answer: A", "Answer: B", "Answer: B"], "answer": "B"}]
-    assert run(tmp_path, "arc_challenge", letters)[1][0]["correct"]
+    letters: list[ResponseLine | str] = [
+        {"response": ["Answer: A", "Answer: B", "Answer: B"], "answer": "B"},
+        {"response": ["Answer: A", "the moon", "Answer: B"], "answer": "B", "options": ["the sun", "the moon"]},
+    ]
+    assert [row["correct"] for row in run(tmp_path, "arc_challenge", letters)[1]] == [True, True]
+
+
+def test_a_byte_order_mark_and_half_characters_are_taken(tmp_path: Path) -> None:
+    rows: list[ResponseLine | str] = [
+        '\ufeff{"response": "5", "answer": "5"}',
+        '{"response": "\\ud83d 5", "answer": "5", "note": "\\ud83d"}',
+    ]
+    status, graded = run(tmp_path, "math500", rows)
+    assert status == 0
+    assert [row["correct"] for row in graded] == [True, True]
+    assert graded[1]["note"] == "\ud83d"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "there are no lines to grade"),
+        ("\n \n", "there are no lines to grade"),
+        ("noise\n[1]\n", "none of its lines could be graded"),
+        ('{"answer": ' + "9" * 5000 + "}\n", "none of its lines could be graded"),
+        (
+            '{"answer": "5", "response": null, "error": "refused"}\n',
+            "none of its lines could be graded; the first error: refused",
+        ),
+    ],
+)
+def test_a_file_with_nothing_to_grade_is_status_2(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "responses.jsonl"
+    path.write_text(content)
+    assert main(["math500", str(path)]) == 2
+    said = capsys.readouterr()
+    assert message in said.err.splitlines()[-1]
+    assert not said.out
 
 
 def test_malformed_lines_are_named_and_the_others_graded(
     tmp_path: Path, data_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows: list[Row | str] = [
+    rows: list[ResponseLine | str] = [
         {"response": "#### 18", "id": 0},
         '{"response": "cut',
         "[1, 2]",
@@ -157,7 +196,7 @@ def test_humaneval_runs_in_the_sandbox(tmp_path: Path, data_dir: Path, capsys: p
     if sandbox.unavailable():
         pytest.skip(f"no isolation here: {sandbox.unavailable()}")
     items = task("humaneval").load(data_dir)[:2]
-    rows: list[Row | str] = [
+    rows: list[ResponseLine | str] = [
         {"id": "HumanEval/0", "response": f"```python\n{items[0].question}{items[0].answer}```"},
         {"id": "1", "response": "    return None"},
         {"id": "1", "response": ["a", "b"]},
@@ -172,14 +211,17 @@ def test_humaneval_runs_in_the_sandbox(tmp_path: Path, data_dir: Path, capsys: p
 
 
 class StubJudge(BaseHTTPRequestHandler):
-    """An OpenAI-compatible endpoint that rates every answer 8, or gives no rating where the answer says so."""
+    """An OpenAI-compatible endpoint that rates every answer 8, or gives no rating or no text where the answer says
+    so."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions"
         assert body["model"] == "judge"
-        rating = "no rating" if "MUTE" in body["messages"][1]["content"] else "Rating: [[8]]"
-        data = json.dumps({"choices": [{"message": {"role": "assistant", "content": rating}}]}).encode()
+        asked = body["messages"][1]["content"]
+        rating = None if "NULL" in asked else "no rating" if "MUTE" in asked else "Rating: [[8]]"
+        choices = [] if "EMPTY" in asked else [{"message": {"role": "assistant", "content": rating}}]
+        data = json.dumps({"choices": choices}).encode()
         self.send_response(200)
         self.end_headers()
         self.wfile.write(data)
@@ -198,23 +240,32 @@ def judge_url() -> Iterator[str]:
 
 
 def test_mt_bench_asks_an_openai_endpoint(
-    tmp_path: Path, data_dir: Path, judge_url: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data_dir: Path,
+    judge_url: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows: list[Row | str] = [{"id": 81, "response": ["one", "two"]}, {"id": 111, "response": ["one", "MUTE"]}]
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    words = ("two", "MUTE", "NULL", "EMPTY")
+    rows: list[ResponseLine | str] = [{"id": 81 + n, "response": ["one", word]} for n, word in enumerate(words)]
     options = ("--data", str(data_dir), "--judge", judge_url, "--judge-model", "judge")
     status, graded = run(tmp_path, "mt_bench", rows, *options)
     assert status == 0
     assert [(row["verdict"], row["extracted"], row["score"]) for row in graded] == [
         ("correct", "8, 8", 0.8),
-        ("errored", None, 0.0),
+        *[("errored", None, 0.0)] * 3,
     ]
-    assert "mean rating 4.00" in capsys.readouterr().out
+    assert graded[1]["error"] == "the judge gave no rating of the form [[n]] from 1 to 10"
+    assert all("is not a chat completion with a text" in row["error"] for row in graded[2:])
+    assert "mean rating 2.00" in capsys.readouterr().out
 
 
 def test_the_order_of_thousands_of_lines_is_kept(tmp_path: Path) -> None:
     rng = random.Random(0)
     values = [rng.randrange(100) for _ in range(3000)]
-    rows: list[Row | str] = [
+    rows: list[ResponseLine | str] = [
         {"response": f"\\boxed{{{value}}}", "answer": "50", "line": n} for n, value in enumerate(values)
     ]
     _, graded = run(tmp_path, "gsm8k", rows)

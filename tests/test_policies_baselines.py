@@ -24,6 +24,7 @@ from reference_engine import (
     torch_engines,
 )
 
+from s2t_models.answers.final_answer import boxed
 from s2t_models.answers.voting import vote
 from s2t_models.engines.contract import Draft, Sampling, Scores, Usage
 from s2t_models.engines.torch.engine import TorchEngine
@@ -103,18 +104,26 @@ def test_majority_votes_over_samples_of_distinct_seeds(engines):
     assert len(winners) > 1, "not simply the first sample"
 
 
-def test_majority_votes_by_letter_where_the_request_has_options():
-    texts = {0: "(C) 7", 1: "The answer is B. 3", 2: "So it is (B), 9"}
+@dataclass
+class Chorus:
+    """An engine that says the text of the seed."""
 
-    @dataclass
-    class Said:
-        async def generate(self, prefix: list[int], asked: Sampling) -> Draft:
-            return Draft([asked.seed], "end", Usage(decode=1))
+    texts: list[str]
 
-    engines = Engines({"slm": Said()}, lambda ids: texts[ids[0]], encode)  # type: ignore[dict-item]
-    policy, options = Majority("maj@3", WARM, 3), ("red", "green", "blue")
-    assert run(policy, engines, Request([1], 4)).ids == [0]
-    assert run(policy, engines, Request([1], 4, options=options)).ids == [1]
+    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
+        return Draft(encode(self.texts[sampling.seed]), "end", Usage())
+
+
+def test_majority_serves_the_first_sample_with_the_majoritys_answer():
+    def served(*texts: str, options: tuple[str, ...] = ()) -> str:
+        voices = Engines({"slm": Chorus(list(texts))}, decode, encode)
+        request = Request(encode("Q?"), 50, options=options)
+        return decode(run(Majority("maj", WARM, len(texts)), voices, request).ids)
+
+    assert served("7 eggs", "so 8", "8.0 in all", "no idea") == "so 8"
+    assert served("no idea", "the answer is 1/2", "it is 3", "\\boxed{0.5}") == "the answer is 1/2"
+    letters = ("answer: A. 10", "answer: B. 20", "it is 20", "10 or 20")
+    assert served(*letters, options=("10", "20")) == "answer: B. 20"
 
 
 # SpecReason
@@ -383,6 +392,12 @@ def test_multiplex_goes_on_with_ordinary_sampling_once_certain(engines, referenc
     from_the_start = replace(policy, settings=policy.settings.model_copy(update={"patience": 1}))
     sampled = run(SingleModel("sample", sampler=WARM), engines, Request(PROMPT, 16, 1)).ids
     assert run(from_the_start, engines, Request(PROMPT, 16, 1)).ids == sampled
+
+
+def test_boxed_wants_closed_braces():
+    assert boxed("\\boxed{1} \\boxed{2") is None
+    assert boxed("\\boxed{a{b}c}") == "a{b}c"
+    assert boxed("boxed in") is None
 
 
 def test_reference_engine_is_the_contract(pair):

@@ -1,7 +1,8 @@
 """Python code out of a response, made into a whole program (HumanEval, section C.1 of the paper).
 
-Markdown and prose are taken off. Of what is left the asked function is kept, and what it needs: the syntax tree tells, wherever in the
-text a helper stands; tests, examples and calls of `input()` are not run. Whether the program works is for `sandbox`.
+Markdown and prose are taken off. Of what is left the asked function is kept, and what it needs: the syntax tree tells,
+wherever in the text a helper stands; tests, examples and calls of `input()` are not run. Whether the program works is
+for `sandbox`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _PYTHON = (
 _CODE_START = re.compile(r"[ \t]*(?:from\s+\S+\s+import\s|import\s+\w|def\s+\w|async\s+def\s|class\s+\w|@\w)")
 _MOST_FENCES = 40  # more are no answer but a loop
 _MOST_CUTS = 60  # attempts at prose behind the code
+_MOST_PARSED = 1_000_000  # characters, over all attempts
 _MOST_ENDS = 8  # fences that may end one block
 _LONGEST = 100_000  # characters
 _FUNCTION_OR_CLASS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -48,8 +50,8 @@ _UNPARSABLE = (
 
 
 def program(response: str, prompt: str, entry_point: str) -> str:
-    """A program that defines `entry_point`: the response's function with all it needs behind the prompt's imports and helpers, or the
-    prompt completed.
+    """A program that defines `entry_point`: the response's function with all it needs behind the prompt's imports and
+    helpers, or the prompt completed.
 
     Args:
         prompt: the problem's own text, ending inside the function to be written.
@@ -75,7 +77,8 @@ def _with_plain_whitespace(text: str) -> str:
 
 
 def _blocks(lines: list[str]) -> Iterator[str]:
-    """The fenced blocks of Python. A block ends at the first fence with which it is whole: one in a docstring does not end it."""
+    """The fenced blocks of Python. A block ends at the first fence with which it is whole: one in a docstring does not
+    end it."""
     fences = [(number, found) for number, line in enumerate(lines) if (found := _FENCE.fullmatch(line))][:_MOST_FENCES]
     following = 0
     for number, opening in fences:
@@ -104,7 +107,7 @@ def _parsed(code: str) -> ast.Module | None:
 
 def _parsable_start(code: str) -> str:
     """The code without what follows it and does not parse: prose, or a last line that was cut off."""
-    for _ in range(_MOST_CUTS):
+    for _ in range(min(_MOST_CUTS, _MOST_PARSED // (len(code) + 1) + 2)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -172,7 +175,8 @@ def _globals(table: symtable.SymbolTable) -> set[str]:
 
 @dataclass(frozen=True)
 class _Statement:
-    """One statement of the top level. `fills` says that it is neither a definition nor an assignment, but may fill a table."""
+    """One statement of the top level. `fills` says that it is neither a definition nor an assignment, but may fill a
+    table."""
 
     text: str
     binds: set[str]
@@ -195,7 +199,8 @@ class _Statement:
 
 
 def _needed(statements: list[_Statement], name: str) -> list[str]:
-    """The statements that define the name and, in turn, what these use, and those that fill a table they use, in their order."""
+    """The statements that define the name and, in turn, what these use, and those that fill a table they use, in their
+    order."""
     wanted, tables, kept = {name, "*"}, set[str](), set[int]()
     while True:
         found = [
@@ -237,7 +242,8 @@ def _preamble(prompt: str, name: str) -> str:
 
 
 def _completed(prompt: str, bodies: list[str], name: str) -> str:
-    """The prompt with the function's body. Models leave out the indentation of the first line or of all, or have a line of prose before
+    """The prompt with the function's body. Models leave out the indentation of the first line or of all, or have a line
+    of prose before
     it: of the readings that parse, the one that keeps most."""
     readings = []
     for body in (body.strip("\n") for body in bodies):

@@ -1,6 +1,8 @@
-"""One spelling for a short mathematical answer: LaTeX dressing, units and separators taken off, fractions written one way.
+"""One spelling for a short mathematical answer: LaTeX dressing, units and separators taken off, fractions written one
+way.
 
-Pure text; it proves nothing equal that is not the same text afterwards. What needs algebra is left to `pipelines.grading.maths`.
+Pure text; it proves nothing equal that is not the same text afterwards. What needs algebra is left to
+`pipelines.grading.maths`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,10 @@ from s2t_models.answers.units import TAIL_UNIT, WORD_UNIT
 
 LONGEST = 1000  # characters; a longer text is no short answer and only loses its spaces
 
-_UNWRAPPED = r"\\(?:text|textbf|textit|textrm|textnormal|texttt|emph|mathrm|mathbf|mathbb|mathcal|mathit|mathsf|bm|boldsymbol|operatorname|mbox|hbox|underline)\*?"
+_UNWRAPPED = (
+    r"\\(?:text|textbf|textit|textrm|textnormal|texttt|emph|mathrm|mathbf|mathbb|mathcal|mathit|mathsf|bm|boldsymbol|"
+    r"operatorname|mbox|hbox|underline)\*?"
+)
 _WRAPPED = re.compile(_UNWRAPPED + r"\s*\{([^{}]*)\}")
 _DISPLAY = re.compile(r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
 _SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad|qquad|thinspace|enspace)|~")
@@ -180,8 +185,8 @@ def value_side(text: str) -> str:
 
 
 def last_side(text: str) -> str:
-    """The last member of an equation or chain a = b = c that states a value; the text itself where it is an equation to be solved,
-    such as 2x = 10 or x^2 = 4."""
+    """The last member of an equation or chain a = b = c that states a value; the text itself where it is an equation to
+    be solved, such as 2x = 10 or x^2 = 4."""
     left, equals, right = text.rpartition("=")
     if not equals or not right.strip() or left.rstrip().endswith(("<", ">", "!")):
         return text

@@ -79,7 +79,8 @@ _BEHIND = re.compile(
 
 
 def scale(undressed: str) -> str | None:
-    """The unit behind the number at the end, by its one symbol, such as `cm` or `cm2`; None where there is none whose scale is known."""
+    """The unit behind the number at the end, by its one symbol, such as `cm` or `cm2`; None where there is none whose
+    scale is known."""
     found = _BEHIND.search(undressed[-60:])
     if not found:
         return None

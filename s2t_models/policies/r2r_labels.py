@@ -25,9 +25,8 @@ Judge = Callable[[str, str, str], Awaitable[bool]]
 SENTENCE_ENDS = (". ", ".\n", "! ", "!\n", "? ", "?\n", "\n")
 JUDGE = (
     "<|im_start|>user\nTwo sentences go on from the same text.\n\nText: {context}\n\nSentence 1: {reference}\n\n"
-    "Sentence 2: {alternative}\n\nReply 1 if they differ in meaning, in the result of a calculation or in the path of the "
-    "reasoning, "
-    "and 0 if they differ in wording only.<|im_end|>\n<|im_start|>assistant\n"
+    "Sentence 2: {alternative}\n\nReply 1 if they differ in meaning, in the result of a calculation or in the "
+    "path of the reasoning, and 0 if they differ in wording only.<|im_end|>\n<|im_start|>assistant\n"
 )
 
 

@@ -31,7 +31,8 @@ from s2t_models.settings import SpecReasonSettings
 #: What follows the text so far when the teacher is asked; the next token is the score.
 VERIFY = (
     "<|im_end|>\n<|im_start|>user\nRate the last step of the reasoning above from 0 to 9. Judge only whether it is "
-    "correct and follows from what came before; ignore its style. Reply with one digit.<|im_end|>\n<|im_start|>assistant\nScore: "
+    "correct and follows from what came before; ignore its style. Reply with one digit.<|im_end|>\n"
+    "<|im_start|>assistant\nScore: "
 )
 #: The teacher's own draws, independent of those of the step it rejected.
 TEACHER_SEED = 1 << 32
