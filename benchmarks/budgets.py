@@ -14,7 +14,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipelines.benchmark.job import RESULTS, Options, benchmark
+from pipelines.benchmark.job import Options, benchmark
+from pipelines.data.layout import RESULTS
 from pipelines.results.summary import Summary, markdown_table, read_results, summarise
 from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, load_recipe

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipelines.data.layout import COLLECTED, DEMO_SUMMARY, RESULTS, SERVABLE_RECIPE
 from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, load_recipe
 
@@ -59,7 +60,7 @@ def demo(recipe_path: str | Path, overrides: list[str], output: Path, items: int
     _distil(recipe, train, control, "kd")
     recipe = recipe.model_copy(update={"artifact": str(artifact), "checkpoints": {"kd": str(control)}})
     recipe = recipe.model_copy(update={"budget": _choose_budget(recipe, output / "validation")})
-    _write_recipe(recipe, output / "recipe.yaml")
+    _write_recipe(recipe, output / SERVABLE_RECIPE)
     summary = _compare(_with(recipe, "benchmark", items=items), calibration, output)
     _analyse(calibration, output)
     print(MEANING.format(budget=recipe.budget))
@@ -89,7 +90,7 @@ def _distil(recipe: Recipe, train: Path, output: Path, objective: str, calibrati
 
 def _choose_budget(recipe: Recipe, folder: Path) -> float:
     """The smallest budget whose accuracy on validation problems is within one standard error of the best one's."""
-    from pipelines.benchmark.job import RESULTS, Options, benchmark
+    from pipelines.benchmark.job import Options, benchmark
     from pipelines.results.summary import read_results, summarise
 
     policies = tuple(f"s2t-local@{budget:g}" for budget in BUDGETS)
@@ -109,8 +110,7 @@ def _choose_budget(recipe: Recipe, folder: Path) -> float:
 
 
 def _compare(recipe: Recipe, calibration: Path, output: Path) -> dict[str, Any]:
-    from pipelines.benchmark.job import RESULTS, Options, benchmark
-    from pipelines.collect.publish import SUMMARY
+    from pipelines.benchmark.job import Options, benchmark
     from pipelines.results.summary import demo_summary, read_results
 
     policies = ", ".join(recipe.benchmark.policies)
@@ -118,9 +118,9 @@ def _compare(recipe: Recipe, calibration: Path, output: Path) -> dict[str, Any]:
     folder = output / "benchmark"
     tables = benchmark(recipe, folder, Options())
     frame, metadata = read_results(folder / RESULTS)
-    hits = {int(k): hit for k, hit in json.loads((calibration / SUMMARY).read_text())["hit"].items()}
+    hits = {int(k): hit for k, hit in json.loads((calibration / COLLECTED).read_text())["hit"].items()}
     summary = demo_summary(frame, hits, recipe.budget, json.loads(metadata["s2t.splits"]))
-    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (output / DEMO_SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\n{tables}\n{_against(summary)}\n")
     return summary
 
@@ -137,7 +137,6 @@ def _against(summary: dict[str, Any]) -> str:
 
 def _analyse(calibration: Path, output: Path) -> None:
     from pipelines.analyse.job import analyse
-    from pipelines.benchmark.job import RESULTS
 
     _say(f"analyse: Hit@K, accuracy against budget and the error split, as tables and figures in {output / 'analysis'}")
     results = [output / stage / RESULTS for stage in ("benchmark", "validation")]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 from stub_endpoint import Stub
 
-from pipelines.benchmark.job import RESULTS, Options, benchmark
+from pipelines.benchmark.job import Options, benchmark
+from pipelines.data.layout import RESULTS
 from pipelines.results.summary import read_results
 from s2t_models.recipe import Recipe, load_recipe
 

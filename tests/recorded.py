@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.data.layout import SHARDS
 from pipelines.data.schema import SHARD
-from pipelines.data.shards import FOLDER, shard_metadata, shard_name, write_shard
+from pipelines.data.shards import shard_metadata, shard_name, write_shard
 from pipelines.results.summary import write_results
 from s2t_models.recipe import Recipe, load_recipe
 
@@ -131,7 +132,7 @@ def recorded_shards(folder: Path, rows: int = 12, length: int = 60) -> Recipe:
             }
         )
     made.append({"uid": "p/bad", "prompt": "", "error": "empty prompt: nothing to say"})
-    (folder / FOLDER).mkdir(parents=True)
+    (folder / SHARDS).mkdir(parents=True)
     metadata = shard_metadata(recipe, "a", "b", "c", "embedded-train")
-    write_shard(folder / FOLDER / shard_name(0, 1), pa.Table.from_pylist(made, schema=SHARD), metadata)
+    write_shard(folder / SHARDS / shard_name(0, 1), pa.Table.from_pylist(made, schema=SHARD), metadata)
     return recipe

@@ -19,8 +19,9 @@ from stub_endpoint import Stub
 from pipelines.benchmark.__main__ import main
 from pipelines.benchmark.answer_log import read_answers
 from pipelines.benchmark.endpoint import EndpointError, served_models
-from pipelines.benchmark.job import RESULTS, Options, _engines, benchmark
+from pipelines.benchmark.job import Options, _engines, benchmark
 from pipelines.benchmark.questions import QuestionError, Row, check_splits, load_items, plan
+from pipelines.data.layout import RESULTS
 from pipelines.results.summary import read_results, summarise
 from pipelines.tasks import Item, Task
 from pipelines.tasks.splits import fingerprint

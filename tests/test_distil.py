@@ -19,8 +19,9 @@ import torch
 from labelled_rows import failed_row, labelled_rows
 from scipy import stats
 
+from pipelines.data.layout import SHARDS
 from pipelines.data.schema import SHARD
-from pipelines.data.shards import FOLDER, shard_metadata, shard_name, write_shard
+from pipelines.data.shards import shard_metadata, shard_name, write_shard
 from pipelines.distil import job
 from pipelines.distil.__main__ import main
 from pipelines.distil.inputs import read_trajectories, training_folder
@@ -52,8 +53,8 @@ def label(recipe: Recipe, task_name: str, count: int) -> pa.Table:
 
 def write(folder: Path, table: pa.Table, recipe: Recipe, task: str) -> Path:
     pair = weights_hash(recipe.slm), weights_hash(recipe.teacher), tokenizer_hash(recipe.slm)
-    (folder / FOLDER).mkdir(parents=True)
-    write_shard(folder / FOLDER / shard_name(0, 1), table, shard_metadata(recipe, *pair, task))
+    (folder / SHARDS).mkdir(parents=True)
+    write_shard(folder / SHARDS / shard_name(0, 1), table, shard_metadata(recipe, *pair, task))
     return folder
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from pipelines.data.layout import RECORD, SHARDS
 from pipelines.data.schema import SHARD, VERSION
 from pipelines.data.shards import (
-    FOLDER,
-    RECORD,
     ShardError,
     check_pair,
     questions,
@@ -56,8 +55,8 @@ def _metadata(recipe: Recipe, slm: str = "s", k: int | None = None) -> dict[str,
 
 
 def _write(folder: Path, index: int, count: int, rows: list[dict], metadata: dict[str, str]) -> Path:
-    (folder / FOLDER).mkdir(exist_ok=True)
-    path = folder / FOLDER / shard_name(index, count)
+    (folder / SHARDS).mkdir(exist_ok=True)
+    path = folder / SHARDS / shard_name(index, count)
     write_shard(path, pa.Table.from_pylist(rows, SHARD), metadata)
     return path
 
@@ -100,25 +99,25 @@ def test_unfinished_collection_is_refused(tmp_path: Path) -> None:
 
 
 def test_lost_shard_is_noticed(collection: Path) -> None:
-    (collection / FOLDER / shard_name(0, 2)).unlink()
+    (collection / SHARDS / shard_name(0, 2)).unlink()
     assert f"{shard_name(0, 2)} is missing" in _refused(collection)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not Arrow at all", b"ARROW1\x00\x00cut off"])
 def test_file_that_is_not_arrow_is_refused(collection: Path, content: bytes) -> None:
-    path = collection / FOLDER / shard_name(1, 2)
+    path = collection / SHARDS / shard_name(1, 2)
     path.write_bytes(content)
     assert f"{path}: not a shard" in _refused(collection)
 
 
 def test_truncated_shard_is_refused(collection: Path) -> None:
-    path = collection / FOLDER / shard_name(1, 2)
+    path = collection / SHARDS / shard_name(1, 2)
     path.write_bytes(path.read_bytes()[:-100])
     assert f"{path}: not a shard" in _refused(collection)
 
 
 def test_other_arrow_file_is_refused(collection: Path) -> None:
-    path = collection / FOLDER / shard_name(1, 2)
+    path = collection / SHARDS / shard_name(1, 2)
     table = pa.table({"uid": ["c"]})
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
@@ -126,7 +125,7 @@ def test_other_arrow_file_is_refused(collection: Path) -> None:
 
 
 def test_other_columns_are_refused(collection: Path, recipe: Recipe) -> None:
-    path = collection / FOLDER / shard_name(1, 2)
+    path = collection / SHARDS / shard_name(1, 2)
     table = pa.table({"uid": ["c"]}).replace_schema_metadata(_metadata(recipe))
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)

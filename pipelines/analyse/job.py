@@ -24,13 +24,12 @@ from pipelines.analyse import decisions as decision_analysis
 from pipelines.analyse import shard_tables as shard_analysis
 from pipelines.analyse.audit import audit
 from pipelines.analyse.decisions import Results
+from pipelines.data.layout import RESULTS
 from pipelines.data.shards import read_shards
 from pipelines.results.summary import markdown_table, read_results
 from pipelines.runtime import tracking as store
 from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.recipe import Recipe
-
-RESULTS = "results.parquet"
 
 
 class AnalysisError(UserError):

@@ -15,7 +15,8 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
 
     def work() -> int:
-        from pipelines.benchmark.job import RESULTS, Options, benchmark
+        from pipelines.benchmark.job import Options, benchmark
+        from pipelines.data.layout import RESULTS
 
         recipe = load_recipe(options.recipe, [*options.set, *_overrides(options)])
         tables = benchmark(

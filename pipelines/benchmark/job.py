@@ -32,6 +32,7 @@ from pipelines.benchmark.asking import ask
 from pipelines.benchmark.endpoint import served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan
 from pipelines.benchmark.verdicts import grade, remembered
+from pipelines.data.layout import ANSWERS, JUDGEMENTS, RESULTS
 from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
 from pipelines.results.summary import write_results
@@ -45,9 +46,6 @@ from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
 from serving import cluster
 from serving.app import run
-
-RESULTS = "results.parquet"
-ANSWERS = "answers"
 
 
 class BenchmarkError(UserError):
@@ -131,7 +129,7 @@ def _judge(options: Options, url: str, output: Path) -> Ask:
     ask = endpoint(
         options.judge or url, options.judge_model, os.environ.get("OPENAI_API_KEY", "") if options.judge else ""
     )
-    return remembered(ask, f"{options.judge_model} {identity}", output / "judgements")
+    return remembered(ask, f"{options.judge_model} {identity}", output / JUDGEMENTS)
 
 
 def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) -> dict[str, str]:

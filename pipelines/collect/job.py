@@ -27,9 +27,10 @@ from ray.data.checkpoint import CheckpointConfig
 
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import PROMPT, Labels, Rollouts
-from pipelines.collect.publish import SUMMARY, publish, write_json
+from pipelines.collect.publish import publish, write_json
 from pipelines.collect.sink import ArrowSink, committed
-from pipelines.data.shards import FOLDER, RECORD, shard_metadata
+from pipelines.data.layout import COLLECTED, RECORD, SHARDS
+from pipelines.data.shards import shard_metadata
 from pipelines.runtime.progress import Progress
 from s2t_models import loading
 from s2t_models.engines.load import check
@@ -56,7 +57,7 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     rows = sources.rows(chosen, recipe)
     with locked(output):
         metadata = _claim(recipe, output, task, rows)
-        if not (output / FOLDER).is_dir():
+        if not (output / SHARDS).is_dir():
             work = output / "work"
             files = _run(recipe, work, rows)
             try:
@@ -64,7 +65,7 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
             except NothingDone as error:
                 raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
             shutil.rmtree(work)
-        summary = json.loads((output / SUMMARY).read_text())
+        summary = json.loads((output / COLLECTED).read_text())
     if errored := sum(summary["errors"].values()):
         first = one_line(summary["first_error"])
         print(f"collect: {errored} of {summary['rows']} rows errored (the first: {first})", file=sys.stderr)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipelines.data.layout import COLLECTED, SHARDS
 from pipelines.data.schema import SHARD
-from pipelines.data.shards import FOLDER, ShardError, questions, shard_name, write_shard
+from pipelines.data.shards import ShardError, questions, shard_name, write_shard
 from s2t_models.calibration import BUDGETS, THRESHOLDS, Calibration, calibrate
 from s2t_models.errors import NothingDone, one_line
 from s2t_models.files import whole
@@ -28,7 +29,6 @@ from s2t_models.recipe import Recipe
 
 HITS = (1, 2, 4, 8)
 QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)
-SUMMARY = "collect.json"
 _ROWS_A_SHARD = 512
 
 
@@ -52,7 +52,7 @@ def publish(
 
     starts = range(0, len(rows), _ROWS_A_SHARD)
     kept = 0
-    with whole(output / FOLDER) as part:
+    with whole(output / SHARDS) as part:
         part.mkdir()
         for index, start in enumerate(starts):
             table = _keep(pa.concat_tables(rows[start : start + _ROWS_A_SHARD]).combine_chunks(), least_kl, recipe)
@@ -70,7 +70,7 @@ def publish(
             "least_kl": float(least_kl),
         }
         write_json(output / THRESHOLDS, calibration.model_dump(mode="json"))
-        write_json(output / SUMMARY, summary)
+        write_json(output / COLLECTED, summary)
     return summary
 
 

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pipelines.data.layout import RECORD, SHARDS
 from pipelines.data.schema import METADATA, SHARD, VERSION
 from s2t_models.errors import UserError
 from s2t_models.files import whole
 from s2t_models.recipe import Recipe
-
-FOLDER = "shards"
-#: Written when a collection begins: whose it is. It stays, so that a folder never holds two collections.
-RECORD = "record.json"
 
 
 class ShardError(UserError):
@@ -56,7 +53,7 @@ def read_shards(collection: str | Path) -> tuple[pa.Table, dict[str, str]]:
     version, shards of different pairs or recipes, a row that occurs twice.
     """
     collection = Path(collection)
-    folder = collection / FOLDER
+    folder = collection / SHARDS
     if not folder.is_dir():
         if (collection / RECORD).is_file():
             raise ShardError(f"{collection}: the collection is not finished; run the same collect command again")

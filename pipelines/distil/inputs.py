@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.data.shards import FOLDER, ShardError, check_pair, questions, read_shards
+from pipelines.data.layout import SHARDS
+from pipelines.data.shards import ShardError, check_pair, questions, read_shards
 from pipelines.tasks import TASKS
 from pipelines.tasks.splits import refuse_overlap
 from s2t_models import loading
@@ -99,7 +100,7 @@ def _digest(folder: Path, table: pa.Table) -> str:
     if not pc.sum(pc.list_value_length(table["kept"])).as_py():
         raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
     digest = hashlib.sha256()
-    for path in sorted((folder / FOLDER).iterdir()):
+    for path in sorted((folder / SHARDS).iterdir()):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

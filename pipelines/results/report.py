@@ -15,14 +15,12 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from pipelines.data.layout import FIGURES, TABLES
 from pipelines.results import figures
 from pipelines.results.figures import Point
 from pipelines.results.summary import Summary, as_rows, comparisons, markdown, read_results, summarise
 from pipelines.runtime import tracking as store
 from s2t_models.recipe import Recipe
-
-TABLES = "tables.md"
-FIGURES = "figures"
 
 
 def report(results: Path, output: Path, tracking: str | None) -> str:

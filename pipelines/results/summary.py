@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 from pipelines.data.schema import RESULT, VERSION
 from pipelines.data.text import encodable
 from pipelines.results.statistics import Paired, accuracy, over_seeds, paired
+from pipelines.tasks import VERDICTS
 from s2t_models.errors import UserError
 from s2t_models.files import whole
 
-VERDICTS = ("correct", "wrong", "truncated", "errored")
 PAIR = ["item", "seed", "repeat"]
 
 
