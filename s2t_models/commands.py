@@ -86,9 +86,8 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
         yield
     finally:
         if signal.getsignal(signal.SIGINT) is leave:
-            os._exit(
-                INTERRUPTED
-            )  # a local cluster ends with this process, and takes less time about it than Ray's own exit
+            # A local cluster ends with this process, and takes less time about it than Ray's own exit.
+            os._exit(INTERRUPTED)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(screen)
         # The work is done: Ctrl-C while Ray shuts down must not bring a traceback. Exit hooks run last come, first
