@@ -25,6 +25,8 @@ def start(*arguments: str, cwd: Path = REPOSITORY, **environment: str) -> subpro
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # As a terminal starts it: what runs in the background of a shell ignores SIGINT, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

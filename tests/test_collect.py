@@ -298,7 +298,7 @@ def test_tokenizers_that_differ_are_refused(
 
 
 def test_a_template_without_a_system_role_costs_no_row_and_other_refusals_one_each(recipe: Recipe) -> None:
-    rollouts = Rollouts(recipe)
+    rollouts = Rollouts(recipe, pair(recipe)["slm"])
     rollouts.tokenizer.chat_template = (
         "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
         "{% if m['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}{{ m['content'] }}{% endfor %}="

@@ -19,6 +19,7 @@ from made_up import calibration
 from processes import ctrl_c, end, has_child, start, wait_until
 
 from s2t_models import loading
+from s2t_models.answers.voting import vote
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling
 from s2t_models.hosting import host
@@ -140,6 +141,16 @@ def test_the_answer_tells_what_the_policy_did_when_asked(client):
             assert all(decision["chosen"] in decision["candidates_K"] for decision in decisions)
     votes = ask(client, chat(model="maj@3"))["s2t"]["samples"]
     assert len(votes) == 3
+
+
+def test_votes_are_by_letter_where_the_request_carries_options(client):
+    for options in ([], ["eggs", "12", "pens"]):
+        answer = ask(client, chat(model="maj@5", temperature=1.5, s2t={"options": options}))
+        samples = answer["s2t"]["samples"]
+        assert text(answer) == samples[vote(samples, options)]
+    refused = client.post("/chat/completions", json=chat(s2t={"options": ["x"] * 27}))
+    assert refused.status_code == 400
+    assert "s2t.options" in refused.json()["error"]["message"]
 
 
 def test_a_stop_string_ends_the_text(client):

@@ -50,10 +50,8 @@ def _bracketed(text: str) -> tuple[str, str, list[str]] | None:
     """Opening bracket, closing bracket and parts of a text that is one bracket, such as (1,2], \\{1,2\\} or \\langle
     1,2\\rangle."""
     text = text.replace("\\langle", "(").replace("\\rangle", ")")
-    for opening, closing in (("\\{", "\\}"), ("{", "}")):
-        if text.startswith(opening) and text.endswith(closing) and "\\" not in text[len(opening) : len(opening) + 1]:
-            return "{", "}", split_top(text[len(opening) : -len(closing)])
-    if len(text) < 2 or text[0] not in "([" or text[-1] not in ")]":
+    text = text.replace("\\{", "{").replace("\\}", "}")
+    if len(text) < 2 or text[0] not in _OPENING or text[-1] not in _CLOSING:
         return None
     depth = 0
     for index, character in enumerate(text):
@@ -61,7 +59,7 @@ def _bracketed(text: str) -> tuple[str, str, list[str]] | None:
         if depth == 0 and index < len(text) - 1:
             return None
     parts = split_top(text[1:-1])
-    return (text[0], text[-1], parts) if len(parts) > 1 else None
+    return (text[0], text[-1], parts) if len(parts) > 1 or text[0] == "{" else None
 
 
 def _matrix(text: str) -> list[list[str]] | None:
@@ -112,8 +110,10 @@ def _sides(gold: str, pred: str) -> tuple[str, str]:
     member."""
     if pred.count("=") > gold.count("=") and len(alternatives(pred)) == 1 and (pred.count("=") > 1 or "=" not in gold):
         pred = last_side(pred)
-    if "=" in gold and "=" not in pred and not re.search(r"[-+*/^,]|frac", gold.split("=")[0]):
+    if gold.count("=") == 1 and "=" not in pred and not re.search(r"[-+*/^,]|frac", gold.split("=")[0]):
         gold = last_side(gold)
+    if gold.count("=") > 1 and "=" not in pred:  # a=2, b=3, whose members are compared one by one
+        return gold, pred
     if ("=" in gold) != ("=" in pred) or "\\in" in gold + pred:
         return value_side(gold), value_side(pred)
     gold_value, pred_value = value_side(gold), value_side(pred)
@@ -151,7 +151,10 @@ def _same_parts(gold: str, pred: str, tolerance: float | None) -> bool:
             for gold_row, pred_row in zip(gold_matrix, pred_matrix, strict=True)
         )
     if "\\cup" in gold or "\\cup" in pred:
-        return _same_members(gold.split("\\cup"), pred.split("\\cup"), tolerance)
+        gold_parts, pred_parts = (
+            [part for piece in text.split("\\cup") for part in _ranges(piece)] for text in (gold, pred)
+        )
+        return _same_members(gold_parts, pred_parts, tolerance)
     gold_bracket, pred_bracket = _bracketed(gold), _bracketed(pred)
     if gold_bracket and pred_bracket and "{" not in gold_bracket[0] + pred_bracket[0]:
         return gold_bracket[:2] == pred_bracket[:2] and _in_order(gold_bracket[2], pred_bracket[2], tolerance)
@@ -160,10 +163,18 @@ def _same_parts(gold: str, pred: str, tolerance: float | None) -> bool:
         if bracket and bracket[:2] == ("(", ")") and len(bare) > 1:  # a point whose brackets one side left out
             return _in_order(*((bracket[2], bare) if bracket is gold_bracket else (bare, bracket[2])), tolerance)
     if len(gold_members) > 1 or len(pred_members) > 1:
+        names = [member.split("=")[0].strip() for member in gold_members if "=" in member]
+        if len(set(names)) == len(gold_members) and "=" not in pred and "_" not in gold:
+            return _in_order(gold_members, pred_members, tolerance)  # a=2, b=3 against 2, 3
         return _same_members(gold_members, pred_members, tolerance)
     if not _needs_algebra(gold_members[0] if gold_members else gold, pred_members[0] if pred_members else pred):
         return False
     return algebra.shared().equal(gold, pred, tolerance)
+
+
+def _ranges(text: str) -> list[str]:
+    """The members of x < 1 or x > 2; anything else as it is."""
+    return alternatives(text) if re.search(r"[<>]|\\[lg]e(?![a-z])", text) else [text.strip()]
 
 
 def _in_order(gold: Sequence[str], pred: Sequence[str], tolerance: float | None) -> bool:

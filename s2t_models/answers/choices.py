@@ -88,7 +88,8 @@ def choice(response: str, letters: str, options: Sequence[str] = ()) -> str | No
     stated = [match[1].split(". ")[0] for match in _STATED_TEXT.finditer(text)][-1:]
     last = text.splitlines()[-1]
     for clause in (*stated, last.rstrip(".").split(". ")[-1], last):
-        if by_text := _by_text(clause, letters, options):
+        said = re.split(r"\b(?:not|rather than|instead of)\b", clause)[0] or clause
+        if by_text := _by_text(said, letters, options):
             return by_text
     return _last_alone(text, letters)
 

@@ -32,7 +32,7 @@ _JSON = re.compile(
 )
 #: GSM8K's mark; other lines of four hashes are headings ("#### Step 2: ...", "#### 1. First").
 _HASHES = re.compile(
-    r"####\s?(?:(?:final )?answer\s?:?\s?)?(?!\d+[.)]\s[a-zA-Z])([-+*$\\({\[.\d€£][^\n]*)", re.IGNORECASE
+    r"####\s?(?:(?:final )?answer\s?:?\s?)?(?!\d+[.)]\s[a-zA-Z])([-+*$\\({\[.\d€£][^\n#]*)", re.IGNORECASE
 )
 _PHRASE = re.compile(
     r"\banswer(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}"
@@ -44,9 +44,14 @@ _PHRASE = re.compile(
 )
 _CUE = re.compile(rf"{_BOX.pattern}|####|</answer>|{_PHRASE.pattern}", re.IGNORECASE)
 _SPACES = re.compile(r"\s+")
+_END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|end_of_text|eot_id|eos|end|return)\|>|</s>|<end_of_turn>")
 _LONGEST_CLAUSE = 8000  # characters
 _SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-_REASON = re.compile(r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e)\b", re.IGNORECASE)
+_REASON = re.compile(
+    r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e|not|rather\sthan|instead\sof)\b"
+    r"|;(?=(?:\s\S+){0,3}\s[a-z]{2,}\s[a-z]{2,})",
+    re.IGNORECASE,
+)
 _HEDGE = re.compile(
     r"(?:approximately|about|roughly|around|exactly|only|just|simply|therefore|thus|then|indeed|clearly|equal to|"
     r"given by|that|we have)\s",
@@ -64,11 +69,24 @@ _FORMULA = re.compile(
 )
 
 
+<<<<<<< HEAD
 def conclusion(response: str) -> str:
     """What is said for good: the text behind `</think>` where there is any, up to a next question that the model made
     up. Runs of spaces become one space or line break, so that no pattern meets a long one."""
+=======
+def spoken(response: str) -> str:
+    """The text behind `</think>` where there is any, up to a token that ends the turn and was decoded as text."""
+>>>>>>> w-grading
     _, closed, after = response.rpartition("</think>")
-    text = _SPACES.sub(_one_space, after if closed and after.strip() else response).strip()
+    text = after if closed and after.strip() else response
+    before = _END_OF_TURN.split(text, maxsplit=1)[0]
+    return before if before.strip() else text
+
+
+def conclusion(response: str) -> str:
+    """What is said for good (`spoken`), up to a next question that the model made up. Runs of spaces become one space or line break,
+    so that no pattern meets a long one."""
+    text = _SPACES.sub(_one_space, spoken(response)).strip()
     answered = _CUE.search(text)
     asked = _NEXT_QUESTION.search(text, answered.end()) if answered else None
     return text[: asked.start()] if asked else text
@@ -87,8 +105,8 @@ def _box(text: str, opened: re.Match[str]) -> tuple[str, int | None]:
         bare = re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip()
         return bare, start + len(bare) if bare else None
     depth = 0
-    for brace in re.finditer(r"(?<!\\)[{}]", text[start:]):
-        depth += 1 if brace[0] == "{" else -1
+    for brace in re.finditer(r"\\.|[{}]", text[start:]):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return text[start + 1 : start + brace.start()].strip(), start + brace.end()
     return re.split(r"(?<!\\)\$|\n", text[start + 1 :], maxsplit=1)[0].strip(), None

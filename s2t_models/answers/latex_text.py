@@ -22,7 +22,16 @@ _WRAPPED = re.compile(_UNWRAPPED + r"\s*\{([^{}]*)\}")
 _DISPLAY = re.compile(r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
 _SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad|qquad|thinspace|enspace)|~")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?(?:\s?[CF]$)?|\\degree(?![a-zA-Z])|°(?:\s?[CF]\b)?|\\?\bdeg(?:rees?)?\b")
-_CURRENCY = re.compile(r"[€£¥₹]|\\(?:pounds|euro)(?![a-zA-Z])|\bUS\s?(?=\\?\$)|\b(?:USD|EUR|GBP|Rs\.?)(?=\s?\d)")
+_LABEL = re.compile(r"^\\text\w*\s?\{[^{}]*(?:\bis|:)\s*\}\s*(?=\S)")
+_FONTS = re.compile(
+    r"\\(?:bf|it|rm|sf|tt|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])|\\(?:text)?color\s?\{\w+\}"
+)
+_REALS = re.compile(r"\\mathbb\s?\{?R\}?|\\R(?![a-zA-Z])|ℝ|^(?:\\text\s?\{)?all real numbers\}?$")
+_TRIGONOMETRY = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|°)")
+_CURRENCY = re.compile(
+    r"[€£¥₹]|\\(?:pounds|euro|textdollar)(?![a-zA-Z])|\bUS\s?(?=\\?\$)|\b(?:USD|EUR|GBP|Rs\.?)(?=\s?\d)"
+)
 _THOUSANDS = re.compile(r"(?<![\d.,(\[{])(-?\d{1,3}(?:,\d{3})+)(?![\d,)\]}])")
 _OTHER_THOUSANDS = re.compile(r"-?\d{1,3}(?:(?: \d{3})+|(?:['’]\d{3})+|(?:_\d{3})+|(?:\.\d{3}){2,})(?:,\d+)?")
 THREE_DIGITS = re.compile(r"-?\d{1,3}(?:,\d{3})+")
@@ -136,7 +145,8 @@ def _as_ascii(text: str) -> str:
 
 def undressed(answer: str) -> str:
     """The answer without LaTeX dressing, with its units, signs of percent and separators."""
-    text = _as_ascii(answer.strip().replace("\n", " "))
+    text = _REALS.sub(r"(-\\infty,\\infty)", _LABEL.sub("", answer.strip().replace("\n", " ")))
+    text = _as_ascii(_FONTS.sub("", text))
     text = text.replace("\\dots", "\\ldots").replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     text = text.replace("\\cdot", "\\cdot ").replace("\\varnothing", "\\emptyset ").replace("{,}", ",")
     text = re.sub(r"\\!\s*", "", text)
@@ -159,7 +169,10 @@ def clean(answer: str) -> str:
     """The answer without its dressing, still LaTeX with its spaces: what a parser is given."""
     if len(answer) > LONGEST:
         return " ".join(answer.split())
-    text = _DEGREES.sub("", undressed(answer))
+    text = undressed(answer)
+    if _TRIGONOMETRY.search(text):
+        text = _ANGLE.sub(r"\\frac{\1\\pi}{180}", text)
+    text = _DEGREES.sub("", text)
     text = re.sub(r"(\\?%|\bper\s?cent(?:age)?\b)", "", text)
     text = TAIL_UNIT.sub("", text).strip() or text
     text = re.sub(r"\\(?:text|mbox|textrm)\s*\{\s*(?:,?\s*and|,?\s*or)\s*\}", ",", text)

@@ -15,6 +15,7 @@ _POWER_OF_TEN = re.compile(
     r"(-?\d+(?:\.\d+)?)\s*(?:(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))|[eE]([-+]?\d+))"
 )
 _POWER = re.compile(r"(-?)(\d+)\s*\^\s*(?:\{\s*(-?\d+)\s*\}|(-?\d))")
+_REPEATING = re.compile(r"-?(\d*)\.(\d*)\s?\\(?:overline|bar|dot)\s?\{?(\d+)\}?")
 _PLAIN = re.compile(r"-?\d+(?:\.\d+)?|-?\d+(?:\.\d+)?/-?\d+(?:\.\d+)?")
 
 
@@ -36,6 +37,10 @@ def number(answer: str) -> Fraction | None:
         return _power(Fraction(10), scientific[2] or scientific[3] or scientific[4], Fraction(scientific[1]))
     if power := _POWER.fullmatch(text):
         return _power(Fraction(power[2]), power[3] or power[4], Fraction(sign))
+    if repeating := _REPEATING.fullmatch(text):
+        whole_text, fixed, period = repeating.groups()
+        digits = int(f"{whole_text}{fixed}{period}") - int(f"{whole_text}{fixed}" or "0")
+        return sign * Fraction(digits, (10 ** len(period) - 1) * 10 ** len(fixed))
     plain = text.replace(" ", "").removeprefix("+")
     if not _PLAIN.fullmatch(plain):
         return None

@@ -65,11 +65,11 @@ _WORDS = (
     r"points?|joules?|newtons?|watts?|volts?|amps?|USD|EUR"
 )
 TAIL_UNIT = re.compile(
-    r"(?<=[\d})\]])\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}"
+    r"(?:(?<=[\d})\]])|(?<=\\pi))\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}"
     r"\s*(?:\^\s*\{?-?\d\}?)?\s*$"
 )
 WORD_UNIT = re.compile(
-    rf"(?<=[\d}})])\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s)(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/))"
+    rf"(?:(?<=[\d}})])|(?<=\\pi))\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s)(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/))"
     r"(?:/\w+|\s+(?:per|an?|of|in|and|each|old|tall|long)\b.*)?\s*(?:\^\s*\{?-?\d\}?)?\s*$",
     re.IGNORECASE,
 )
