@@ -69,14 +69,8 @@ _FORMULA = re.compile(
 )
 
 
-<<<<<<< HEAD
-def conclusion(response: str) -> str:
-    """What is said for good: the text behind `</think>` where there is any, up to a next question that the model made
-    up. Runs of spaces become one space or line break, so that no pattern meets a long one."""
-=======
 def spoken(response: str) -> str:
     """The text behind `</think>` where there is any, up to a token that ends the turn and was decoded as text."""
->>>>>>> w-grading
     _, closed, after = response.rpartition("</think>")
     text = after if closed and after.strip() else response
     before = _END_OF_TURN.split(text, maxsplit=1)[0]
@@ -84,8 +78,8 @@ def spoken(response: str) -> str:
 
 
 def conclusion(response: str) -> str:
-    """What is said for good (`spoken`), up to a next question that the model made up. Runs of spaces become one space or line break,
-    so that no pattern meets a long one."""
+    """What is said for good (`spoken`), up to a next question that the model made up. Runs of spaces become one space
+    or line break, so that no pattern meets a long one."""
     text = _SPACES.sub(_one_space, spoken(response)).strip()
     answered = _CUE.search(text)
     asked = _NEXT_QUESTION.search(text, answered.end()) if answered else None
