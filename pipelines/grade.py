@@ -1,9 +1,9 @@
 """Grade responses that were recorded elsewhere: `s2t grade TASK RESPONSES.jsonl [--data DIR] [--output FILE]`.
 
-One JSON object a line, with `response` (a text, or a list of texts to vote over; for mt_bench the two turns' answers) and either `id` (a row of
-the task) or `answer` (the gold answer). `finish_reason` "length" marks a response that was cut off, `error` one that failed. Every
-field is kept; `verdict`, `extracted` and `correct` are added. It asks no model but MT-Bench's judge. What it does is in
-`tasks.recorded`.
+One JSON object a line, with `response` (a text, or a list of texts to vote over; for mt_bench the two turns' answers)
+and either `id` (a row of the task) or `answer` (the gold answer). `finish_reason` "length" marks a response that was
+cut off, `error` one that failed. Every field is kept; `verdict`, `extracted` and `correct` are added. It asks no model
+but MT-Bench's judge. What it does is in `tasks.recorded`.
 """
 
 from __future__ import annotations

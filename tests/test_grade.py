@@ -211,7 +211,8 @@ def test_humaneval_runs_in_the_sandbox(tmp_path: Path, data_dir: Path, capsys: p
 
 
 class StubJudge(BaseHTTPRequestHandler):
-    """An OpenAI-compatible endpoint that rates every answer 8, or gives no rating or no text where the answer says so."""
+    """An OpenAI-compatible endpoint that rates every answer 8, or gives no rating or no text where the answer says
+    so."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -1,4 +1,5 @@
-"""From answers to graded rows: what was served is graded, a judge remembers, and what a task needs is settled before anything is asked."""
+"""From answers to graded rows: what was served is graded, a judge remembers, and what a task needs is settled before
+anything is asked."""
 
 from pathlib import Path
 from typing import Any

@@ -57,7 +57,8 @@ def grade(
 
 
 def graded_row(row: Row, answer: Answer | None, reason: str | None, ask_judge: Ask | None) -> dict[str, Any]:
-    """One graded row. Without an answer it is errored for `reason`. What is graded is what was served: maj@n has voted already."""
+    """One graded row. Without an answer it is errored for `reason`. What is graded is what was served: maj@n has voted
+    already."""
     answer = answer or {"outputs": [], "finish": None, "tokens": 0, "s2t": {}, "seconds": None, "error": reason}
     cost, outputs = answer["s2t"], answer["outputs"]
     finish = "length" if answer["finish"] == "length" else "end"

@@ -1,8 +1,8 @@
 """Algebraic equality by math-verify, in worker processes that are killed when they take too long.
 
-A small pool of persistent processes (`algebra_child`), fed one question at a time through pipes. A worker that uses up its CPU time, misses
-the deadline or dies is killed and replaced; the question then counts as not equal. CPU time, so that a verdict does not hang on how busy the
-machine is.
+A small pool of persistent processes (`algebra_child`), fed one question at a time through pipes. A worker that uses up
+its CPU time, misses the deadline or dies is killed and replaced; the question then counts as not equal. CPU time, so
+that a verdict does not hang on how busy the machine is.
 """
 
 from __future__ import annotations

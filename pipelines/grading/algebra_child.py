@@ -1,9 +1,11 @@
 """The process that math-verify runs in: one JSON request a line on stdin, one answer a line on stdout.
 
-math-verify guards itself with SIGALRM, which works in a main thread only and does not stop a stuck C call. Here it runs without
-that guard, under a CPU timer whose signal ends the whole process; its owner (`algebra`) starts another. It imports nothing of this project, so that it starts quickly.
+math-verify guards itself with SIGALRM, which works in a main thread only and does not stop a stuck C call. Here it runs
+without that guard, under a CPU timer whose signal ends the whole process; its owner (`algebra`) starts another. It
+imports nothing of this project, so that it starts quickly.
 
-The argument is the CPU time, in seconds, that one question may take. Request {"gold": LaTeX, "pred": LaTeX, "tolerance": float | null}; answer {"equal": bool}.
+The argument is the CPU time, in seconds, that one question may take. Request {"gold": LaTeX, "pred": LaTeX,
+"tolerance": float | null}; answer {"equal": bool}.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Python code out of a response, made into a whole program (HumanEval, section C.1 of the paper).
 
-Markdown and prose are taken off. Of what is left the asked function is kept, and what it needs: the syntax tree tells, wherever in the
-text a helper stands; tests, examples and calls of `input()` are not run. Whether the program works is for `sandbox`.
+Markdown and prose are taken off. Of what is left the asked function is kept, and what it needs: the syntax tree tells,
+wherever in the text a helper stands; tests, examples and calls of `input()` are not run. Whether the program works is
+for `sandbox`.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ _UNPARSABLE = (
 
 
 def program(response: str, prompt: str, entry_point: str) -> str:
-    """A program that defines `entry_point`: the response's function with all it needs behind the prompt's imports and helpers, or the
-    prompt completed.
+    """A program that defines `entry_point`: the response's function with all it needs behind the prompt's imports and
+    helpers, or the prompt completed.
 
     Args:
         prompt: the problem's own text, ending inside the function to be written.
@@ -77,7 +78,8 @@ def _with_plain_whitespace(text: str) -> str:
 
 
 def _blocks(lines: list[str]) -> Iterator[str]:
-    """The fenced blocks of Python. A block ends at the first fence with which it is whole: one in a docstring does not end it."""
+    """The fenced blocks of Python. A block ends at the first fence with which it is whole: one in a docstring does not
+    end it."""
     fences = [(number, found) for number, line in enumerate(lines) if (found := _FENCE.fullmatch(line))][:_MOST_FENCES]
     following = 0
     for number, opening in fences:
@@ -174,7 +176,8 @@ def _globals(table: symtable.SymbolTable) -> set[str]:
 
 @dataclass(frozen=True)
 class _Statement:
-    """One statement of the top level. `fills` says that it is neither a definition nor an assignment, but may fill a table."""
+    """One statement of the top level. `fills` says that it is neither a definition nor an assignment, but may fill a
+    table."""
 
     text: str
     binds: set[str]
@@ -197,7 +200,8 @@ class _Statement:
 
 
 def _needed(statements: list[_Statement], name: str) -> list[str]:
-    """The statements that define the name and, in turn, what these use, and those that fill a table they use, in their order."""
+    """The statements that define the name and, in turn, what these use, and those that fill a table they use, in their
+    order."""
     wanted, tables, kept = {name, "*"}, set[str](), set[int]()
     while True:
         found = [
@@ -239,7 +243,8 @@ def _preamble(prompt: str, name: str) -> str:
 
 
 def _completed(prompt: str, bodies: list[str], name: str) -> str:
-    """The prompt with the function's body. Models leave out the indentation of the first line or of all, or have a line of prose before
+    """The prompt with the function's body. Models leave out the indentation of the first line or of all, or have a line
+    of prose before
     it: of the readings that parse, the one that keeps most."""
     readings = []
     for body in (body.strip("\n") for body in bodies):

@@ -1,7 +1,7 @@
 """Linux isolation for one process, through libc: namespaces, a read-only root, limits, no capabilities.
 
-Used by `sandbox_child`, which is run as a script, so it imports the standard library only. It knows nothing of what it isolates.
-Every function raises OSError where the system does not allow its step.
+Used by `sandbox_child`, which is run as a script, so it imports the standard library only. It knows nothing of what it
+isolates. Every function raises OSError where the system does not allow its step.
 """
 
 import ctypes
@@ -59,7 +59,8 @@ def become_nobody() -> None:
 
 
 def enter_namespaces() -> None:
-    """New pid (for children), network, IPC and host-name namespaces; inside a new user namespace unless root can do without."""
+    """New pid (for children), network, IPC and host-name namespaces; inside a new user namespace unless root can do
+    without."""
     flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     if os.geteuid() == 0:
         try:
@@ -111,7 +112,8 @@ def _make_read_only(paths: tuple[str, ...]) -> None:
 
 
 def enter_root(scratch_bytes: int) -> None:
-    """A root with nothing but the interpreter, read-only, and an empty scratch folder in memory, /tmp, as working directory."""
+    """A root with nothing but the interpreter, read-only, and an empty scratch folder in memory, /tmp, as working
+    directory."""
     unshare(CLONE_NEWNS)
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", STAGE, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")

@@ -1,6 +1,8 @@
-"""MT-Bench: a judge model rates each turn from 1 to 10 (single-answer grading with the published prompts, which are data).
+"""MT-Bench: a judge model rates each turn from 1 to 10 (single-answer grading with the published prompts, which are
+data).
 
-The judge is anything that answers chat messages: the teacher, or an OpenAI-compatible endpoint. A rating counts only as `[[n]]`.
+The judge is anything that answers chat messages: the teacher, or an OpenAI-compatible endpoint. A rating counts only as
+`[[n]]`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Whether two mathematical answers are the same: as text, as numbers, piece by piece, and only then by algebra.
 
-Always (gold, pred). What algebra alone gets wrong is decided before it: a per cent sign that only one side has, numerals in a base,
-units of another scale, (1, 2) as a point or an interval, lists and sets in any order. It does not find the answer in a response;
-`s2t_models.answers.final_answer` does.
+Always (gold, pred). What algebra alone gets wrong is decided before it: a per cent sign that only one side has,
+numerals in a base, units of another scale, (1, 2) as a point or an interval, lists and sets in any order. It does not
+find the answer in a response; `s2t_models.answers.final_answer` does.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def split_top(text: str, separator: str = ",") -> list[str]:
 
 
 def _bracketed(text: str) -> tuple[str, str, list[str]] | None:
-    """Opening bracket, closing bracket and parts of a text that is one bracket, such as (1,2], \\{1,2\\} or \\langle 1,2\\rangle."""
+    """Opening bracket, closing bracket and parts of a text that is one bracket, such as (1,2], \\{1,2\\} or \\langle
+    1,2\\rangle."""
     text = text.replace("\\langle", "(").replace("\\rangle", ")")
     text = text.replace("\\{", "{").replace("\\}", "}")
     if len(text) < 2 or text[0] not in _OPENING or text[-1] not in _CLOSING:
@@ -105,7 +106,8 @@ def _numbers_agree(gold: Fraction, pred: Fraction, written: tuple[str, str], tol
 
 
 def _sides(gold: str, pred: str) -> tuple[str, str]:
-    """`x =` taken off where only one side has it, or where both name the same; a chain a = b = c answers its last member."""
+    """`x =` taken off where only one side has it, or where both name the same; a chain a = b = c answers its last
+    member."""
     if pred.count("=") > gold.count("=") and len(alternatives(pred)) == 1 and (pred.count("=") > 1 or "=" not in gold):
         pred = last_side(pred)
     if gold.count("=") == 1 and "=" not in pred and not re.search(r"[-+*/^,]|frac", gold.split("=")[0]):
@@ -141,7 +143,8 @@ def _same(gold: str, pred: str, tolerance: float | None) -> bool:
 
 
 def _same_parts(gold: str, pred: str, tolerance: float | None) -> bool:
-    """Equality piece by piece: matrices, unions, points and intervals in their order, lists and sets in any; of single values by algebra."""
+    """Equality piece by piece: matrices, unions, points and intervals in their order, lists and sets in any; of single
+    values by algebra."""
     if (gold_matrix := _matrix(gold)) is not None and (pred_matrix := _matrix(pred)) is not None:
         return [len(row) for row in gold_matrix] == [len(row) for row in pred_matrix] and all(
             _in_order(gold_row, pred_row, tolerance)
@@ -206,7 +209,8 @@ def equal(gold: str, pred: str, *, percent_asked: bool = False, tolerance: float
     if max(len(gold), len(pred)) > LONGEST:
         return False
     if is_percent(gold) != is_percent(pred):
-        # One side in per cent, the other not: the same as values, 50% = 0.5, or where the sign is only the unit asked for.
+        # One side in per cent, the other not: the same as values, 50% = 0.5, or where the sign is only the unit asked
+        # for.
         values = [number(text) for text in (gold, pred)]
         hundredth = [
             value / 100 if value and is_percent(text) else value
@@ -223,7 +227,8 @@ def equal(gold: str, pred: str, *, percent_asked: bool = False, tolerance: float
 
 
 def _other_reading(gold: str, pred: str, tolerance: float | None) -> bool:
-    """Three digits after a comma may be a thousands separator or the next member of a list: the reading `clean` did not take."""
+    """Three digits after a comma may be a thousands separator or the next member of a list: the reading `clean` did not
+    take."""
     compact, compact_gold = (re.sub(r"\\!|\s|\$", "", text) for text in (pred, gold))
     if not THREE_DIGITS.fullmatch(compact):
         return False

@@ -1,12 +1,13 @@
 """Running model-written code against its tests without trusting it.
 
-`check` starts `sandbox_child`, which runs the program in namespaces of its own (user, pid, network, mounts), as nobody, without capabilities or
-network, in a root that holds the interpreter read-only and an empty scratch folder in memory; CPU, memory, processes, file size and
-wall time are limited. The tests run in another process that calls the program's function and gets plain data back, so a program passes
-only by returning right values: how it exits, prints or rewrites its own interpreter makes no difference.
+`check` starts `sandbox_child`, which runs the program in namespaces of its own (user, pid, network, mounts), as nobody,
+without capabilities or network, in a root that holds the interpreter read-only and an empty scratch folder in memory;
+CPU, memory, processes, file size and wall time are limited. The tests run in another process that calls the program's
+function and gets plain data back, so a program passes only by returning right values: how it exits, prints or rewrites
+its own interpreter makes no difference.
 
-Where the system allows no isolation, `check` refuses with `SandboxUnavailable` unless told `allow_unsandboxed=True`. It does not guard against
-flaws of the kernel, nor against programs that know the benchmark by heart.
+Where the system allows no isolation, `check` refuses with `SandboxUnavailable` unless told `allow_unsandboxed=True`. It
+does not guard against flaws of the kernel, nor against programs that know the benchmark by heart.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def unavailable() -> str | None:
 def refusal(reason: str) -> SandboxUnavailable:
     """What a user is told where there is no isolation for `reason`."""
     return SandboxUnavailable(
-        f"model-written code cannot be isolated on this system ({reason}); allow user namespaces, or pass --allow-unsandboxed "
+        f"model-written code cannot be isolated on this system ({reason}); allow user namespaces, or pass "
+        f"--allow-unsandboxed "
         "(allow_unsandboxed=True) to run it with your own rights"
     )
 

@@ -1,12 +1,14 @@
-"""The processes behind `sandbox`: a keeper, a checker and the candidate. Run as a script; imports the standard library only.
+"""The processes behind `sandbox`: a keeper, a checker and the candidate. Run as a script; imports the standard library
+only.
 
     sandbox (caller) ── keeper ── checker (init of pid namespace 1) ── candidate (init of pid namespace 2)
 
-The keeper enters the namespaces and waits. The checker alone holds the tests: it forks the candidate *before* it reads them, sends it the
-program, and runs the tests itself, calling the candidate's function through a pipe. Calls and results are plain data, parsed as JSON, so
-nothing of the candidate's runs in the checker. The candidate has nothing to forge: the verdict goes through a pipe it does not have, and it
-knows neither the tests nor the expected values. Killing the keeper kills the checker (it asked for that), and with it, as the init of its
-namespace, everything below. Where isolation is off, rlimits, a process group and an empty environment are all there is.
+The keeper enters the namespaces and waits. The checker alone holds the tests: it forks the candidate *before* it reads
+them, sends it the program, and runs the tests itself, calling the candidate's function through a pipe. Calls and
+results are plain data, parsed as JSON, so nothing of the candidate's runs in the checker. The candidate has nothing to
+forge: the verdict goes through a pipe it does not have, and it knows neither the tests nor the expected values. Killing
+the keeper kills the checker (it asked for that), and with it, as the init of its namespace, everything below. Where
+isolation is off, rlimits, a process group and an empty environment are all there is.
 """
 
 import builtins
@@ -156,7 +158,8 @@ def serve_candidate(requests: int, replies: int) -> None:
 def candidate(limits: dict[str, Any], isolate: bool, requests: int, replies: int) -> None:
     """Becomes the isolated candidate process. Never returns."""
     try:
-        # Descriptors 0-2 lead nowhere, 3 and 4 are the pipes, and nothing else stays open: not the tests, not the verdict.
+        # Descriptors 0-2 lead nowhere, 3 and 4 are the pipes, and nothing else stays open: not the tests, not the
+        # verdict.
         null = os.open("/dev/null", os.O_RDWR)
         moved = [os.dup(descriptor) for descriptor in (null, null, null, requests, replies)]
         for target, descriptor in enumerate(moved):  # the copies are numbered above 4, as the pipes came before them

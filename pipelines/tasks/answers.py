@@ -27,8 +27,8 @@ def extract_maths(response: str, item: Item) -> str | None:
 
 
 def correct_maths(extracted: str, item: Item) -> bool:
-    """Equal to the gold answer, or to one of several. Heeds `metadata["tolerance"]`, and a question that asks for a percentage
-    (`metadata["percent_asked"]` where the question's text is not known)."""
+    """Equal to the gold answer, or to one of several. Heeds `metadata["tolerance"]`, and a question that asks for a
+    percentage (`metadata["percent_asked"]` where the question's text is not known)."""
     golds = [item.answer] if isinstance(item.answer, str) else item.answer
     percent_asked = item.metadata.get("percent_asked", asks_percentage(item.question))
     tolerance = item.metadata.get("tolerance")

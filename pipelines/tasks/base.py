@@ -1,4 +1,5 @@
-"""What a benchmark task is: where its rows come from, its prompt, how an answer is found and graded, how long it may be.
+"""What a benchmark task is: where its rows come from, its prompt, how an answer is found and graded, how long it may
+be.
 
 Each task is one short file that builds one `Task`. A task knows nothing of policies, engines or Ray.
 """
@@ -97,7 +98,8 @@ class Task:
         return self.judge is not None
 
     def prepared(self, allow_unsandboxed: bool = False) -> Task:
-        """The task as this system can grade it. Raises UserError where it cannot, so that no answer is paid for in vain.
+        """The task as this system can grade it. Raises UserError where it cannot, so that no answer is paid for in
+        vain.
 
         Args:
             allow_unsandboxed: run model-written code with this user's rights where the system isolates none.
@@ -114,8 +116,8 @@ class Task:
         return self.read([source.rows(None if data_dir is None else Path(data_dir)) for source in self.sources])
 
     def grade(self, outputs: str | Sequence[str], item: Item, finish: str = "end", ask: Ask | None = None) -> Graded:
-        """Grades one response: a text, or one text a turn. It raises nothing for what a model wrote; a grader or judge that fails makes
-        the row errored, with the reason.
+        """Grades one response: a text, or one text a turn. It raises nothing for what a model wrote; a grader or judge
+        that fails makes the row errored, with the reason.
 
         Args:
             finish: "length" (cut off at the token limit) turns what is not correct into truncated.
@@ -142,12 +144,14 @@ class Task:
         return responses[vote(responses, item.options)]
 
     def sample(self, items: Sequence[Item], count: int, seed: int) -> list[Item]:
-        """`count` rows drawn with the seed, in their order; spread over `stratify` in proportion. All rows for 0 or more than there are."""
+        """`count` rows drawn with the seed, in their order; spread over `stratify` in proportion. All rows for 0 or
+        more than there are."""
         return sample(items, count, seed, self.stratify)
 
 
 def sample(items: Sequence[Item], count: int, seed: int, stratify: str | None = None) -> list[Item]:
-    """See `Task.sample`. Shares that are no whole numbers go to the largest remainders, ties in the order of the strata's names."""
+    """See `Task.sample`. Shares that are no whole numbers go to the largest remainders, ties in the order of the
+    strata's names."""
     if count <= 0 or count >= len(items):
         return list(items)
     strata: dict[str, list[int]] = defaultdict(list)

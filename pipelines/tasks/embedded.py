@@ -1,7 +1,7 @@
 """The embedded arithmetic problems that the shipped model pair was trained on: generated, so there are no files.
 
-`embedded` is the test split and `embedded-hard` the harder one; `embedded-train` and `embedded-calibration` feed the collect pipeline, and
-settings are chosen on `embedded-validation`: rows of the calibration split that set no threshold.
+`embedded` is the test split and `embedded-hard` the harder one; `embedded-train` and `embedded-calibration` feed the
+collect pipeline, and settings are chosen on `embedded-validation`: rows of the calibration split that set no threshold.
 """
 
 from __future__ import annotations

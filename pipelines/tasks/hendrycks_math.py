@@ -1,7 +1,7 @@
 """MATH (Hendrycks): the train split for labelling, and the test rows outside MATH-500 for calibration.
 
-`math-train` and `math-calibration` are prompt sources for the collect pipeline that can also be graded. On the hub the rows carry no
-identifiers, so theirs are counted; MATH-500 is left out of the calibration rows by the problems' text.
+`math-train` and `math-calibration` are prompt sources for the collect pipeline that can also be graded. On the hub the
+rows carry no identifiers, so theirs are counted; MATH-500 is left out of the calibration rows by the problems' text.
 """
 
 from __future__ import annotations

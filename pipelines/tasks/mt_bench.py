@@ -49,8 +49,8 @@ def read(tables: list[list[Record]]) -> list[Item]:
 
 
 def judged(answers: Sequence[str], item: Item, ask: Ask) -> Graded:
-    """Grades both turns' answers with a judge. A turn without a rating makes the row errored, and so does a judge that gives
-    no answer. Raises ValueError where there is not one answer a turn."""
+    """Grades both turns' answers with a judge. A turn without a rating makes the row errored, and so does a judge that
+    gives no answer. Raises ValueError where there is not one answer a turn."""
     conversation = Conversation(tuple(item.metadata["turns"]), tuple(item.answer))
     try:
         ratings = rate(conversation, answers, item.metadata["judge_prompts"], ask)

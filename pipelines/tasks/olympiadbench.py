@@ -1,4 +1,5 @@
-"""OlympiadBench: 675 English, text-only, open-ended maths problems; some with a tolerance, some with several answers."""
+"""OlympiadBench: 675 English, text-only, open-ended maths problems; some with a tolerance, some with several
+answers."""
 
 from __future__ import annotations
 

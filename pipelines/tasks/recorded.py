@@ -1,7 +1,8 @@
 """Responses that were recorded elsewhere, one JSON object a line, graded like a benchmark's own.
 
-A line has `response` (a text, or a list of texts: votes, or one a turn) and `id` (a row of the task) or `answer` (the gold answer), with
-`question`, `options`, `finish_reason` and `error` where they are known. It comes back whole, with `verdict`, `extracted` and `correct`.
+A line has `response` (a text, or a list of texts: votes, or one a turn) and `id` (a row of the task) or `answer` (the
+gold answer), with `question`, `options`, `finish_reason` and `error` where they are known. It comes back whole, with
+`verdict`, `extracted` and `correct`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class MalformedLine(ValueError):
 
 @dataclass(frozen=True)
 class RecordedGrader:
-    """A task with its rows by uid and by their own identifier (none where no line needs them), and the judge it may need."""
+    """A task with its rows by uid and by their own identifier (none where no line needs them), and the judge it may
+    need."""
 
     task: Task
     by_id: dict[str, Item]
@@ -107,8 +109,8 @@ class RecordedGrader:
 
 
 def _bare_item(task: Task, line: ResponseLine) -> Item:
-    """An item for a line that carries its own answer. Whether a percentage was asked for is seen from the question where the line has it
-    as `question` or `problem`, else from the gold answer's sign or the response's own words."""
+    """An item for a line that carries its own answer. Whether a percentage was asked for is seen from the question
+    where the line has it as `question` or `problem`, else from the gold answer's sign or the response's own words."""
     answers = line["answer"] if isinstance(line["answer"], list) else [line["answer"]]
     golds = [str(gold).rsplit("####", 1)[-1].strip() for gold in answers]
     texts = line["response"] if isinstance(line["response"], list) else [line["response"]]
@@ -188,7 +190,8 @@ def grade_file(path: Path, task: Task, data: Path | None, ask: Ask | None = None
 
 
 def write_lines(path: Path, lines: Sequence[ResponseLine]) -> None:
-    """One JSON object a line, in ASCII: a lone surrogate is no UTF-8. Raises UserError where the file cannot be written."""
+    """One JSON object a line, in ASCII: a lone surrogate is no UTF-8. Raises UserError where the file cannot be
+    written."""
     try:
         with whole(path) as part:
             part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="ascii")

@@ -1,7 +1,7 @@
 """Where rows come from: files below a local folder, or the same rows at a pinned revision on the network.
 
-Local folders are laid out as the local paths say (`gsm8k/test.jsonl`, ...). With a local folder nothing is downloaded. A source knows the
-files' formats, not their fields.
+Local folders are laid out as the local paths say (`gsm8k/test.jsonl`, ...). With a local folder nothing is downloaded.
+A source knows the files' formats, not their fields.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Keeping training, calibration and test rows apart.
 
-A row is known by the hashes of its question and of what the user says in its prompt, with case and spacing evened out, so the same
-problem is found under another identifier, in another prompt, and in a file of prompts.
+A row is known by the hashes of its question and of what the user says in its prompt, with case and spacing evened out,
+so the same problem is found under another identifier, in another prompt, and in a file of prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def fingerprint(items: Iterable[Item]) -> dict[str, str]:
 
 
 def refuse_overlap(sets: Mapping[str, Mapping[str, str] | Iterable[str]]) -> None:
-    """Raises ValueError where two of the sets (name to hashes, or to a `fingerprint`) share a row; it names the sets and some rows."""
+    """Raises ValueError where two of the sets (name to hashes, or to a `fingerprint`) share a row; it names the sets
+    and some rows."""
     hashes = {name: set(rows) for name, rows in sets.items()}
     for first, second in combinations(hashes, 2):
         shared = sorted(hashes[first] & hashes[second])

@@ -1,9 +1,9 @@
 """The letter that a response to a multiple-choice question settles on.
 
-Statements are ranked by how plainly they answer. The last of the plain ones counts: a box that holds a letter, "the answer is (C)", JSON,
-<answer> tags. Then come a line that is a letter, "C is correct", the text of one option, and last the final letter that stands alone,
-as MMLU-Pro's own extraction has it. The article "a", the pronoun "I" and letters called wrong are not answers. It does not know which
-letter is right.
+Statements are ranked by how plainly they answer. The last of the plain ones counts: a box that holds a letter, "the
+answer is (C)", JSON, <answer> tags. Then come a line that is a letter, "C is correct", the text of one option, and last
+the final letter that stands alone, as MMLU-Pro's own extraction has it. The article "a", the pronoun "I" and letters
+called wrong are not answers. It does not know which letter is right.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _JSON = re.compile(
     re.IGNORECASE,
 )
 _FILLER = (
-    r"(?:(?:therefore|thus|hence|then|indeed|clearly|definitely|simply|most likely|likely|most probably|probably|option|choice|"
+    r"(?:(?:therefore|thus|hence|then|indeed|clearly|definitely|simply|most likely|likely|most probably|probably"
+    r"|option|choice|"
     r"letter|answer|be|the)\s|:\s{0,2}|-\s){0,6}"
 )
 _LETTER = r"(?:['‘]([A-Za-z])['’]|[(\[\"“{]?([A-Za-z])(?![A-Za-z0-9'’+])[)\]\"”}]?)"
@@ -49,7 +50,8 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
-    r"\b(?:(?:not|cannot|can't)(?:\sbe)?|never|eliminate|exclude|rule\sout|reject|than|nor)\s(?:(?:option|choice|necessarily|the)\s){0,2}[(\[]?$",
+    r"\b(?:(?:not|cannot|can't)(?:\sbe)?|never|eliminate|exclude|rule\sout|reject|than|nor)\s(?:(?:option|choice"
+    r"|necessarily|the)\s){0,2}[(\[]?$",
     re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
@@ -65,7 +67,8 @@ _CONNECTOR = r"(?:because|since|as|and|but|which|with|for|or|is|due|so|then|that
 _MORE_WORDS = re.compile(rf"\s(?!{_CONNECTOR})\w")
 _PROSE = re.compile(rf"\s(?!{_CONNECTOR})[a-z]")
 _DISMISSED = re.compile(
-    r"\s?(?:\([^()\n]{0,40}\)\s?)?(?:(?:is|are|was|seems|would\sbe|can(?:'t|not)\sbe)\s(?:also\s)?(?:not|in|wrong|false|un)"
+    r"\s?(?:\([^()\n]{0,40}\)\s?)?(?:(?:is|are|was|seems|would\sbe|can(?:'t|not)\sbe)\s(?:also\s)?(?:not|in|wrong"
+    r"|false|un)"
     r"|(?:can'?not|can't|isn't|fails)\b)"
 )
 _HELD = re.compile(
@@ -105,7 +108,8 @@ def _unmarked(text: str) -> str:
 
 
 def _as_statements(text: str, letters: str, options: Sequence[str]) -> str:
-    """The text with every box, <answer> tag and JSON field that holds a letter, or an option's text, as "the answer is (C)."."""
+    """The text with every box, <answer> tag and JSON field that holds a letter, or an option's text, as "the answer is
+    (C)."."""
 
     def statement(match: re.Match[str]) -> str:
         inside = _unmarked(next((group for group in match.groups() if group is not None), ""))
@@ -120,8 +124,8 @@ def _as_statements(text: str, letters: str, options: Sequence[str]) -> str:
 
 
 def _find(pattern: re.Pattern[str], text: str, letters: str) -> str | None:
-    """The last match of the pattern whose letter is on offer, is no word of the language and is not only supposed; two letters ("A and B")
-    come back as "?", which is no letter."""
+    """The last match of the pattern whose letter is on offer, is no word of the language and is not only supposed; two
+    letters ("A and B") come back as "?", which is no letter."""
     for match in reversed(list(pattern.finditer(text))):
         group = next(index for index, value in enumerate(match.groups(), start=1) if value)
         letter = match.group(group)

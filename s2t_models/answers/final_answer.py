@@ -1,8 +1,9 @@
 """Finding the final answer in a worked solution.
 
-The order is that of the Qwen2.5-Math evaluation, which the paper follows: the last \\boxed{}, then GSM8K's `####`, then what
-follows "the answer is", then the last formula or number. Answers stated as JSON or in <answer> tags rank with `####`. It does not know
-whether what it finds is right. Everything here is linear in the text's length: models write long runs of anything.
+The order is that of the Qwen2.5-Math evaluation, which the paper follows: the last \\boxed{}, then GSM8K's `####`, then
+what follows "the answer is", then the last formula or number. Answers stated as JSON or in <answer> tags rank with
+`####`. It does not know whether what it finds is right. Everything here is linear in the text's length: models write
+long runs of anything.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ _HASHES = re.compile(
     r"####\s?(?:(?:final )?answer\s?:?\s?)?(?!\d+[.)]\s[a-zA-Z])([-+*$\\({\[.\d€£][^\n#]*)", re.IGNORECASE
 )
 _PHRASE = re.compile(
-    r"\banswer(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}\b(?:is|was|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
+    r"\banswer(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}\b(?:is|was|equals|(?:will|would|should|must)\sbe"
+    r"|comes\s(?:out\s)?to)\b\s?[:：]?"
     r"|\b(?:final|correct)\sanswer[\s*_]{0,4}[:：=]"
-    r"|答案[是为]?[:：]?|(?:^|\n)[ *#_>]{0,8}(?:the\s|so,?\sthe\s|my\s)?(?:final\s)?(?:answer|ans\.?|result)[ *_]{0,4}(?:[:：=]|\n)",
+    r"|答案[是为]?[:：]?|(?:^|\n)[ *#_>]{0,8}(?:the\s|so,?\sthe\s|my\s)?(?:final\s)?(?:answer|ans\.?"
+    r"|result)[ *_]{0,4}(?:[:：=]|\n)",
     re.IGNORECASE,
 )
 _CUE = re.compile(rf"{_BOX.pattern}|####|</answer>|{_PHRASE.pattern}", re.IGNORECASE)
@@ -50,7 +53,8 @@ _REASON = re.compile(
     re.IGNORECASE,
 )
 _HEDGE = re.compile(
-    r"(?:approximately|about|roughly|around|exactly|only|just|simply|therefore|thus|then|indeed|clearly|equal to|given by|that|we have)\s",
+    r"(?:approximately|about|roughly|around|exactly|only|just|simply|therefore|thus|then|indeed|clearly|equal to"
+    r"|given by|that|we have)\s",
     re.IGNORECASE,
 )
 _PROSE = re.compile(r"\b(?!(?:and|or|pi|sqrt|sin|cos|tan|log|ln|pm|am)\b)[A-Za-z]{2,}\b", re.IGNORECASE)
@@ -76,8 +80,8 @@ def spoken(response: str) -> str:
 
 
 def conclusion(response: str) -> str:
-    """What is said for good (`spoken`), up to a next question that the model made up. Runs of spaces become one space or line break,
-    so that no pattern meets a long one."""
+    """What is said for good (`spoken`), up to a next question that the model made up. Runs of spaces become one space
+    or line break, so that no pattern meets a long one."""
     text = _SPACES.sub(_one_space, spoken(response)).strip()
     answered = _CUE.search(text)
     asked = _NEXT_QUESTION.search(text, answered.end()) if answered else None
@@ -90,7 +94,8 @@ def _one_space(run: re.Match[str]) -> str:
 
 
 def _box(text: str, opened: re.Match[str]) -> tuple[str, int | None]:
-    """The content of the box that opens there, and where it ends: None for an open one, whose content is the rest of its line."""
+    """The content of the box that opens there, and where it ends: None for an open one, whose content is the rest of
+    its line."""
     start = opened.end() + len(text[opened.end() :]) - len(text[opened.end() :].lstrip())
     if text[start : start + 1] != "{":
         bare = re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip()
@@ -113,8 +118,8 @@ def boxed(text: str) -> str | None:
 
 
 def _boxed_list(text: str) -> str | None:
-    """The last boxed answer: the members of a list where each has a box of its own, an open box up to its line's end. None where there
-    is no box."""
+    """The last boxed answer: the members of a list where each has a box of its own, an open box up to its line's end.
+    None where there is no box."""
     opened = list(_BOX.finditer(text))[-_MOST_BOXES:]
     if not opened:
         return None
@@ -128,7 +133,8 @@ def _boxed_list(text: str) -> str | None:
 
 
 def stated_as_data(text: str) -> str | None:
-    """The answer of a JSON object ({"answer": "B"}), or between <answer> and </answer>; the last where there are several."""
+    """The answer of a JSON object ({"answer": "B"}), or between <answer> and </answer>; the last where there are
+    several."""
     found = [*_TAG.finditer(text), *_JSON.finditer(text)]
     if not found:
         return None
@@ -173,7 +179,8 @@ def _answer_of(clause: str) -> str:
 
 
 def _stated(text: str) -> str | None:
-    """What the last "the answer is" introduces; one that introduces a number or formula goes before "the answer is clear"."""
+    """What the last "the answer is" introduces; one that introduces a number or formula goes before "the answer is
+    clear"."""
     clauses = [clause for found in list(_PHRASE.finditer(text))[-10:] if (clause := _clause(text[found.end() :]))]
     if not clauses:
         return None

@@ -1,6 +1,8 @@
-"""One spelling for a short mathematical answer: LaTeX dressing, units and separators taken off, fractions written one way.
+"""One spelling for a short mathematical answer: LaTeX dressing, units and separators taken off, fractions written one
+way.
 
-Pure text; it proves nothing equal that is not the same text afterwards. What needs algebra is left to `pipelines.grading.maths`.
+Pure text; it proves nothing equal that is not the same text afterwards. What needs algebra is left to
+`pipelines.grading.maths`.
 """
 
 from __future__ import annotations
@@ -12,11 +14,17 @@ from s2t_models.answers.units import TAIL_UNIT, WORD_UNIT
 
 LONGEST = 1000  # characters; a longer text is no short answer and only loses its spaces
 
-_UNWRAPPED = r"\\(?:text|textbf|textit|textrm|textnormal|texttt|emph|mathrm|mathbf|mathbb|mathcal|mathit|mathsf|bm|boldsymbol|operatorname|mbox|hbox|underline)\*?"
+_UNWRAPPED = (
+    r"\\(?:text|textbf|textit|textrm|textnormal|texttt|emph|mathrm|mathbf|mathbb|mathcal|mathit|mathsf|bm|boldsymbol"
+    r"|operatorname|mbox|hbox|underline)\*?"
+)
 _WRAPPED = re.compile(_UNWRAPPED + r"\s*\{([^{}]*)\}")
 _DISPLAY = re.compile(r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
 _SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad|qquad|thinspace|enspace)|~")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?(?:\s?[CF]$)?|\\degree(?![a-zA-Z])|°(?:\s?[CF]\b)?|\\?\bdeg(?:rees?)?\b")
+_DEGREES = re.compile(
+    r"\^\s*\{?\s*\\circ\s*\}?(?:\s?[CF]$)?"
+    r"|\\degree(?![a-zA-Z])|°(?:\s?[CF]\b)?|\\?\bdeg(?:rees?)?\b"
+)
 _LABEL = re.compile(r"^\\text\w*\s?\{[^{}]*(?:\bis|:)\s*\}\s*(?=\S)")
 _FONTS = re.compile(
     r"\\(?:bf|it|rm|sf|tt|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])|\\(?:text)?color\s?\{\w+\}"
@@ -35,7 +43,8 @@ _LEADING_ZEROS = re.compile(r"(?<![\d._^:])0+(?=\d)(?!0\.)")
 _BARE_DECIMAL = re.compile(r"(?<![\d.])\.(?=\d)")
 _SLASH = re.compile(r"^(-?)(\d+)/(\d+)$")
 _ASSIGNED = re.compile(
-    r"^(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z](?:,\s?[a-zA-Z])*\)|\\angle\s*[A-Z]{3})\s*(?:=|\\in(?![a-z])|\\approx(?![a-z]))\s*"
+    r"^(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z](?:,\s?[a-zA-Z])*\)|\\angle\s*[A-Z]{3})\s*(?:=|\\in(?![a-z])"
+    r"|\\approx(?![a-z]))\s*"
 )
 _HEDGE = re.compile(
     r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly)\s)\s*", re.IGNORECASE
@@ -67,7 +76,8 @@ _SIGNS = str.maketrans(
             "∈": "\\in ",
             "∅": "\\emptyset ",
         },
-        **{"θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "∘": "°", "º": "°", "\u200b": "", "\ufeff": "", "\0": ""},
+        **{"θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "∘": "°", "º": "°"},
+        **dict.fromkeys("\u200b\ufeff\0", ""),
     }
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
@@ -193,8 +203,8 @@ def value_side(text: str) -> str:
 
 
 def last_side(text: str) -> str:
-    """The last member of an equation or chain a = b = c that states a value; the text itself where it is an equation to be solved,
-    such as 2x = 10 or x^2 = 4."""
+    """The last member of an equation or chain a = b = c that states a value; the text itself where it is an equation to
+    be solved, such as 2x = 10 or x^2 = 4."""
     left, equals, right = text.rpartition("=")
     if not equals or not right.strip() or left.rstrip().endswith(("<", ">", "!")):
         return text

@@ -20,8 +20,8 @@ _PLAIN = re.compile(r"-?\d+(?:\.\d+)?|-?\d+(?:\.\d+)?/-?\d+(?:\.\d+)?")
 
 
 def number(answer: str) -> Fraction | None:
-    """The value of an integer, decimal, fraction, mixed number, power or scientific notation; None for anything else, and for numbers
-    of more than LONGEST digits."""
+    """The value of an integer, decimal, fraction, mixed number, power or scientific notation; None for anything else,
+    and for numbers of more than LONGEST digits."""
     text = value_side(clean(answer)).replace("\\ ", " ").strip()
     if len(text) > LONGEST:
         return None

@@ -1,4 +1,5 @@
-"""Maj@n: the response whose answer most samples give, by option letter where there are options, else by value or spelling.
+"""Maj@n: the response whose answer most samples give, by option letter where there are options, else by value or
+spelling.
 
 A tie goes to the answer seen first. Samples without an answer do not vote.
 """
@@ -27,8 +28,8 @@ def vote(responses: Sequence[str], options: Sequence[str] = ()) -> int:
 
 
 def vote_key(response: str, options: Sequence[str] = ()) -> str | None:
-    """What a response votes for: a letter, or one text for all spellings of a number and for what differs in dressing alone. None
-    where it has no answer."""
+    """What a response votes for: a letter, or one text for all spellings of a number and for what differs in dressing
+    alone. None where it has no answer."""
     if options:
         return choice(response, LETTERS[: len(options)], options)
     answer = final_answer(response)
