@@ -23,12 +23,15 @@ PROMPTS = {
     ),
     "has_close_elements": (
         "from typing import List\n\n\ndef has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
-        '    """ Check if in given list of numbers, are any two numbers closer to each other than given threshold.\n    """\n',
+        '    """ Check if in given list of numbers, are any two numbers closer to each other than given '
+        'threshold.\n    """\n',
         "assert candidate([1.0, 2.0, 2.1], 0.3)\n    assert not candidate([1.0, 2.0, 2.1], 0.05)",
     ),
     "find_zero": (
-        "import math\n\n\ndef poly(xs: list, x: float):\n    return sum([coeff * math.pow(x, i) for i, coeff in enumerate(xs)])\n\n\n"
-        'def find_zero(xs: list):\n    """ xs are coefficients of a polynomial; return one x such that poly(xs, x) = 0.\n    """\n',
+        "import math\n\n\ndef poly(xs: list, x: float):\n    return sum([coeff * math.pow(x, i) for i, coeff in "
+        "enumerate(xs)])\n\n\n"
+        'def find_zero(xs: list):\n    """ xs are coefficients of a polynomial; return one x such that poly(xs, x) '
+        '= 0.\n    """\n',
         "assert abs(poly([-6, 11, -6, 1], candidate([-6, 11, -6, 1]))) < 1e-4",
     ),
 }
@@ -58,9 +61,10 @@ def test_odd_program(row: dict[str, Any]) -> None:
 
 
 HOSTILE = (
-    *("9", "1,", "$", "\\boxed", "\\boxed{", "\\boxed{5} and ", "answer is ", "The answer is (", "answer (", "####", "\n", " ", "\u2003"),
-    *("\\(", "\\[", "<answer>", '{"answer": ', '"answer":"\\', "<think>", "that ", "A ", "(A) ", "option A and ", "answer to ", "\\text{"),
-    *("{", "(", "[", "-", "**", "`", "```\n", "def add(", "def add(x, y):\n    return x\n", "it's ", '"""\n', "@a\n", "1/2 ", "= ", "\\approx "),
+    "9", "1,", "$", "\\boxed", "\\boxed{", "\\boxed{5} and ", "answer is ", "The answer is (", "answer (", "####",
+    "\n", " ", "\u2003", "\\(", "\\[", "<answer>", "{\"answer\": ", "\"answer\":\"\\", "<think>", "that ", "A ",
+    "(A) ", "option A and ", "answer to ", "\\text{", "{", "(", "[", "-", "**", "`", "```\n", "def add(",
+    "def add(x, y):\n    return x\n", "it's ", "\"\"\"\n", "@a\n", "1/2 ", "= ", "\\approx ",
 )  # fmt: skip
 
 
@@ -70,8 +74,10 @@ def test_no_text_holds_up_a_grader(grader: str) -> None:
     limit ends it."""
     read = {
         "maths": "from s2t_models.answers.voting import vote_key as read",
-        "choice": "from s2t_models.answers.voting import vote_key\nread = lambda text: vote_key(text, ['one', 'two', 'three'])",
-        "code": "from pipelines.grading.code import program\nread = lambda text: program(text, 'def add(x, y):\\n', 'add')",
+        "choice": "from s2t_models.answers.voting import vote_key\nread = lambda text: vote_key(text, ['one', "
+        "'two', 'three'])",
+        "code": "from pipelines.grading.code import program\nread = lambda text: program(text, 'def add(x, y):\\n"
+        "', 'add')",
     }[grader]
     script = (
         f"import resource\nresource.setrlimit(resource.RLIMIT_CPU, (60, 60))\n{read}\n"

@@ -33,7 +33,9 @@ _LETTER = r"(?:['‘]([A-Za-z])['’]|[(\[\"“{]?([A-Za-z])(?![A-Za-z0-9'’+])
 _STATED = re.compile(
     r"\b(?:answer|choice|option|ans)(?:\s(?:choice|option|letter))?\s?(?:\([^()\n]{0,40}\)\s?)?"
     r"(?:(?:to|for|of)\s[^.\n:=]{1,60}?\s?)?"
-    r"(?:is|was|:|\.(?=\s?[A-Z]\b)|(?:would|should|must|will|has\sto)\sbe|=|→|->|-(?=\s))\s{0,2}" + _FILLER + _LETTER,
+    r"(?:\b(?:is|was|(?:would|should|must|will|has\sto)\sbe)|:|\.(?=\s?[A-Z]\b)|=|→|->|-(?=\s))\s{0,2}"
+    + _FILLER
+    + _LETTER,
     re.IGNORECASE,
 )
 _STATED_TEXT = re.compile(
@@ -47,7 +49,8 @@ _CHOSEN = re.compile(
     re.IGNORECASE,
 )
 _NEGATED = re.compile(
-    r"\b(?:(?:not|cannot|can't)(?:\sbe)?|never|eliminate|exclude|rule\sout|reject|than|nor)\s(?:(?:option|choice|necessarily|the)\s){0,2}[(\[]?$",
+    r"\b(?:(?:not|cannot|can't)(?:\sbe)?|never|eliminate|exclude|rule\sout|reject|than|nor)\s(?:(?:option|choice"
+    r"|necessarily|the)\s){0,2}[(\[]?$",
     re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
@@ -63,7 +66,8 @@ _CONNECTOR = r"(?:because|since|as|and|but|which|with|for|or|is|due|so|then|that
 _MORE_WORDS = re.compile(rf"\s(?!{_CONNECTOR})\w")
 _PROSE = re.compile(rf"\s(?!{_CONNECTOR})[a-z]")
 _DISMISSED = re.compile(
-    r"\s?(?:\([^()\n]{0,40}\)\s?)?(?:(?:is|are|was|seems|would\sbe|can(?:'t|not)\sbe)\s(?:also\s)?(?:not|in|wrong|false|un)"
+    r"\s?(?:\([^()\n]{0,40}\)\s?)?(?:(?:is|are|was|seems|would\sbe|can(?:'t|not)\sbe)\s(?:also\s)?(?:not|in|wrong"
+    r"|false|un)"
     r"|(?:can'?not|can't|isn't|fails)\b)"
 )
 _HELD = re.compile(
@@ -88,8 +92,8 @@ def choice(response: str, letters: str, options: Sequence[str] = ()) -> str | No
     stated = [match[1].split(". ")[0] for match in _STATED_TEXT.finditer(text)][-1:]
     last = text.splitlines()[-1]
     for clause in (*stated, last.rstrip(".").split(". ")[-1], last):
-        said = re.split(r"\b(?:not|rather than|instead of)\b", clause)[0] or clause
-        if by_text := _by_text(said, letters, options):
+        before = re.split(r",?\s(?:not|rather than|instead of)\s", clause)[0]
+        if by_text := _by_text(clause, letters, options) or _by_text(before, letters, options):
             return by_text
     return _last_alone(text, letters)
 
@@ -109,7 +113,7 @@ def _as_statements(text: str, letters: str, options: Sequence[str]) -> str:
     def statement(match: re.Match[str]) -> str:
         inside = _unmarked(next((group for group in match.groups() if group is not None), ""))
         held = _HELD.fullmatch(inside)
-        letter = (held[1] or held[2]).upper() if held else ""
+        letter = _exactly(inside, letters, options) or ((held[1] or held[2]).upper() if held else "")
         letter = letter if letter and letter in letters else _by_text(inside, letters, options) or ""
         return f" The answer is ({letter}).\n" if letter else match[0]
 
@@ -165,8 +169,21 @@ def _plain(text: str) -> str:
     return re.sub(r"[\W_]+", " ", text).strip().lower()
 
 
+def _exactly(text: str, letters: str, options: Sequence[str]) -> str | None:
+    """The one option whose text this is, signs and all."""
+    wanted = _unmarked(text).rstrip(".").casefold()
+    same = [
+        letter
+        for letter, option in zip(letters, options, strict=False)
+        if _unmarked(option).rstrip(".").casefold() == wanted
+    ]
+    return same[0] if len(same) == 1 and wanted else None
+
+
 def _by_text(text: str, letters: str, options: Sequence[str]) -> str | None:
     """The one option whose words stand in the text. None where several do, unless one contains all the others."""
+    if exact := _exactly(text, letters, options):
+        return exact
     words = f" {_plain(text)} "
     named = [(letter, _plain(option)) for letter, option in zip(letters, options, strict=False)]
     named = [(letter, option) for letter, option in named if option and f" {option} " in words]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import re
 
-NUMBER = re.compile(r"-?\d+(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d*\.?\d+")
+_NUMBER = re.compile(r"-?\d+(?:,\d{3})+(?:\.\d+)?(?!\d)|-?\d*\.?\d+")
 #: A number, or the fraction, ratio or time of day that it is part of.
-_VALUE = re.compile(rf"(?<![\d/])-?\d+/\d+(?![\d/])|(?<![\d:])\d+:\d+(?![\d:])|{NUMBER.pattern}")
+_VALUE = re.compile(rf"(?<![\d/])-?\d+/\d+(?![\d/])|(?<![\d:])\d+:\d+(?![\d:])|{_NUMBER.pattern}")
 _BOX = re.compile(r"\\boxed|\\fbox|boxed(?=\{)")
 _MOST_BOXES = 20  # of one list
 #: What may stand between two boxes that are members of one list: $x=\boxed{3}$ or $x=\boxed{-2}$.
@@ -36,7 +36,7 @@ _HASHES = re.compile(
 )
 _PHRASE = re.compile(
     r"\banswer(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}"
-    r"(?:is|was|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
+    r"\b(?:is|was|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
     r"|\b(?:final|correct)\sanswer[\s*_]{0,4}[:：=]"
     r"|答案[是为]?[:：]?|(?:^|\n)[ *#_>]{0,8}(?:the\s|so,?\sthe\s|my\s)?(?:final\s)?"
     r"(?:answer|ans\.?|result)[ *_]{0,4}(?:[:：=]|\n)",
@@ -63,6 +63,8 @@ _WRAPPERS = (
     *(("```", "```"), ("`", "`"), ("***", "***"), ("**", "**"), ("__", "__"), ("*", "*"), ('"', '"'), ("“", "”")),
 )
 _CURRENCY = re.compile(r"\$\s?-?\d[\d,.]*(?:\s[a-zA-Z]{2,}|\s?[-+*/x×=]\s?\$|\.?$|\.\s)")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:aligned|align|gathered|equation|split|cases)\*?\}")
+_ALIGNMENT = re.compile(r"&|\\\\")
 _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)(?<!\\)\$"
     r"|\\\(([^\\]*(?:\\(?![()])[^\\]*)*)\\\)|\\\[([^\\]*(?:\\(?![\[\]])[^\\]*)*)\\\]"
@@ -152,9 +154,12 @@ def _clause(text: str) -> str:
         text = text[hedge.end() :]
     for opening, closing in _WRAPPERS:
         if text.startswith(opening) and not (opening == "$" and _CURRENCY.match(text)):
-            inside, closed, _ = text[len(opening) :].partition(closing)
-            if closed and inside.strip() and len(inside.splitlines()) == 1:
-                return _clause(inside) if closing not in ("$", "$$", "\\)", "\\]") else inside.strip()
+            closed = re.search(rf"(?<!\\){re.escape(closing)}", text[len(opening) :])
+            inside = text[len(opening) :][: closed.start()].strip() if closed else ""
+            if inside and closing in ("$", "$$", "\\)", "\\]"):
+                return inside.rstrip(" .")
+            if inside and "\n" not in inside:
+                return _clause(inside)
     text = text.lstrip("*_` ")
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip().rstrip("*_` ").strip()
 
@@ -182,25 +187,19 @@ def _stated(text: str) -> str | None:
     return _answer_of(next((clause for clause in reversed(clauses) if re.search(r"[\d\\]", clause)), clauses[-1]))
 
 
-def last_number(text: str) -> str | None:
-    """The last number, its thousands separators taken out. None where there is none."""
-    found = NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
-
-
 def _last_value(text: str) -> str | None:
     """The last number, fraction or time of day; where it stands in a formula, what the formula ends in."""
-    found = list(_VALUE.finditer(text))
-    if not found:
-        return None
-    last = found[-1]
-    for formula in reversed(list(_FORMULA.finditer(text))):
-        if formula.end() <= last.start():
+    numbers, formulas = list(_VALUE.finditer(text)), list(_FORMULA.finditer(text))
+    last = numbers[-1] if numbers else None
+    for formula in reversed(formulas):
+        if last and formula.end() <= last.start():
             break
-        inside = next(group for group in formula.groups() if group)
-        if formula.start() < last.start() and "\\" in inside:
-            return re.split(r"=|\\approx(?![a-z])", inside)[-1].strip() or None
-    return last[0].replace(",", "")
+        inside = next((group for group in formula.groups() if group), "")
+        inside = _ALIGNMENT.sub(" ", inside) if _ENVIRONMENT.search(inside) else inside
+        side = re.split(r"=|\\approx(?![a-z])", _ENVIRONMENT.sub(" ", inside))[-1].strip(" .,\n")
+        if (last is None or formula.start() < last.start()) and side and "<" not in side:
+            return side
+    return last[0].replace(",", "") if last else None
 
 
 def final_answer(response: str) -> str | None:

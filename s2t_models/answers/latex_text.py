@@ -21,7 +21,10 @@ _UNWRAPPED = (
 _WRAPPED = re.compile(_UNWRAPPED + r"\s*\{([^{}]*)\}")
 _DISPLAY = re.compile(r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
 _SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad|qquad|thinspace|enspace)|~")
-_DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?(?:\s?[CF]$)?|\\degree(?![a-zA-Z])|°(?:\s?[CF]\b)?|\\?\bdeg(?:rees?)?\b")
+_DEGREES = re.compile(
+    r"\^\s*\{?\s*\\circ\s*\}?(?:\s?[CF]$)?"
+    r"|\\degree(?![a-zA-Z])|°(?:\s?[CF]\b)?|\\?\bdeg(?:rees?)?\b"
+)
 _LABEL = re.compile(r"^\\text\w*\s?\{[^{}]*(?:\bis|:)\s*\}\s*(?=\S)")
 _FONTS = re.compile(
     r"\\(?:bf|it|rm|sf|tt|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])|\\(?:text)?color\s?\{\w+\}"
@@ -40,7 +43,8 @@ _LEADING_ZEROS = re.compile(r"(?<![\d._^:])0+(?=\d)(?!0\.)")
 _BARE_DECIMAL = re.compile(r"(?<![\d.])\.(?=\d)")
 _SLASH = re.compile(r"^(-?)(\d+)/(\d+)$")
 _ASSIGNED = re.compile(
-    r"^(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z](?:,\s?[a-zA-Z])*\)|\\angle\s*[A-Z]{3})\s*(?:=|\\in(?![a-z])|\\approx(?![a-z]))\s*"
+    r"^(?:\\?[a-zA-Z]+(?:_\{?\w+\}?)?|[a-zA-Z]\([a-zA-Z](?:,\s?[a-zA-Z])*\)|\\angle\s*[A-Z]{3})\s*(?:=|\\in(?![a-z])"
+    r"|\\approx(?![a-z]))\s*"
 )
 _HEDGE = re.compile(
     r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly)\s)\s*", re.IGNORECASE
@@ -72,7 +76,8 @@ _SIGNS = str.maketrans(
             "∈": "\\in ",
             "∅": "\\emptyset ",
         },
-        **{"θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "∘": "°", "º": "°", "\u200b": "", "\ufeff": "", "\0": ""},
+        **{"θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ", "∘": "°", "º": "°"},
+        **dict.fromkeys("\u200b\ufeff\0", ""),
     }
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")

@@ -59,18 +59,22 @@ _SCALED |= {
     for spelling in spellings.split()
 }
 _WORDS = (
-    r"units?|dollars?|cents?|euros?|inch(?:es)?|feet|foot|ft|yards?|miles?|mph|kmph|meters?|metres?|centimeters?|centimetres?|"
-    r"millimeters?|kilometers?|kilometres?|km/h|km|cm|mm|kg|mg|grams?|kilograms?|pounds?|lbs?|ounces?|oz|liters?|litres?|ml|mL|gallons?|"
-    r"seconds?|secs?|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|people|students?|ways?|times|apples?|degrees?|radians?|"
-    r"points?|joules?|newtons?|watts?|volts?|amps?|USD|EUR"
+    r"units?|people|students?|ways?|times|apples?|points?|degrees?|radians?|dollars?|cents?|euros?|USD|EUR"
+    r"|inch(?:es)?|feet|foot|ft|yards?|miles?|meters?|metres?|centimeters?|centimetres?|millimeters?|millimetres?"
+    r"|kilometers?|kilometres?|km|cm|mm|mph|kmph|km/h|kg|mg|grams?|kilograms?|pounds?|lbs?|ounces?|oz"
+    r"|liters?|litres?|ml|gallons?|seconds?|secs?|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?"
+    r"|joules?|newtons?|watts?|volts?|amps?"
 )
+_LETTERS = r"(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/)"  # only behind a space: 5m may be 5 times m
+_NUMBER_BEFORE = r"(?:(?<=[\d})\]])|(?<=\\pi))"
+_POWER = r"\s*(?:\^\s*\{?-?\d\}?)?\s*$"
 TAIL_UNIT = re.compile(
-    r"(?:(?<=[\d})\]])|(?<=\\pi))\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}"
-    r"\s*(?:\^\s*\{?-?\d\}?)?\s*$"
+    _NUMBER_BEFORE + r"\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{"
+    r"(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}" + _POWER
 )
 WORD_UNIT = re.compile(
-    rf"(?:(?<=[\d}})])|(?<=\\pi))\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s)(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/))"
-    r"(?:/\w+|\s+(?:per|an?|of|in|and|each|old|tall|long)\b.*)?\s*(?:\^\s*\{?-?\d\}?)?\s*$",
+    _NUMBER_BEFORE + rf"\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s){_LETTERS})"
+    r"(?:/\w+|\s+(?:per|an?|of|in|and|each|old|tall|long)\b.*)?" + _POWER,
     re.IGNORECASE,
 )
 _BEHIND = re.compile(
