@@ -15,6 +15,8 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from s2t_models.answers.final_answer import END_OF_TURN
+
 _FENCE = re.compile(r" *(`{3,}|~{3,}) *\{?\.?([\w+-]*)\}?( [^`]*)?")
 #: A fence on the same line as the code it opens or closes.
 _FENCE_BEFORE_CODE = re.compile(r"^( *```(?:python)? *)(?=(?:def|from|import|class|return|async) |@)", re.MULTILINE)
@@ -57,7 +59,8 @@ def program(response: str, prompt: str, entry_point: str) -> str:
         prompt: the problem's own text, ending inside the function to be written.
     """
     _, closed, after = response.rpartition("</think>")
-    text = _with_plain_whitespace(after if closed and after.strip() else response)
+    said = after if closed and after.strip() else response
+    text = _with_plain_whitespace(END_OF_TURN.split(said, maxsplit=1)[0] or said)
     blocks = list(_blocks(text.split("\n")))
     for block in (*reversed(blocks), text):
         if code := _defining(block, entry_point):

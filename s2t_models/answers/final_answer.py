@@ -24,6 +24,11 @@ _BETWEEN_BOXES = re.compile(
 _NEXT_QUESTION = re.compile(
     r"\n\s?(?:[#*]+\s?)?(?:(?:next )?question|problem|exercise|q|human|user)\s?\d*\s?[:：]", re.IGNORECASE
 )
+#: What ends a chat template's turn, where a server hands it out as text.
+END_OF_TURN = re.compile(
+    r"<\|(?:im_end|im_start|eot_id|eom_id|end|endoftext|end_of_text|start_header_id)\|>|<end_of_turn>|<eos>"
+    r"|<｜end▁of▁sentence｜>|</s>(?=\s*\Z)"
+)
 _TAG = re.compile(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>", re.IGNORECASE)
 _JSON = re.compile(
     r"[\"'](?:final[_ ]?|correct[_ ]?)?(?:answer|choice|option)[\"']\s?:\s?"
@@ -35,18 +40,25 @@ _HASHES = re.compile(
     r"####\s?(?:(?:final )?answer\s?:?\s?)?(?!\d+[.)]\s[a-zA-Z])([-+*$\\({\[.\d€£][^\n]*)", re.IGNORECASE
 )
 _PHRASE = re.compile(
-    r"\banswer(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}"
-    r"(?:is|was|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
+    r"\banswers?(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}"
+    r"(?:is|are|was|were|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
     r"|\b(?:final|correct)\sanswer[\s*_]{0,4}[:：=]"
     r"|答案[是为]?[:：]?|(?:^|\n)[ *#_>]{0,8}(?:the\s|so,?\sthe\s|my\s)?(?:final\s)?"
     r"(?:answer|ans\.?|result)[ *_]{0,4}(?:[:：=]|\n)",
     re.IGNORECASE,
 )
+_IS_THE_ANSWER = re.compile(
+    r"[$*]{0,3}\s(?:is|are)\s(?:thus\s|therefore\s|indeed\s)?(?:the|our|my)\s(?:final\s|correct\s)?answer",
+    re.IGNORECASE,
+)
+_LONGEST_VALUE = 60  # characters, before "is the answer"
 _CUE = re.compile(rf"{_BOX.pattern}|####|</answer>|{_PHRASE.pattern}", re.IGNORECASE)
 _SPACES = re.compile(r"\s+")
 _LONGEST_CLAUSE = 8000  # characters
-_SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
-_REASON = re.compile(r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e)\b", re.IGNORECASE)
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|!!|。|\n")
+_REASON = re.compile(
+    r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e|not|rather than|instead of)\b", re.IGNORECASE
+)
 _HEDGE = re.compile(
     r"(?:approximately|about|roughly|around|exactly|only|just|simply|therefore|thus|then|indeed|clearly|equal to|"
     r"given by|that|we have)\s",
@@ -57,6 +69,9 @@ _WRAPPERS = (
     *(("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")),
     *(("```", "```"), ("`", "`"), ("***", "***"), ("**", "**"), ("__", "__"), ("*", "*"), ('"', '"'), ("“", "”")),
 )
+_BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]*[^\s*])\*\*(?![\w*])")
+#: A further formula of the list that an answer is.
+_NEXT_FORMULA = re.compile(r"(?:\s?[,;]\s?(?:and\s|or\s)?|\s(?:and|or)\s)(?:\$([^$\n]+)\$|\\\(([^\n]+?)\\\))")
 _CURRENCY = re.compile(r"\$\s?-?\d[\d,.]*(?:\s[a-zA-Z]{2,}|\s?[-+*/x×=]\s?\$|\.?$|\.\s)")
 _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)(?<!\\)\$"
@@ -65,10 +80,13 @@ _FORMULA = re.compile(
 
 
 def conclusion(response: str) -> str:
-    """What is said for good: the text behind `</think>` where there is any, up to a next question that the model made
-    up. Runs of spaces become one space or line break, so that no pattern meets a long one."""
+    """What is said for good: the text behind `</think>` where there is any, up to the end of the turn or a next
+    question that the model made up. Runs of spaces become one space or line break, so that no pattern meets a long
+    one."""
     _, closed, after = response.rpartition("</think>")
-    text = _SPACES.sub(_one_space, after if closed and after.strip() else response).strip()
+    said = after if closed and after.strip() else response
+    said = END_OF_TURN.split(said, maxsplit=1)[0] or said
+    text = _SPACES.sub(_one_space, said).strip()
     answered = _CUE.search(text)
     asked = _NEXT_QUESTION.search(text, answered.end()) if answered else None
     return text[: asked.start()] if asked else text
@@ -140,11 +158,21 @@ def _clause(text: str) -> str:
         text = text[hedge.end() :]
     for opening, closing in _WRAPPERS:
         if text.startswith(opening) and not (opening == "$" and _CURRENCY.match(text)):
-            inside, closed, _ = text[len(opening) :].partition(closing)
-            if closed and inside.strip() and len(inside.splitlines()) == 1:
-                return _clause(inside) if closing not in ("$", "$$", "\\)", "\\]") else inside.strip()
-    text = text.lstrip("*_` ")
+            inside, closed, rest = text[len(opening) :].partition(closing)
+            inside = inside.strip()
+            if closed and len(inside.splitlines()) == 1:
+                return _clause(inside) if closing not in ("$", "$$", "\\)", "\\]") else _listed(inside, rest)
+    text = _BOLD.sub(r"\1", text).lstrip("*_` ")
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip().rstrip("*_` ").strip()
+
+
+def _listed(formula: str, rest: str) -> str:
+    """The formula with those that follow it as members of the same list: $2$ and $5$."""
+    members, end = [formula], 0
+    while found := _NEXT_FORMULA.match(rest, end):
+        members.append((found[1] or found[2]).strip())
+        end = found.end()
+    return ", ".join(members)
 
 
 def _answer_of(clause: str) -> str:
@@ -168,6 +196,16 @@ def _stated(text: str) -> str | None:
     if not clauses:
         return None
     return _answer_of(next((clause for clause in reversed(clauses) if re.search(r"[\d\\]", clause)), clauses[-1]))
+
+
+def _called_the_answer(text: str) -> str | None:
+    """The value of the last "18 is the answer"."""
+    for said in reversed(list(_IS_THE_ANSWER.finditer(text))[-10:]):
+        before = text[max(0, said.start() - _LONGEST_VALUE) : said.start()]
+        last = next(reversed(list(_VALUE.finditer(before))), None)
+        if last and last.end() == len(before):
+            return last[0].replace(",", "")
+    return None
 
 
 def last_number(text: str) -> str | None:
@@ -199,4 +237,4 @@ def final_answer(response: str) -> str | None:
         return in_box or None
     hashes = _HASHES.findall(text)
     data = _clause(hashes[-1]) if hashes else stated_as_data(text)
-    return data or _stated(text) or _last_value(text)
+    return data or _stated(text) or _called_the_answer(text) or _last_value(text)

@@ -69,10 +69,12 @@ TAIL_UNIT = re.compile(
     r"\s*(?:\^\s*\{?-?\d\}?)?\s*$"
 )
 WORD_UNIT = re.compile(
-    rf"(?<=[\d}})])\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s)(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/))"
+    rf"(?<=[\d}})])\s*(?:/\s*|per\s+)?(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s)(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/))"
     r"(?:/\w+|\s+(?:per|an?|of|in|and|each|old|tall|long)\b.*)?\s*(?:\^\s*\{?-?\d\}?)?\s*$",
     re.IGNORECASE,
 )
+#: Words only: the h of 2\\pi h is a height.
+PI_UNIT = re.compile(rf"(?<=\\pi)\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS})\s*(?:\^\s*\{{?-?\d\}}?)?\s*$")
 _BEHIND = re.compile(
     r"\d\}*\s?(?:\\(?:text|mbox|mathrm|textrm|hbox)\s?\{\s?)?([a-zA-Z]+)\.?\s?\}?(\s?\^\s?\{?\d\}?)?\s?$"
 )
