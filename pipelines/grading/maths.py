@@ -84,9 +84,15 @@ def alternatives(text: str) -> list[str]:
 
 
 def _same_members(gold: Sequence[str], pred: Sequence[str], tolerance: float | None) -> bool:
-    """Whether the lists hold the same values in some order."""
+    """Whether the lists hold the same values in some order, or where each member has a name, by name."""
     if len(gold) != len(pred):
         return False
+    gold_named, pred_named = (
+        {name.replace(" ", ""): value for name, equals, value in (member.partition("=") for member in side) if equals}
+        for side in (gold, pred)
+    )
+    if len(gold_named) == len(gold) and gold_named.keys() == pred_named.keys():
+        return all(_same(value.strip(), pred_named[name].strip(), tolerance) for name, value in gold_named.items())
     left = list(pred)
     for value in gold:
         match = next((other for other in left if _same(value, other, tolerance)), None)
@@ -108,6 +114,8 @@ def _numbers_agree(gold: Fraction, pred: Fraction, written: tuple[str, str], tol
 def _sides(gold: str, pred: str) -> tuple[str, str]:
     """`x =` taken off where only one side has it, or where both name the same; a chain a = b = c answers its last
     member."""
+    if min(gold.count("="), pred.count("=")) > 1 and len(alternatives(gold)) > 1:  # a=3, b=2: each name counts
+        return gold, pred
     if pred.count("=") > gold.count("=") and len(alternatives(pred)) == 1 and (pred.count("=") > 1 or "=" not in gold):
         pred = last_side(pred)
     if gold.count("=") == 1 and "=" not in pred and not re.search(r"[-+*/^,]|frac", gold.split("=")[0]):
@@ -125,6 +133,8 @@ def _same(gold: str, pred: str, tolerance: float | None) -> bool:
     """Equality of two cleaned answers."""
     if "\\approx" in pred and "\\approx" not in gold:
         return any(_same(gold, part.strip(), tolerance) for part in pred.split("\\approx") if part.strip())
+    if ("\\pmod" in gold) != ("\\pmod" in pred):  # x \equiv 3 \pmod 7 for 3
+        gold, pred = (text.split("\\pmod")[0].rpartition("\\equiv")[2].strip() for text in (gold, pred))
     gold, pred = _sides(gold, pred)
     if canonical(gold) == canonical(pred):
         return True
@@ -139,6 +149,8 @@ def _same(gold: str, pred: str, tolerance: float | None) -> bool:
         return clocks[0][1] == clocks[1][1] and None in (clocks[0][2], clocks[1][2])
     if re.fullmatch(r"\(?[A-Z]\)?", gold) and (letter := re.match(r"\(([A-Z])\)", pred)):
         return letter[1] == gold.strip("()")
+    if (lettered := re.match(r"\([A-J]\)\s", pred)) and not gold.startswith("("):  # a contest's (B) 204
+        return _same(gold, pred[lettered.end() :], tolerance)
     return _same_parts(gold, pred, tolerance)
 
 
@@ -152,7 +164,10 @@ def _same_parts(gold: str, pred: str, tolerance: float | None) -> bool:
         )
     if "\\cup" in gold or "\\cup" in pred:
         gold_parts, pred_parts = (
-            [part for piece in text.split("\\cup") for part in _ranges(piece)] for text in (gold, pred)
+            [part for piece in text.split("\\cup") for part in _ranges(piece)]
+            if "\\cup" in text
+            else alternatives(text)
+            for text in (gold, pred)
         )
         return _same_members(gold_parts, pred_parts, tolerance)
     gold_bracket, pred_bracket = _bracketed(gold), _bracketed(pred)

@@ -1,9 +1,10 @@
 """The letter that a response to a multiple-choice question settles on.
 
 Statements are ranked by how plainly they answer. The last of the plain ones counts: a box that holds a letter, "the
-answer is (C)", JSON, <answer> tags. Then come a line that is a letter, "C is correct", the text of one option, and last
-the final letter that stands alone, as MMLU-Pro's own extraction has it. The article "a", the pronoun "I" and letters
-called wrong are not answers. It does not know which letter is right.
+answer is (C)", JSON, <answer> tags. Then come a list that calls one option right and others wrong, a line that is a
+letter, "C is correct", the text of one option, and last the final letter that stands alone, as MMLU-Pro's own
+extraction has it. The article "a", the pronoun "I" and letters called wrong are not answers. It does not know which
+letter is right.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ _SUPPOSED = re.compile(
     r"\b(?:if|whether|suppose|assuming|imagine|thought)\s(?:that\s)?(?:the\s)?(?:correct\s)?$", re.IGNORECASE
 )
 _ANOTHER = re.compile(
-    r"\s(?:and|or|&)\s(?:option\s)?[(\[]?[A-Z](?![A-Za-z'’])[)\]]?(?!\s(?:is|was|fails|would|does|has|can)\b)"
+    r",\s?[(\[][A-Z][)\]](?=[.,;]?(?:\s?$|\s(?:and|or)\b))"
+    r"|\s(?:and|or|&)\s(?:option\s)?[(\[]?[A-Z](?![A-Za-z'’])[)\]]?(?!\s(?:is|was|fails|would|does|has|can)\b)"
 )
 _LINE = re.compile(r"\s?(?:option|choice)?\s?[(\[]?([A-Za-z])[)\].:]*\s?", re.IGNORECASE)
 _LEADING = re.compile(r"\s?[(\[]?([A-Z])[)\].:]+(?:\s|$)")
@@ -70,6 +72,12 @@ _DISMISSED = re.compile(
     r"|false|un)"
     r"|(?:can'?not|can't|isn't|fails)\b)"
 )
+#: "B: Correct." in a list with a verdict on each option.
+_OPTION_LINE = re.compile(r"\W{0,4}(?:(?:[Oo]ption|[Cc]hoice)\s)?[(\[]?([A-Z])\b(.*)")
+_RIGHT = re.compile(r"(?<!not )\b(?:correct|true|right)\W*$|[✅✓✔]", re.IGNORECASE)
+_WRONG = re.compile(r"\b(?:incorrect|wrong|false|not (?:correct|true|right))\W*$|[❌✗✘]", re.IGNORECASE)
+_CONTRAST = re.compile(r",?\s(?:not|rather\sthan|instead\sof)\s.*")
+_FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _HELD = re.compile(
     r"(?:(?:option|choice|answer)\s?:?\s?)?[(\[{]?(?:([A-Za-z])[)\]}]?[.:]?|([A-Z])(?:[)\].:,]+|\s[-–(]).*)",
     re.IGNORECASE,
@@ -83,16 +91,21 @@ def choice(response: str, letters: str, options: Sequence[str] = ()) -> str | No
         letters: the letters on offer, such as "ABCD".
         options: their texts in the same order, for responses that name the text instead of the letter.
     """
-    text = _unmarked(_as_statements(conclusion(response), letters, options))
+    text = _unmarked(_as_statements(conclusion(response).translate(_FULL_WIDTH), letters, options))
     if not text:
         return None
-    for found in (_find(_STATED, text, letters), _own_line(text, letters), _find(_CHOSEN, text, letters)):
+    for found in (
+        _find(_STATED, text, letters),
+        _judged(text, letters),
+        _own_line(text, letters),
+        _find(_CHOSEN, text, letters),
+    ):
         if found:
             return found if found in letters else None
     stated = [match[1].split(". ")[0] for match in _STATED_TEXT.finditer(text)][-1:]
     last = text.splitlines()[-1]
     for clause in (*stated, last.rstrip(".").split(". ")[-1], last):
-        before = re.split(r",?\s(?:not|rather than|instead of)\s", clause)[0]
+        before = _CONTRAST.sub("", clause)
         if by_text := _by_text(clause, letters, options) or _by_text(before, letters, options):
             return by_text
     return _last_alone(text, letters)
@@ -148,6 +161,14 @@ def _is_word(text: str, match: re.Match[str], group: int) -> bool:
     letter = match.group(group)
     bracketed = match.start(group) > 0 and text[match.start(group) - 1] in "([\"'“"
     return not bracketed and letter in "AaIi" and _PROSE.match(text, match.end(group)) is not None
+
+
+def _judged(text: str, letters: str) -> str | None:
+    """The one option called right in a list that calls others wrong, a line each."""
+    lines = [(found[1], found[2]) for line in text.splitlines() if (found := _OPTION_LINE.match(line))]
+    right = {letter for letter, verdict in lines if letter in letters and _RIGHT.search(verdict)}
+    wrong = {letter for letter, verdict in lines if _WRONG.search(verdict)}
+    return right.pop() if len(right) == 1 and wrong - right else None
 
 
 def _own_line(text: str, letters: str) -> str | None:

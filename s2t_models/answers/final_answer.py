@@ -24,6 +24,11 @@ _BETWEEN_BOXES = re.compile(
 _NEXT_QUESTION = re.compile(
     r"\n\s?(?:[#*]+\s?)?(?:(?:next )?question|problem|exercise|q|human|user)\s?\d*\s?[:：]", re.IGNORECASE
 )
+#: What ends a chat template's turn, where a server hands it out as text.
+_END_OF_TURN = re.compile(
+    r"<\|(?:im_end|im_start|eot_id|eom_id|eos|end|return|endoftext|end_of_text|start_header_id)\|>|<end_of_turn>|<eos>"
+    r"|<｜end▁of▁sentence｜>|</s>(?=\s*\Z)"
+)
 _TAG = re.compile(r"<answer>([^<]*(?:<(?!/?answer>)[^<]*)*)</answer>", re.IGNORECASE)
 _JSON = re.compile(
     r"[\"'](?:final[_ ]?|correct[_ ]?)?(?:answer|choice|option)[\"']\s?:\s?"
@@ -35,18 +40,22 @@ _HASHES = re.compile(
     r"####\s?(?:(?:final )?answer\s?:?\s?)?(?!\d+[.)]\s[a-zA-Z])([-+*$\\({\[.\d€£][^\n#]*)", re.IGNORECASE
 )
 _PHRASE = re.compile(
-    r"\banswer(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}"
-    r"\b(?:is|was|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
+    r"\banswers?(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}"
+    r"\b(?:is|are|was|were|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
     r"|\b(?:final|correct)\sanswer[\s*_]{0,4}[:：=]"
     r"|答案[是为]?[:：]?|(?:^|\n)[ *#_>]{0,8}(?:the\s|so,?\sthe\s|my\s)?(?:final\s)?"
     r"(?:answer|ans\.?|result)[ *_]{0,4}(?:[:：=]|\n)",
     re.IGNORECASE,
 )
+_IS_THE_ANSWER = re.compile(
+    r"[$*]{0,3}\s(?:is|are)\s(?:thus\s|therefore\s|indeed\s)?(?:the|our|my)\s(?:final\s|correct\s)?answer",
+    re.IGNORECASE,
+)
+_LONGEST_VALUE = 60  # characters, before "is the answer"
 _CUE = re.compile(rf"{_BOX.pattern}|####|</answer>|{_PHRASE.pattern}", re.IGNORECASE)
 _SPACES = re.compile(r"\s+")
-_END_OF_TURN = re.compile(r"<\|(?:im_end|im_start|endoftext|end_of_text|eot_id|eos|end|return)\|>|</s>|<end_of_turn>")
 _LONGEST_CLAUSE = 8000  # characters
-_SENTENCE_END = re.compile(r"\.(?=\s|$)|\n")
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|!!|。|\n")
 _REASON = re.compile(
     r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e|not|rather\sthan|instead\sof)\b"
     r"|;(?=(?:\s\S+){0,3}\s[a-z]{2,}\s[a-z]{2,})",
@@ -62,6 +71,9 @@ _WRAPPERS = (
     *(("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")),
     *(("```", "```"), ("`", "`"), ("***", "***"), ("**", "**"), ("__", "__"), ("*", "*"), ('"', '"'), ("“", "”")),
 )
+_BOLD = re.compile(r"(?<![\w)*])\*\*(?=[^\s*])([^*\n]*[^\s*])\*\*(?![\w*])")
+#: A further formula of the list that an answer is.
+_NEXT_FORMULA = re.compile(r"(?:\s?[,;]\s?(?:and\s|or\s)?|\s(?:and|or)\s)(?:\$([^$\n]+)\$|\\\(([^\n]+?)\\\))")
 _CURRENCY = re.compile(r"\$\s?-?\d[\d,.]*(?:\s[a-zA-Z]{2,}|\s?[-+*/x×=]\s?\$|\.?$|\.\s)")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{(?:aligned|align|gathered|equation|split|cases)\*?\}")
 _ALIGNMENT = re.compile(r"&|\\\\")
@@ -154,14 +166,24 @@ def _clause(text: str) -> str:
         text = text[hedge.end() :]
     for opening, closing in _WRAPPERS:
         if text.startswith(opening) and not (opening == "$" and _CURRENCY.match(text)):
-            closed = re.search(rf"(?<!\\){re.escape(closing)}", text[len(opening) :])
-            inside = text[len(opening) :][: closed.start()].strip() if closed else ""
-            if inside and closing in ("$", "$$", "\\)", "\\]"):
-                return inside.rstrip(" .")
+            rest = text[len(opening) :]
+            closed = re.search(rf"(?<!\\){re.escape(closing)}", rest)
+            inside = rest[: closed.start()].strip() if closed else ""
+            if closed and inside and closing in ("$", "$$", "\\)", "\\]"):
+                return _listed(inside.rstrip(" ."), rest[closed.end() :])
             if inside and "\n" not in inside:
                 return _clause(inside)
-    text = text.lstrip("*_` ")
+    text = _BOLD.sub(r"\1", text).lstrip("*_` ")
     return _SENTENCE_END.split(text, maxsplit=1)[0].strip().rstrip("*_` ").strip()
+
+
+def _listed(formula: str, rest: str) -> str:
+    """The formula with those that follow it as members of the same list: $2$ and $5$."""
+    members, end = [formula], 0
+    while found := _NEXT_FORMULA.match(rest, end):
+        members.append((found[1] or found[2]).strip())
+        end = found.end()
+    return ", ".join(members)
 
 
 def _answer_of(clause: str) -> str:
@@ -187,6 +209,16 @@ def _stated(text: str) -> str | None:
     return _answer_of(next((clause for clause in reversed(clauses) if re.search(r"[\d\\]", clause)), clauses[-1]))
 
 
+def _called_the_answer(text: str) -> str | None:
+    """The value of the last "18 is the answer"."""
+    for said in reversed(list(_IS_THE_ANSWER.finditer(text))[-10:]):
+        before = text[max(0, said.start() - _LONGEST_VALUE) : said.start()]
+        last = next(reversed(list(_VALUE.finditer(before))), None)
+        if last and last.end() == len(before):
+            return last[0].replace(",", "")
+    return None
+
+
 def _last_value(text: str) -> str | None:
     """The last number, fraction or time of day; where it stands in a formula, what the formula ends in."""
     numbers, formulas = list(_VALUE.finditer(text)), list(_FORMULA.finditer(text))
@@ -210,4 +242,4 @@ def final_answer(response: str) -> str | None:
         return in_box or None
     hashes = _HASHES.findall(text)
     data = _clause(hashes[-1]) if hashes else stated_as_data(text)
-    return data or _stated(text) or _last_value(text)
+    return data or _stated(text) or _called_the_answer(text) or _last_value(text)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from s2t_models.answers.units import TAIL_UNIT, WORD_UNIT
+from s2t_models.answers.units import PI_UNIT, TAIL_UNIT, WORD_UNIT
 
 LONGEST = 1000  # characters; a longer text is no short answer and only loses its spaces
 
@@ -19,19 +19,26 @@ _UNWRAPPED = (
     r"operatorname|mbox|hbox|underline)\*?"
 )
 _WRAPPED = re.compile(_UNWRAPPED + r"\s*\{([^{}]*)\}")
-_DISPLAY = re.compile(r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?")
+_DISPLAY = re.compile(
+    r"\\(?:displaystyle|textstyle|limits|left|right|[bB]igg?[lr]?)(?![a-zA-Z])\.?"
+    r"|\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|bf|it|rm|sf|tt|bfseries|therefore)(?![a-zA-Z])"
+    r"|\\(?:text)?color\s?\{[^{}]*\}|\\(?:begin|end)\{(?:align|aligned|gathered|split|equation|cases)\*?\}"
+)
 _SPACES = re.compile(r"(?<!\\)\\(?:[!,;:> ]|quad|qquad|thinspace|enspace)|~")
 _DEGREES = re.compile(
     r"\^\s*\{?\s*\\circ\s*\}?(?:\s?[CF]$)?"
     r"|\\degree(?![a-zA-Z])|°(?:\s?[CF]\b)?|\\?\bdeg(?:rees?)?\b"
 )
 _LABEL = re.compile(r"^\\text\w*\s?\{[^{}]*(?:\bis|:)\s*\}\s*(?=\S)")
-_FONTS = re.compile(
-    r"\\(?:bf|it|rm|sf|tt|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])|\\(?:text)?color\s?\{\w+\}"
-)
 _REALS = re.compile(r"\\mathbb\s?\{?R\}?|\\R(?![a-zA-Z])|ℝ|^(?:\\text\s?\{)?all real numbers\}?$")
+#: sin 30° is not sin 30; elsewhere the sign is only a unit.
+_ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s?(?:\^\s?\{?\s?\\circ\s?\}?|\\degree(?![a-zA-Z])|°)")
 _TRIGONOMETRY = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
-_ANGLE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|°)")
+_LINES = re.compile(r"\\begin\{(?:align|aligned|gathered|split|cases)\*?\}")
+#: ]1,2] and [1,2[ for (1,2] and [1,2).
+_OUTWARD = re.compile(r"([\[\](])([^\[\]()]+,[^\[\]()]+)([\[\])])")
+#: The number again in words: 18 (eighteen).
+_GLOSS = re.compile(r"(?<=\d) \([A-Za-z][a-z]{2,}[a-z \-]*\)$")
 _CURRENCY = re.compile(
     r"[€£¥₹]|\\(?:pounds|euro|textdollar)(?![a-zA-Z])|\bUS\s?(?=\\?\$)|\b(?:USD|EUR|GBP|Rs\.?)(?=\s?\d)"
 )
@@ -107,6 +114,7 @@ _ONES = [
     "nineteen",
 ]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+_ALL_REALS = ("allrealnumbers", "allreals", "(-\\infty,\\infty)", "(-\\infty,+\\infty)")
 NUMBER_WORDS = {name: str(value) for value, name in enumerate(_ONES)}
 NUMBER_WORDS |= {name: str(10 * tens) for tens, name in enumerate(_TENS, start=2)}
 NUMBER_WORDS |= {
@@ -151,7 +159,7 @@ def _as_ascii(text: str) -> str:
 def undressed(answer: str) -> str:
     """The answer without LaTeX dressing, with its units, signs of percent and separators."""
     text = _REALS.sub(r"(-\\infty,\\infty)", _LABEL.sub("", answer.strip().replace("\n", " ")))
-    text = _as_ascii(_FONTS.sub("", text))
+    text = _as_ascii(text)
     text = text.replace("\\dots", "\\ldots").replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     text = text.replace("\\cdot", "\\cdot ").replace("\\varnothing", "\\emptyset ").replace("{,}", ",")
     text = re.sub(r"\\!\s*", "", text)
@@ -162,12 +170,17 @@ def undressed(answer: str) -> str:
     text = re.sub(r"(?<![a-zA-Z\\])\\?sqrt\s?\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = _CURRENCY.sub("", re.sub(r"\\(?:\(|\)|\[|\])", " ", text)).replace("\\$", "").replace("$", "")
     text = re.sub(r"\\,(?=\d{3})", "", text)
+    if _LINES.search(text):
+        text = text.replace("\\\\", ",").replace("&", "")
     text = _DISPLAY.sub("", _SPACES.sub(" ", text))
     text = re.sub(r"\\(leq|leqslant|geq|geqslant|neq)(?![a-z])", lambda m: f"\\{m[1][:2]}", text)
     text = text.replace("bmatrix", "pmatrix").replace("\\infinity", "\\infty")
     text = re.sub(r"\\begin\{(?:array|[vB]?matrix)\}(?:\{[^}]*\})?", r"\\begin{pmatrix}", text)
     text = re.sub(r"\\end\{(?:array|[vB]?matrix)\}", r"\\end{pmatrix}", text)
-    return re.sub(r"\s+", " ", text).strip()
+    text = re.sub(r"\s+", " ", text.replace("\\lg ", "\\log_{10} ")).strip()
+    if interval := _OUTWARD.fullmatch(text):
+        text = interval[1].replace("]", "(") + interval[2] + interval[3].replace("[", ")")
+    return text
 
 
 def clean(answer: str) -> str:
@@ -176,8 +189,8 @@ def clean(answer: str) -> str:
         return " ".join(answer.split())
     text = undressed(answer)
     if _TRIGONOMETRY.search(text):
-        text = _ANGLE.sub(r"\\frac{\1\\pi}{180}", text)
-    text = _DEGREES.sub("", text)
+        text = _ANGLE.sub(r"(\\frac{\1\\pi}{180})", text)
+    text = _GLOSS.sub("", _DEGREES.sub("", text))
     text = re.sub(r"(\\?%|\bper\s?cent(?:age)?\b)", "", text)
     text = TAIL_UNIT.sub("", text).strip() or text
     text = re.sub(r"\\(?:text|mbox|textrm)\s*\{\s*(?:,?\s*and|,?\s*or)\s*\}", ",", text)
@@ -185,7 +198,7 @@ def clean(answer: str) -> str:
         text = _WRAPPED.sub(lambda m: m[1], text)
     text = _CLOCK.sub(lambda m: m[1].lower() + "m", text)
     text = _HEDGE.sub("", text.strip()).rstrip(".;,\\ ").strip()
-    text = WORD_UNIT.sub("", text).strip() or text
+    text = WORD_UNIT.sub("", PI_UNIT.sub("", text)).strip() or text
     alone = _WORDS_AFTER_NUMBER.match(text)
     text = alone[1] if alone else text
     text = re.sub(r"[ '’_.]", "", text).replace(",", ".") if _OTHER_THOUSANDS.fullmatch(text) else text
@@ -223,6 +236,8 @@ def canonical(answer: str) -> str:
         text = last_side(text)
     text = _SLASH.sub(lambda m: f"{m[1]}\\frac{{{m[2]}}}{{{m[3]}}}", text.replace(" ", ""))
     text = text.replace("\\frac{-", "-\\frac{") if text.startswith("\\frac{-") else text
+    if text.lower() in _ALL_REALS:
+        return "R"
     letter = re.fullmatch(r"[(\[]?([A-Za-z])[)\].]?", text)
     if letter:
         return letter[1].upper() if text != letter[1] else letter[1]

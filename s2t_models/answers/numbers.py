@@ -15,13 +15,15 @@ _POWER_OF_TEN = re.compile(
     r"(-?\d+(?:\.\d+)?)\s*(?:(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))|[eE]([-+]?\d+))"
 )
 _POWER = re.compile(r"(-?)(\d+)\s*\^\s*(?:\{\s*(-?\d+)\s*\}|(-?\d))")
-_REPEATING = re.compile(r"-?(\d*)\.(\d*)\s?\\(?:overline|bar|dot)\s?\{?(\d+)\}?")
+_REPEATING = re.compile(
+    r"(-?)(\d+)\.(\d*?)(?:\s?\\(?:overline|bar|dot)\s?\{?(\d+)\}?|(\d)\5{2,}\s?\\ldots|(\d\d)\6{1,}\s?\\ldots)"
+)
 _PLAIN = re.compile(r"-?\d+(?:\.\d+)?|-?\d+(?:\.\d+)?/-?\d+(?:\.\d+)?")
 
 
 def number(answer: str) -> Fraction | None:
-    """The value of an integer, decimal, fraction, mixed number, power or scientific notation; None for anything else,
-    and for numbers of more than LONGEST digits."""
+    """The value of an integer, decimal (also a repeating one), fraction, mixed number, power or scientific notation;
+    None for anything else, and for numbers of more than LONGEST digits."""
     text = value_side(clean(answer)).replace("\\ ", " ").strip()
     if len(text) > LONGEST:
         return None
@@ -38,9 +40,7 @@ def number(answer: str) -> Fraction | None:
     if power := _POWER.fullmatch(text):
         return _power(Fraction(power[2]), power[3] or power[4], Fraction(sign))
     if repeating := _REPEATING.fullmatch(text):
-        whole_text, fixed, period = repeating.groups()
-        digits = int(f"{whole_text}{fixed}{period}") - int(f"{whole_text}{fixed}" or "0")
-        return sign * Fraction(digits, (10 ** len(period) - 1) * 10 ** len(fixed))
+        return sign * _repeating(repeating[2], repeating[3], repeating[4] or repeating[5] or repeating[6])
     plain = text.replace(" ", "").removeprefix("+")
     if not _PLAIN.fullmatch(plain):
         return None
@@ -53,6 +53,12 @@ def _ratio(above: str, below: str, negative: bool = False) -> Fraction | None:
         return None
     value = Fraction(above) / Fraction(below)
     return -value if negative else value
+
+
+def _repeating(whole: str, before: str, period: str) -> Fraction:
+    """whole.before with the period behind it, for ever."""
+    places = 10 ** len(before)
+    return int(whole) + Fraction(int(before or "0"), places) + Fraction(int(period), places * (10 ** len(period) - 1))
 
 
 def _power(base: Fraction, exponent: str, factor: Fraction) -> Fraction | None:

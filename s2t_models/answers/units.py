@@ -73,10 +73,12 @@ TAIL_UNIT = re.compile(
     r"(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}" + _POWER
 )
 WORD_UNIT = re.compile(
-    _NUMBER_BEFORE + rf"\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s){_LETTERS})"
+    _NUMBER_BEFORE + rf"\s*(?:/\s*|per\s+)?(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s){_LETTERS})"
     r"(?:/\w+|\s+(?:per|an?|of|in|and|each|old|tall|long)\b.*)?" + _POWER,
     re.IGNORECASE,
 )
+#: Words only: the h of 2\\pi h is a height.
+PI_UNIT = re.compile(rf"(?<=\\pi)\s*(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS})\s*(?:\^\s*\{{?-?\d\}}?)?\s*$")
 _BEHIND = re.compile(
     r"\d\}*\s?(?:\\(?:text|mbox|mathrm|textrm|hbox)\s?\{\s?)?([a-zA-Z]+)\.?\s?\}?(\s?\^\s?\{?\d\}?)?\s?$"
 )
