@@ -74,6 +74,7 @@ _DISMISSED = re.compile(
 )
 #: "B: Correct." in a list with a verdict on each option.
 _OPTION_LINE = re.compile(r"\W{0,4}(?:(?:[Oo]ption|[Cc]hoice)\s)?[(\[]?([A-Z])\b(.*)")
+_VERDICT_BREAK = re.compile(r"\n|(?<=[.;])\s(?=\([A-Z]\)\s)")
 _RIGHT = re.compile(r"(?<!not )\b(?:correct|true|right)\W*$|[✅✓✔]", re.IGNORECASE)
 _WRONG = re.compile(r"\b(?:incorrect|wrong|false|not (?:correct|true|right))\W*$|[❌✗✘]", re.IGNORECASE)
 _CONTRAST = re.compile(r",?\s(?:not|rather\sthan|instead\sof)\s.*")
@@ -164,8 +165,8 @@ def _is_word(text: str, match: re.Match[str], group: int) -> bool:
 
 
 def _judged(text: str, letters: str) -> str | None:
-    """The one option called right in a list that calls others wrong, a line each."""
-    lines = [(found[1], found[2]) for line in text.splitlines() if (found := _OPTION_LINE.match(line))]
+    """The one option called right in a list that calls others wrong, a line or sentence each."""
+    lines = [(found[1], found[2]) for line in _VERDICT_BREAK.split(text) if (found := _OPTION_LINE.match(line))]
     right = {letter for letter, verdict in lines if letter in letters and _RIGHT.search(verdict)}
     wrong = {letter for letter, verdict in lines if _WRONG.search(verdict)}
     return right.pop() if len(right) == 1 and wrong - right else None

@@ -41,7 +41,7 @@ _HASHES = re.compile(
 )
 _PHRASE = re.compile(
     r"\banswers?(?:\s(?:to|for|of)\s[^.\n:=]{1,80}?)?[\s*_]{0,4}"
-    r"\b(?:is|are|was|were|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
+    r"\b(?:is|was|(?:are|were)(?=\s?[:$\\\d(*-])|equals|(?:will|would|should|must)\sbe|comes\s(?:out\s)?to)\b\s?[:：]?"
     r"|\b(?:final|correct)\sanswer[\s*_]{0,4}[:：=]"
     r"|答案[是为]?[:：]?|(?:^|\n)[ *#_>]{0,8}(?:the\s|so,?\sthe\s|my\s)?(?:final\s)?"
     r"(?:answer|ans\.?|result)[ *_]{0,4}(?:[:：=]|\n)",
