@@ -54,8 +54,11 @@ _ASSIGNED = re.compile(
     r"|\\approx(?![a-z]))\s*"
 )
 _HEDGE = re.compile(
-    r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly)\s)\s*", re.IGNORECASE
+    r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly)\s"
+    r"|(?:the\s)?(?:final\s)?answer\s?(?:is\s|:))\s*",
+    re.IGNORECASE,
 )
+_ORDINAL = re.compile(r"(?<=\d)\s?\^?\s?\{?\s?(?:st|nd|rd|th)\s?\}?$")
 _CLOCK = re.compile(r"(?<=\d)\s*([ap])\.?\s?m\b\.?", re.IGNORECASE)
 # In a sentence's last clause ("18 dollars every day") any run of words after a number is no part of the value.
 _WORDS_AFTER_NUMBER = re.compile(r"^(-?[\d.,/]+)(?!\s(?:and|or)\b)(?:\s+[a-zA-Z][a-zA-Z'\-]+)+$")
@@ -198,6 +201,7 @@ def clean(answer: str) -> str:
         text = _WRAPPED.sub(lambda m: m[1], text)
     text = _CLOCK.sub(lambda m: m[1].lower() + "m", text)
     text = _HEDGE.sub("", text.strip()).rstrip(".;,\\ ").strip()
+    text = _ORDINAL.sub("", text)
     text = WORD_UNIT.sub("", PI_UNIT.sub("", text)).strip() or text
     alone = _WORDS_AFTER_NUMBER.match(text)
     text = alone[1] if alone else text
