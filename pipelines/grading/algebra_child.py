@@ -15,6 +15,7 @@ import re
 import resource
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 ROUNDING = 1e-4  # relative, of a rounded decimal against an exact value that is no integer (`maths.RELATIVE_TOLERANCE`)
@@ -23,8 +24,12 @@ DIGITS = 60  # to which exact numbers are compared, however small or large they 
 
 
 def whole(parsed: list) -> Any:
-    """The expression that math-verify read, or None where it fell back to text."""
-    return next((value for value in parsed if not isinstance(value, str)), None)
+    """The expression that math-verify read, with i as the imaginary unit, or None where it fell back to text."""
+    from sympy import I
+
+    value: Any = next((value for value in parsed if not isinstance(value, str)), None)
+    symbols = getattr(value, "free_symbols", ())
+    return value.subs({symbol: I for symbol in symbols if symbol.name == "i"}) if symbols else value
 
 
 def number(expression: Any) -> Any:
@@ -45,8 +50,10 @@ def number(expression: Any) -> Any:
 def equal(gold: str, pred: str, tolerance: float | None) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # Only the LaTeX reader: the fallback for plain numbers would read `1` out of anything it cannot parse.
-    config = (LatexExtractionConfig(),)
+    # Only the LaTeX reader: the fallback for plain numbers would read `1` out of anything it cannot parse. Units are
+    # off already; math-verify would take the h of \pi r^2 h for hours.
+    reading = replace(LatexExtractionConfig().normalization_config, units=False)
+    config = (LatexExtractionConfig(normalization_config=reading),)
     gold_parsed = parse(f"${gold}$", extraction_config=config, parsing_timeout=None)
     pred_parsed = parse(f"${pred}$", extraction_config=config, parsing_timeout=None)
     gold_value, pred_value = whole(gold_parsed), whole(pred_parsed)

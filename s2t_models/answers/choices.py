@@ -58,9 +58,10 @@ _SUPPOSED = re.compile(
     r"\b(?:if|whether|suppose|assuming|imagine|thought)\s(?:that\s)?(?:the\s)?(?:correct\s)?$", re.IGNORECASE
 )
 _ANOTHER = re.compile(
-    r",\s?[(\[][A-Z][)\]](?=[.,;]?(?:\s?$|\s(?:and|or)\b))"
+    r",\s?[(\[][A-Z][)\]](?=[.,;]?(?:\s?$|\s(?:and|or)\b))|,\s?[A-Z](?=\.?\s?(?:$|\n))"
     r"|\s(?:and|or|&)\s(?:option\s)?[(\[]?[A-Z](?![A-Za-z'’])[)\]]?(?!\s(?:is|was|fails|would|does|has|can)\b)"
 )
+_PAIRED = re.compile(r"(?<![A-Za-z])[(\[]?[A-Z][)\]]?\s(?:and|or|&)\s$")
 _LINE = re.compile(r"\s?(?:option|choice)?\s?[(\[]?([A-Za-z])[)\].:]*\s?", re.IGNORECASE)
 _LEADING = re.compile(r"\s?[(\[]?([A-Z])[)\].:]+(?:\s|$)")
 _ALONE = re.compile(r"(?<![A-Za-z0-9'’\\])[(\[]?([A-Z])(?![A-Za-z0-9'’+])[)\]]?")
@@ -77,7 +78,7 @@ _OPTION_LINE = re.compile(r"\W{0,4}(?:(?:[Oo]ption|[Cc]hoice)\s)?[(\[]?([A-Z])\b
 _VERDICT_BREAK = re.compile(r"\n|(?<=[.;])\s(?=\([A-Z]\)\s)")
 _RIGHT = re.compile(r"(?<!not )\b(?:correct|true|right)\W*$|[✅✓✔]", re.IGNORECASE)
 _WRONG = re.compile(r"\b(?:incorrect|wrong|false|not (?:correct|true|right))\W*$|[❌✗✘]", re.IGNORECASE)
-_CONTRAST = re.compile(r",?\s(?:not|rather\sthan|instead\sof)\s.*")
+_CONTRAST = re.compile(r",?\s(?:not|rather\sthan|instead\sof|unlike|because|since|whereas|while)\s.*")
 _FULL_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _HELD = re.compile(
     r"(?:(?:option|choice|answer)\s?:?\s?)?[(\[{]?(?:([A-Za-z])[)\]}]?[.:]?|([A-Z])(?:[)\].:,]+|\s[-–(]).*)",
@@ -221,6 +222,7 @@ def _last_alone(text: str, letters: str) -> str | None:
     for match in reversed(list(_ALONE.finditer(text))):
         before = text[max(0, match.start() - 60) : match.start()]
         dismissed = _DISMISSED.match(text, match.end()) or _NEGATED.search(before)
+        dismissed = dismissed or _PAIRED.search(before) or _ANOTHER.match(text, match.end())
         if match[1] in letters and not _is_word(text, match, 1) and not dismissed:
             return match[1]
     return None

@@ -55,9 +55,12 @@ _LONGEST_VALUE = 60  # characters, before "is the answer"
 _CUE = re.compile(rf"{_BOX.pattern}|####|</answer>|{_PHRASE.pattern}", re.IGNORECASE)
 _SPACES = re.compile(r"\s+")
 _LONGEST_CLAUSE = 8000  # characters
-_SENTENCE_END = re.compile(r"\.(?=\s|$)|!!|。|\n")
+#: In prose an exclamation mark behind a number is no factorial, unless the sentence goes on.
+_SENTENCE_END = re.compile(r"\.(?=\s|$)|!!|[!！](?=[\s*_]*$|\s[A-Z])|。|\n")
+#: What may stand between a heading and the answer below it: the heading's underline, a list's bullet.
+_BELOW_HEADING = re.compile(r"(?:\s?[-=_*]{3,}\s?)?\n\s?(?:[-•]\s)?")
 _REASON = re.compile(
-    r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e|not|rather\sthan|instead\sof)\b"
+    r",?\s\(?(?:because|since|as|which|where|so|given|due|i\.e|(?:(?:and|but)\s)?not|rather\sthan|instead\sof)\b"
     r"|;(?=(?:\s\S+){0,3}\s[a-z]{2,}\s[a-z]{2,})",
     re.IGNORECASE,
 )
@@ -80,6 +83,11 @@ _ALIGNMENT = re.compile(r"&|\\\\")
 _FORMULA = re.compile(
     r"\$\$([^$]+)\$\$|(?<!\\)\$([^$\n]+)(?<!\\)\$"
     r"|\\\(([^\\]*(?:\\(?![()])[^\\]*)*)\\\)|\\\[([^\\]*(?:\\(?![\[\]])[^\\]*)*)\\\]"
+)
+
+#: What a text ends in: two formulas or more that say what the same letter is.
+_SOLUTIONS = re.compile(
+    r"\$([a-z])\s?=\s?[^$=\n]{1,60}\$(?:(?:,|,?\s(?:and|or))\s\$\1\s?=\s?[^$=\n]{1,60}\$){1,9}\s?\.?\s?$"
 )
 
 
@@ -161,7 +169,10 @@ def stated_as_data(text: str) -> str | None:
 
 def _clause(text: str) -> str:
     """The formula or the first sentence that a phrase such as "the answer is" introduces."""
-    text = text[:_LONGEST_CLAUSE].strip().removeprefix(":").strip()
+    text = text[:_LONGEST_CLAUSE].strip(" ").lstrip(":}")
+    if below := _BELOW_HEADING.match(text):
+        text = text[below.end() :]
+    text = text.strip()
     while hedge := _HEDGE.match(text):
         text = text[hedge.end() :]
     for opening, closing in _WRAPPERS:
@@ -219,6 +230,21 @@ def _called_the_answer(text: str) -> str | None:
     return None
 
 
+def _solutions(text: str) -> str | None:
+    """The list that the text ends in, where its members have one name: $x = 1$ and $x = -2$."""
+    found = _SOLUTIONS.search(text)
+    if not found:
+        return None
+    members = _FORMULA.findall(found[0])
+    return ", ".join("".join(member).strip() for member in members)
+
+
+def _last_bold(text: str) -> str | None:
+    """The words in bold that a text without any value ends in: "The fastest is **Evelyn**."."""
+    bold = [found for found in _BOLD.finditer(text) if len(found[1]) <= _LONGEST_VALUE]
+    return bold[-1][1].rstrip(" .:") if bold and not text[bold[-1].end() :].strip(" .!") else None
+
+
 def _last_value(text: str) -> str | None:
     """The last number, fraction or time of day; where it stands in a formula, what the formula ends in."""
     numbers, formulas = list(_VALUE.finditer(text)), list(_FORMULA.finditer(text))
@@ -242,4 +268,5 @@ def final_answer(response: str) -> str | None:
         return in_box or None
     hashes = _HASHES.findall(text)
     data = _clause(hashes[-1]) if hashes else stated_as_data(text)
-    return data or _stated(text) or _called_the_answer(text) or _last_value(text)
+    stated = data or _stated(text) or _called_the_answer(text)
+    return stated or _solutions(text) or _last_value(text) or _last_bold(text)

@@ -37,8 +37,14 @@ _TRIGONOMETRY = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _LINES = re.compile(r"\\begin\{(?:align|aligned|gathered|split|cases)\*?\}")
 #: ]1,2] and [1,2[ for (1,2] and [1,2).
 _OUTWARD = re.compile(r"([\[\](])([^\[\]()]+,[^\[\]()]+)([\[\])])")
-#: The number again in words: 18 (eighteen).
-_GLOSS = re.compile(r"(?<=\d) \([A-Za-z][a-z]{2,}[a-z \-]*\)$")
+#: The number again in words, or its currency: 18 (eighteen), 18 (USD).
+_GLOSS = re.compile(r"(?<=\d) \([A-Za-z]{3,}[a-z \-]*\)$")
+#: The value again, behind an equals sign: \\frac12 (=0.5).
+_SAME_AGAIN = re.compile(r"(?<=\S)\s?\((?:=|\\approx(?![a-z]))[^()]*\)$")
+_WORDS_THEN_NUMBER = re.compile(r"([A-Za-z][A-Za-z \-]*) \((\d+)\)")
+_ROW_SPACING = re.compile(r"(?<=\\\\)\[\s?-?[\d.]+\s?[a-z]{2}\s?\]")
+#: \\log 8/\\log 2, a quotient of two logarithms.
+_LOGARITHM_ABOVE = re.compile(r"(\\(?:log(?:_\d|_\{\w+\})?|ln))\s*(\d+(?:\.\d+)?)(?=\s*/\s*\\(?:log|ln)(?![a-z]))")
 _CURRENCY = re.compile(
     r"[€£¥₹]|\\(?:pounds|euro|textdollar)(?![a-zA-Z])|\bUS\s?(?=\\?\$)|\b(?:USD|EUR|GBP|Rs\.?)(?=\s?\d)"
 )
@@ -54,7 +60,7 @@ _ASSIGNED = re.compile(
     r"|\\approx(?![a-z]))\s*"
 )
 _HEDGE = re.compile(
-    r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly)\s"
+    r"^(?:\\approx(?![a-z])|(?:approximately|approx\.?|about|roughly|around|exactly|at least|at most)\s"
     r"|(?:the\s)?(?:final\s)?answer\s?(?:is\s|:))\s*",
     re.IGNORECASE,
 )
@@ -80,6 +86,7 @@ _SIGNS = str.maketrans(
             "≤": "\\le ",
             "≥": "\\ge ",
             "≠": "\\ne ",
+            "¢": " cents",
             "≈": "\\approx ",
             "∪": "\\cup ",
             "∩": "\\cap ",
@@ -93,6 +100,7 @@ _SIGNS = str.maketrans(
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _SUPERSCRIPT = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
 _SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
+_EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf\ufe0f]")
 _VULGAR = re.compile("[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]")
 _ONES = [
     "zero",
@@ -156,13 +164,13 @@ def _as_ascii(text: str) -> str:
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
     text = _SUBSCRIPT.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = _VULGAR.sub(lambda m: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", m[0]).split("⁄")), text)
-    return unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
+    return unicodedata.normalize("NFKC", _EMOJI.sub("", text).translate(_SIGNS)).translate(_SIGNS)
 
 
 def undressed(answer: str) -> str:
     """The answer without LaTeX dressing, with its units, signs of percent and separators."""
     text = _REALS.sub(r"(-\\infty,\\infty)", _LABEL.sub("", answer.strip().replace("\n", " ")))
-    text = _as_ascii(text)
+    text = _ROW_SPACING.sub("", _as_ascii(text))
     text = text.replace("\\dots", "\\ldots").replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     text = text.replace("\\cdot", "\\cdot ").replace("\\varnothing", "\\emptyset ").replace("{,}", ",")
     text = re.sub(r"\\!\s*", "", text)
@@ -193,7 +201,9 @@ def clean(answer: str) -> str:
     text = undressed(answer)
     if _TRIGONOMETRY.search(text):
         text = _ANGLE.sub(r"(\\frac{\1\\pi}{180})", text)
-    text = _GLOSS.sub("", _DEGREES.sub("", text))
+    text = _SAME_AGAIN.sub("", _GLOSS.sub("", _DEGREES.sub("", text)))
+    if (said := _WORDS_THEN_NUMBER.fullmatch(text)) and said[1].lower() in NUMBER_WORDS:
+        text = said[2]
     text = re.sub(r"(\\?%|\bper\s?cent(?:age)?\b)", "", text)
     text = TAIL_UNIT.sub("", text).strip() or text
     text = re.sub(r"\\(?:text|mbox|textrm)\s*\{\s*(?:,?\s*and|,?\s*or)\s*\}", ",", text)
@@ -210,7 +220,7 @@ def clean(answer: str) -> str:
     text = _BARE_DECIMAL.sub("0.", text)
     text = _TRAILING_ZEROS.sub(lambda m: m[1] or m[2], text)
     text = _LEADING_ZEROS.sub("", text)
-    text = _braced_arguments(text)
+    text = _LOGARITHM_ABOVE.sub(r"\1(\2)", _braced_arguments(text))
     return re.sub(r"\s+", " ", text).strip()
 
 

@@ -65,15 +65,19 @@ _WORDS = (
     r"|liters?|litres?|ml|gallons?|seconds?|secs?|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?"
     r"|joules?|newtons?|watts?|volts?|amps?"
 )
-_LETTERS = r"(?:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/)"  # only behind a space: 5m may be 5 times m
+#: Only behind a number and a space: 5m may be 5 times m, and the h of r^2 h is a height.
+_LETTERS = (
+    r"(?:(?<=\d\s)(?<![a-z]\^\d\s)|(?<=\d\}\s)(?<![a-z]\^\{\d\}\s))"
+    r"(?-i:m|s|g|L|h|N|J|W|V|Hz|Pa|m/s|N/m|mol)(?=$|\s?\^|/)"
+)
 _NUMBER_BEFORE = r"(?:(?<=[\d})\]])|(?<=\\pi))"
 _POWER = r"\s*(?:\^\s*\{?-?\d\}?)?\s*$"
 TAIL_UNIT = re.compile(
     _NUMBER_BEFORE + r"\s*\\(?:text|mbox|mathrm|textrm|hbox|operatorname)\s*\{"
-    r"(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b))([^{}]*)\}" + _POWER
+    r"(?!\s*(?:,?\s*(?:and|or)\b|[ap]\.?\s?m\b|[ie]\s*\}))([^{}]*)\}" + _POWER
 )
 WORD_UNIT = re.compile(
-    _NUMBER_BEFORE + rf"\s*(?:/\s*|per\s+)?(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|(?<=\s){_LETTERS})"
+    _NUMBER_BEFORE + rf"\s*(?:/\s*|per\s+)?(?:square|cubic|sq\.?|cu\.?)?\s*(?:{_WORDS}|{_LETTERS})"
     r"(?:/\w+|\s+(?:per|an?|of|in|and|each|old|tall|long)\b.*)?" + _POWER,
     re.IGNORECASE,
 )
