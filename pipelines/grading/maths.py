@@ -181,7 +181,7 @@ def _same_parts(gold: str, pred: str, tolerance: float | None) -> bool:
         names = [member.split("=")[0].strip() for member in gold_members if "=" in member]
         if len(set(names)) == len(gold_members) and "=" not in pred and "_" not in gold:
             return _in_order(gold_members, pred_members, tolerance)  # a=2, b=3 against 2, 3
-        if len(gold_members) == 1:  # one value written twice: \\frac12 or 0.5
+        if len(gold_members) == 1:  # one value written twice: \frac12 or 0.5
             return all(_same(gold, member, tolerance) for member in pred_members)
         return _same_members(gold_members, pred_members, tolerance)
     if not _needs_algebra(gold_members[0] if gold_members else gold, pred_members[0] if pred_members else pred):

@@ -39,11 +39,11 @@ _LINES = re.compile(r"\\begin\{(?:align|aligned|gathered|split|cases)\*?\}")
 _OUTWARD = re.compile(r"([\[\](])([^\[\]()]+,[^\[\]()]+)([\[\])])")
 #: The number again in words, or its currency: 18 (eighteen), 18 (USD).
 _GLOSS = re.compile(r"(?<=\d) \([A-Za-z]{3,}[a-z \-]*\)$")
-#: The value again, behind an equals sign: \\frac12 (=0.5).
+#: The value again, behind an equals sign: \frac12 (=0.5).
 _SAME_AGAIN = re.compile(r"(?<=\S)\s?\((?:=|\\approx(?![a-z]))[^()]*\)$")
 _WORDS_THEN_NUMBER = re.compile(r"([A-Za-z][A-Za-z \-]*) \((\d+)\)")
 _ROW_SPACING = re.compile(r"(?<=\\\\)\[\s?-?[\d.]+\s?[a-z]{2}\s?\]")
-#: \\log 8/\\log 2, a quotient of two logarithms.
+#: \log 8/\log 2, a quotient of two logarithms.
 _LOGARITHM_ABOVE = re.compile(r"(\\(?:log(?:_\d|_\{\w+\})?|ln))\s*(\d+(?:\.\d+)?)(?=\s*/\s*\\(?:log|ln)(?![a-z]))")
 _CURRENCY = re.compile(
     r"[€£¥₹]|\\(?:pounds|euro|textdollar)(?![a-zA-Z])|\bUS\s?(?=\\?\$)|\b(?:USD|EUR|GBP|Rs\.?)(?=\s?\d)"
