@@ -354,7 +354,7 @@ def test_a_calibration_that_is_none_is_refused(recipe_path: Path, tmp_path: Path
     recipe = load_recipe(recipe_path, [f"trigger.calibration={tmp_path}"])
     for content, words in (
         (None, "no such file"),
-        ("{", "not valid JSON"),
+        ("{", "invalid json"),
         ('{"kl": {}}', "lacks entropy, steps, rows"),
     ):
         if content:
