@@ -77,11 +77,12 @@ def host(recipe: Recipe) -> Hosting:
         checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
         engines[name] = Hosted(name, _absolute(checkpoint), slm.reserved_ids)
         _check_tokenizer(engines[name], recipe)
-    if recipe.artifact:
-        engines[LOCAL] = Hosted(LOCAL, slm.settings, artifact=_artifact(recipe).folder.resolve())
+    artifact = _artifact(recipe) if recipe.artifact else None
+    if artifact:
+        engines[LOCAL] = Hosted(LOCAL, slm.settings, artifact=artifact.folder.resolve())
     if recipe.router.path is not None:
         engines["slm"] = replace(slm, router=_router(recipe, Path(recipe.router.path)))
-    return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe))
+    return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe, artifact))
 
 
 def pair(recipe: Recipe) -> dict[str, Hosted]:
@@ -100,14 +101,14 @@ def _check_tokenizer(engine: Hosted, recipe: Recipe) -> None:
         )
 
 
-def _thresholds(recipe: Recipe) -> Thresholds:
+def _thresholds(recipe: Recipe, artifact: Artifact | None) -> Thresholds:
     """Those of the artifact, and for KL and entropy those of `trigger.calibration` where it is set.
 
     An artifact's KL thresholds hold for the teacher and the divergence they were calibrated with, and are left out
     beside another."""
     found: dict[str, dict[float, float]] = {}
-    if recipe.artifact:
-        card = _artifact(recipe).card
+    if artifact:
+        card = artifact.card
         calibrated = (card.provenance.teacher_weights, card.provenance.divergence)
         same_kl = calibrated == (loading.weights_hash(recipe.teacher), str(recipe.divergence))
         found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_kl}

@@ -1,7 +1,7 @@
 """The one way to a Ray cluster, for serving and every pipeline, and quiet logs on it.
 
-`start` joins the running cluster where RAY_ADDRESS is set (a job submitted with `ray job submit` has it), and
-starts one on this machine otherwise. It knows nothing of what will run there.
+`start` joins the running cluster where RAY_ADDRESS is set (a job submitted with `ray job submit` has it), and starts
+one on this machine otherwise. It knows nothing of what will run there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 from s2t_models.commands import debugging
 from s2t_models.errors import UserError, one_line
 
-#: Logical CPUs of a local cluster at the least. Actors here wait for each other more than they compute, and
-#: Ray Data holds slots for its own reading and filtering: a cluster of two would wait for ever without a
-#: word.
+#: Logical CPUs of a local cluster at the least. Actors here wait for each other more than they compute, and Ray Data
+#: holds slots for its own reading and filtering: a cluster of two would wait for ever without a word.
 LOCAL_CPUS = 8
 _PATIENCE_S = 60.0
 _PROBE_S = 10.0
@@ -134,8 +133,7 @@ def _native_stderr_closed() -> Iterator[None]:
 
 
 def _quieten() -> None:
-    """Errors only, no execution plans and no nested progress bars: each pipeline shows its own line of
-    progress."""
+    """Errors only, no execution plans and no nested progress bars: each pipeline shows its own line of progress."""
     import ray.data
 
     for handler in logging.getLogger("ray.data").handlers:

@@ -1,9 +1,8 @@
 """What an engine is: token ids in, token ids and log-probabilities out.
 
 The core is `Engine`: card, generate, score, close. Everything beyond it is a capability that the card lists, with a
-protocol of its
-own: `Selecting` here, mean-embedding inputs beside Multiplex, the router beside R2R. A policy that needs a capability
-    is offered only where the engine has it.
+protocol of its own: `Selecting` here, mean-embedding inputs beside Multiplex, the router beside R2R. A policy that
+needs a capability is offered only where the engine has it.
 
 Calls carry their whole prefix and are asynchronous, so no policy manages a cache, any replica can serve any call, and
 batching is the engine's business. An engine belongs to the event loop of its first call; all its calls come from there.

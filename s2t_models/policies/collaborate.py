@@ -30,7 +30,7 @@ from s2t_models.policies.base import (
 )
 from s2t_models.policies.scorers import CriticalStep, Scorer, SelectorScorer, TeacherScorer
 from s2t_models.policies.triggers import TRIGGERS, Drafted, Judgement, Trigger, budget_of, make_trigger
-from s2t_models.policies.variants import Variant, candidates_of, variant
+from s2t_models.policies.variants import Variant, candidates_of, kind_of, variant
 from s2t_models.settings import CandidateSettings
 
 
@@ -48,11 +48,10 @@ class Collaborate(Policy):
     warmup: int = 0
     drafter: str = "slm"
     budget: float | None = None
-    reads_entropy: bool = False
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        needs: dict[str, frozenset] = {self.drafter: frozenset({"entropy"}) if self.reads_entropy else CORE}
+        needs: dict[str, frozenset] = {self.drafter: self.trigger.of_drafter}
         for part in (self.trigger.needs, self.scorer.needs):
             for engine, capabilities in part.items():
                 needs[engine] = needs.get(engine, CORE) | capabilities
@@ -64,8 +63,7 @@ class Collaborate(Policy):
 
     @property
     def kind(self) -> str:
-        found = variant(self.name)
-        return found.kind if found else self.name
+        return kind_of(self.name)
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         await check_fits(engines, self.needs, request)
@@ -125,7 +123,7 @@ def names(hosting: Hosting) -> list[str]:
 
 def build(name: str, hosting: Hosting) -> Policy | None:
     found = variant(name)
-    if found is None or (found.stem == LOCAL and found.metric in (None, "head")) or found.metric == "head":
+    if found is None or (found.stem == LOCAL and found.metric is None):
         return None
     recipe = hosting.recipe
     candidates = candidates_of(name, found, recipe)
@@ -143,7 +141,6 @@ def build(name: str, hosting: Hosting) -> Policy | None:
         recipe.trigger.warmup,
         LOCAL if found.stem == LOCAL else "slm",
         budget_of(name, found.budget, recipe),
-        TRIGGERS[metric].reads_entropy,
     )
 
 

@@ -15,7 +15,7 @@ from s2t_models.engines.contract import Decision, Draft, FusedSelecting, Samplin
 from s2t_models.hosting import LOCAL, Hosting
 from s2t_models.policies.base import GREEDY, Done, Engines, Event, Needs, Policy, Request, Span, sampling
 from s2t_models.policies.triggers import fixed_threshold, threshold_of
-from s2t_models.policies.variants import candidates_of, variant
+from s2t_models.policies.variants import candidates_of, kind_of, variant
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Local(Policy):
 
     @property
     def kind(self) -> str:
-        found = variant(self.name)
-        return found.kind if found else self.name
+        return kind_of(self.name)
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         engine = engines[LOCAL]

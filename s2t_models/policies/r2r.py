@@ -7,13 +7,13 @@ forward.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
-from s2t_models.engines.contract import Routed
+from s2t_models.engines.contract import Capability, Routed
 from s2t_models.hosting import Hosting
-from s2t_models.policies.base import Engines, Needs, Policy
+from s2t_models.policies.base import CORE, Engines, Needs, Policy
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.errors import PolicyError
 from s2t_models.policies.scorers import TeacherScorer
@@ -45,6 +45,7 @@ class RouterTrigger:
     """The router's probability of a divergent token at or above `threshold`."""
 
     threshold: float
+    of_drafter: ClassVar[frozenset[Capability]] = CORE
 
     @property
     def needs(self) -> Needs:

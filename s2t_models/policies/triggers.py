@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from s2t_models.engines.contract import Scores, Support, Usage
+from s2t_models.engines.contract import Capability, Scores, Support, Usage
 from s2t_models.hosting import Hosting
 from s2t_models.noise import uniforms
 from s2t_models.policies.base import CORE, Engines, Needs
@@ -47,10 +47,13 @@ class Drafted:
 
 
 class Trigger(Protocol):
-    """`needs` are the engines it asks, beside the one that drafts."""
+    """`needs` are the engines it asks; `of_drafter` is what it needs of the one that drafts, beyond the core."""
 
     @property
     def needs(self) -> Needs: ...
+
+    @property
+    def of_drafter(self) -> frozenset[Capability]: ...
 
     async def judge(self, engines: Engines, drafted: Drafted) -> Judgement: ...
 
@@ -61,6 +64,7 @@ class DivergenceTrigger:
 
     threshold: float
     tail: Literal["bucket", "renormalised"] = "bucket"
+    of_drafter: ClassVar[frozenset[Capability]] = CORE
 
     @property
     def needs(self) -> Needs:
@@ -86,6 +90,7 @@ class EntropyTrigger:
     """The entropy of the drafting model's next-token distribution at or above `threshold` nats."""
 
     threshold: float
+    of_drafter: ClassVar[frozenset[Capability]] = frozenset({"entropy"})
 
     @property
     def needs(self) -> Needs:
@@ -103,6 +108,7 @@ class RandomTrigger:
     """A share `budget` of the steps, drawn from (seed, step) alone."""
 
     budget: float
+    of_drafter: ClassVar[frozenset[Capability]] = CORE
 
     @property
     def needs(self) -> Needs:
@@ -117,16 +123,15 @@ class RandomTrigger:
 @dataclass(frozen=True)
 class TriggerKind:
     """`make` builds the trigger from its threshold, or from the budget itself where `calibrated` is False; None where
-    it fires inside an engine. `reads_entropy`: the drafting engine needs the capability "entropy"."""
+    it fires inside an engine."""
 
     make: Callable[[float, Recipe], Trigger] | None
     calibrated: bool = True
-    reads_entropy: bool = False
 
 
 TRIGGERS: dict[str, TriggerKind] = {
     "kl": TriggerKind(lambda threshold, recipe: DivergenceTrigger(threshold, recipe.divergence.tail)),
-    "entropy": TriggerKind(lambda threshold, recipe: EntropyTrigger(threshold), reads_entropy=True),
+    "entropy": TriggerKind(lambda threshold, recipe: EntropyTrigger(threshold)),
     "random": TriggerKind(lambda budget, recipe: RandomTrigger(budget), calibrated=False),
     "head": TriggerKind(None),
 }

@@ -13,11 +13,13 @@ import re
 from dataclasses import dataclass
 
 from s2t_models.policies.errors import PolicyError
+from s2t_models.policies.triggers import TRIGGERS
 from s2t_models.recipe import Recipe
 from s2t_models.settings import MOST_CANDIDATES, CandidateSettings
 
+_METRICS = "|".join(metric for metric, kind in TRIGGERS.items() if kind.make)
 _NAME = re.compile(
-    r"(?P<stem>s2t-local|s2t|takeover)(?:-(?P<metric>kl|entropy|random))?(?:-dynamic-(?P<percent>\d\d?))?"
+    rf"(?P<stem>s2t-local|s2t|takeover)(?:-(?P<metric>{_METRICS}))?(?:-dynamic-(?P<percent>\d\d?))?"
     r"(?:-k(?P<k>[1-9]\d{0,3}))?(?:-w(?P<weight>\d{1,4}(?:\.\d+)?))?(?:@(?P<budget>\d*\.?\d+))?"
 )
 
@@ -34,6 +36,12 @@ class Variant:
     k: int | None
     weight: float | None
     budget: float | None
+
+
+def kind_of(name: str) -> str:
+    """The name of a triggered policy without K and budget; any other name as it is."""
+    found = variant(name)
+    return found.kind if found else name
 
 
 def variant(name: str) -> Variant | None:
