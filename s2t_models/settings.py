@@ -238,8 +238,11 @@ class ServingSettings(Settings):
 
 
 class BenchmarkSettings(Settings):
+    """What a job asks. `max_new_tokens` is an answer's limit where it is below the task's own."""
+
     task: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedded",)
     items: Count = 600
+    max_new_tokens: Count | None = None
     policies: Annotated[tuple[str, ...], Field(min_length=1)] = (
         *("greedy", "maj@8", "takeover", "s2t", "s2t-local", "s2t-local-w0", "kd", "llm"),
     )

@@ -25,12 +25,14 @@ from s2t_models.engines.contract import (
 from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.settings import MultiplexSettings
+from s2t_models.threads import use_threads
 
 
 class EngineDeployment:
     """Hosts one engine in each replica."""
 
     def __init__(self, hosted: Hosted) -> None:
+        use_threads(hosted.settings.num_cpus)
         self._engine = load(hosted)
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:

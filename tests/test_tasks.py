@@ -18,6 +18,8 @@ from pipelines.tasks.splits import fingerprint, refuse_overlap, text_hash
 
 ROWS = {
     "gsm8k": 1319,
+    "gsm8k-train": 6473,
+    "gsm8k-calibration": 1000,
     "math500": 500,
     "olympiadbench": 675,
     "aime24": 30,
@@ -30,7 +32,17 @@ ROWS = {
     "math-train": 7500,
     "math-calibration": 4500,
 }
-MATHS = ("gsm8k", "math500", "olympiadbench", "aime24", "aime25", "math-train", "math-calibration")
+MATHS = (
+    "gsm8k",
+    "gsm8k-train",
+    "gsm8k-calibration",
+    "math500",
+    "olympiadbench",
+    "aime24",
+    "aime25",
+    "math-train",
+    "math-calibration",
+)
 CHOICES = ("mmlu_pro", "arc_challenge", "truthfulqa")
 
 # Rows whose gold answer cannot grade as correct, with the reason.
@@ -147,6 +159,11 @@ def test_samples_without_strata() -> None:
     drawn = [item.uid for item in sample(items, 4, 1)]
     assert len(set(drawn)) == 4
     assert drawn == sorted(drawn)
+
+
+def test_the_splits_of_gsm8k_share_no_question(data_dir: Path) -> None:
+    names = ("gsm8k", "gsm8k-train", "gsm8k-calibration")
+    refuse_overlap({name: fingerprint(task(name).load(data_dir)) for name in names})
 
 
 def test_calibration_leaves_math500_out(data_dir: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,13 @@ class QuestionError(UserError):
 
 
 def load_items(recipe: Recipe, data: Path | None) -> list[tuple[Task, list[Item]]]:
-    """The tasks of the recipe with the items drawn from each. Raises TaskError where a task or its rows are missing."""
+    """The tasks of the recipe with the items drawn from each, and its limit of answers where that is below theirs.
+    Raises TaskError where a task or its rows are missing."""
     chosen = []
     for name in recipe.benchmark.task:
         loaded, items = load(name, data)
+        limit = recipe.benchmark.max_new_tokens or loaded.max_new_tokens
+        loaded = replace(loaded, max_new_tokens=min(limit, loaded.max_new_tokens))
         chosen.append((loaded, loaded.sample(items, recipe.benchmark.items, recipe.seed)))
     return chosen
 

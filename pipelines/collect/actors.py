@@ -27,6 +27,7 @@ from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
+from s2t_models.threads import use_threads
 
 #: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
 #: good.
@@ -64,6 +65,7 @@ class Rollouts:
     """SLM rollouts of a batch of prompts. `hosted` is the SLM."""
 
     def __init__(self, recipe: Recipe, hosted: Hosted) -> None:
+        use_threads(recipe.collect.rollout.num_cpus)
         self.tokenizer = loading.load_tokenizer(hosted.settings)
         self.engine: Engine = load(hosted)
         self.recipe = recipe
@@ -107,6 +109,7 @@ class Labels:
     `publish`). `hosted` is the teacher."""
 
     def __init__(self, recipe: Recipe, hosted: Hosted) -> None:
+        use_threads(recipe.collect.label.num_cpus)
         self.engine: Engine = load(hosted)
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()

@@ -33,6 +33,7 @@ from s2t_models.artifact import read_provenance, refuse_foreign
 from s2t_models.files import locked
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, RecipeError
+from s2t_models.threads import use_threads
 from s2t_models.training import objectives
 from s2t_models.training.build import build
 from s2t_models.training.selector import check_targets
@@ -178,6 +179,7 @@ def _build(
 
     @ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus, max_retries=MAX_FAILURES)
     def on_a_worker(tensors: Any) -> Provenance:
+        use_threads(recipe.distil.num_cpus)
         calibrating = read_trajectories(calibration) if calibration else None
         return build(recipe, tensors, read_trajectories(shards), calibrating, provenance, output)
 

@@ -28,6 +28,7 @@ from s2t_models.policies.r2r_labels import label
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
 from s2t_models.router import SETTINGS, RouterConfig, save_router
+from s2t_models.threads import use_threads
 from s2t_models.training.router import train_router
 from serving import cluster
 
@@ -41,6 +42,7 @@ class RouterLabels:
     """An actor that holds both engines and labels batches of prompts."""
 
     def __init__(self, recipe: Recipe, hosted: dict[str, Hosted]) -> None:
+        use_threads(recipe.collect.label.num_cpus)
         tokenizer = loading.load_tokenizer(hosted["slm"].settings)
         slm, teacher = load(hosted["slm"]), load(hosted["teacher"])
 
@@ -130,6 +132,7 @@ def _train(
     provenance: Provenance,
 ) -> tuple[list[dict[str, float]], float]:
     """Train on the SLM's device and write the router; returns each epoch's figures and the threshold."""
+    use_threads(recipe.distil.num_cpus)
     settings = recipe.router
     sizes = RouterConfig(
         hidden, settings.support, settings.width, settings.blocks, settings.expansion, settings.dropout

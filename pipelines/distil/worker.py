@@ -17,6 +17,7 @@ import torch
 from pipelines.distil.curves import append_begin, append_metrics
 from pipelines.distil.inputs import read_trajectories
 from s2t_models.recipe import Recipe
+from s2t_models.threads import use_threads
 from s2t_models.training.trainer import Trainer
 
 STATE = "state.pt"
@@ -29,6 +30,7 @@ def train(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     recipe = Recipe.model_validate_json(config["recipe"])
+    use_threads(recipe.distil.num_cpus)
     data = read_trajectories(Path(config["shards"]))
     trainer = Trainer(recipe, config["objective"], data, rank, world, wrap=ray.train.torch.prepare_model)
     if checkpoint := ray.train.get_checkpoint():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.tasks import arc_challenge, gsm8k, humaneval, math500, mmlu_pro, mt_bench, olympiadbench, truthfulqa
+from pipelines.tasks import arc_challenge, humaneval, math500, mmlu_pro, mt_bench, olympiadbench, truthfulqa
 from pipelines.tasks.aime import AIME24, AIME25
 from pipelines.tasks.base import VERDICTS, Graded, Item, Task, Verdict, sample
 from pipelines.tasks.embedded import EMBEDDED
+from pipelines.tasks.gsm8k import GSM8K, GSM8K_CALIBRATION, GSM8K_TRAIN
 from pipelines.tasks.hendrycks_math import MATH_CALIBRATION, MATH_TRAIN
 from s2t_models.errors import UserError
 
@@ -16,7 +17,7 @@ __all__ = ["TASKS", "VERDICTS", "Graded", "Item", "Task", "TaskError", "Verdict"
 _BY_NAME: dict[str, Task] = {
     entry.name: entry
     for entry in (
-        gsm8k.TASK,
+        GSM8K,
         math500.TASK,
         olympiadbench.TASK,
         AIME24,
@@ -26,6 +27,8 @@ _BY_NAME: dict[str, Task] = {
         arc_challenge.TASK,
         truthfulqa.TASK,
         mt_bench.TASK,
+        GSM8K_TRAIN,
+        GSM8K_CALIBRATION,
         MATH_TRAIN,
         MATH_CALIBRATION,
         *EMBEDDED,
