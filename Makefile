@@ -7,11 +7,19 @@ INSTALLED := .venv/.installed
 CONSTRAINTS ?= constraints.txt
 # One thread a process: the pipelines run many processes, and two threads in one slow the others down.
 export OMP_NUM_THREADS ?= 1
+# Threads that wait leave their core to the next process.
+export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint test-slow docs pair bench mlflow clean
+.PHONY: demo real test lint test-slow docs pair bench mlflow clean
 
 demo: $(INSTALLED)
 	@$(BIN)/s2t demo
+
+# A real pretrained pair on two cores, in hours; killed, it goes on where it was.  MODELS: a folder that holds the two
+# models (without it they come from the hub).  DATA: a folder of benchmark data.
+real: $(INSTALLED)
+	@$(BIN)/s2t loop --recipe qwen2.5-coder-0.5b-1.5b --output runs/real $(if $(DATA),--data $(DATA)) \
+		$(if $(MODELS),--set slm.path=$(MODELS)/qwen2.5-coder-0.5b --set teacher.path=$(MODELS)/qwen2.5-coder-1.5b)
 
 test: lint
 	@$(BIN)/python -m pytest

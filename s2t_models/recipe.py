@@ -20,6 +20,7 @@ from pydantic import Field, ValidationError, model_validator
 from s2t_models.errors import UserError
 from s2t_models.settings import (
     BenchmarkSettings,
+    CalibrationSettings,
     CandidateSettings,
     CollectSettings,
     DistilSettings,
@@ -32,6 +33,7 @@ from s2t_models.settings import (
     Settings,
     TriggerHeadSettings,
     TriggerSettings,
+    ValidationSettings,
 )
 
 #: What no further checkpoint can be called.
@@ -58,11 +60,13 @@ class Recipe(Settings):
     candidates: CandidateSettings = CandidateSettings()
     trigger: TriggerSettings = TriggerSettings()
     collect: CollectSettings = CollectSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     distil: DistilSettings = DistilSettings()
     trigger_head: TriggerHeadSettings = TriggerHeadSettings()
     policies: PolicySettings = PolicySettings()
     router: RouterSettings = RouterSettings()
     serving: ServingSettings = ServingSettings()
+    validation: ValidationSettings = ValidationSettings()
     benchmark: BenchmarkSettings = BenchmarkSettings()
 
     @model_validator(mode="before")
@@ -94,6 +98,11 @@ class Recipe(Settings):
         if taken := sorted(ENGINES & self.checkpoints.keys()):
             raise ValueError(f"checkpoints.{taken[0]}: that is the name of an engine of every recipe; choose another")
         return self
+
+    def calibrating(self) -> Recipe:
+        """The recipe that collects its calibration prompts: what thresholds are percentiles of is greedy decoding."""
+        chosen = {"task": self.calibration.task, "prompts": self.calibration.prompts, "sampled": 0.0}
+        return self.model_copy(update={"collect": self.collect.model_copy(update=chosen)})
 
     def digest(self) -> str:
         """sha256 of the whole recipe, recorded with every result."""

@@ -100,6 +100,21 @@ class CollectSettings(Settings):
     label: ActorPool = ActorPool()
 
 
+class CalibrationSettings(Settings):
+    """The prompts that thresholds are set on: rolled out greedily, and never trained on."""
+
+    task: str = "embedded-calibration"
+    prompts: Count = 400
+
+
+class ValidationSettings(Settings):
+    """The problems that `s2t loop` chooses the budget on, among `budgets`; without a `task` the recipe's stays."""
+
+    task: str | None = None
+    items: Count = 200
+    budgets: Annotated[tuple[float, ...], Field(min_length=1)] = (0.01, 0.02, 0.05, 0.10)
+
+
 class LoraSettings(Settings):
     """`targets` are the ends of linear layers' names, such as q_proj; none: all layers but the output embedding."""
 

@@ -39,9 +39,9 @@ MAX_ONGOING_REQUESTS = 4096
 LOGGING: dict[str, Any] = {"log_level": "INFO" if debugging() else "WARNING", "enable_access_log": debugging()}
 
 
-def build(hosting: Hosting) -> Application:
+def build(hosting: Hosting, board: Any = None) -> Application:
     """What a recipe hosts as a Serve application. Raises RecipeError where a model asks for an engine that there is
-    not."""
+    not. The engines tell the `board` what they have written (`serving.written`)."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -66,7 +66,7 @@ def build(hosting: Hosting) -> Application:
         check(engine)
         model = engine.settings
         engine_deployment = deployment(EngineDeployment, name, model.num_replicas, model.num_cpus, model.num_gpus)
-        handles[name] = engine_deployment.bind(engine)
+        handles[name] = engine_deployment.bind(engine, board)
     gateway = deployment(Gateway, "gateway", hosting.recipe.serving.gateway_replicas, 0, 0)
     return gateway.bind(hosting, handles)
 
@@ -78,9 +78,9 @@ def app(args: dict[str, Any]) -> Application:
     return build(host(load_recipe(args["recipe"], args.get("set", ()))))
 
 
-def run(hosting: Hosting, blocking: bool = True, name: str = NAME) -> str:
+def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = None) -> str:
     """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `name` is
-    the application's.
+    the application's; for the `board` see `build`.
 
     Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
     cluster too small, or an engine does not start.
@@ -89,7 +89,7 @@ def run(hosting: Hosting, blocking: bool = True, name: str = NAME) -> str:
     from ray import serve
 
     recipe = hosting.recipe
-    application = build(hosting)
+    application = build(hosting, board)
     demand = _demand(hosting.engines)
     logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
     own_cluster = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")

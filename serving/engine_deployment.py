@@ -26,14 +26,16 @@ from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.settings import MultiplexSettings
 from s2t_models.threads import use_threads
+from serving.written import keep_posted
 
 
 class EngineDeployment:
-    """Hosts one engine in each replica."""
+    """Hosts one engine in each replica; the `board`, where there is one, is told how many tokens it has written."""
 
-    def __init__(self, hosted: Hosted) -> None:
+    def __init__(self, hosted: Hosted, board: Any = None) -> None:
         use_threads(hosted.settings.num_cpus)
         self._engine = load(hosted)
+        keep_posted(board, self._engine)
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """The engine's answer. A call that does not fit the context is answered with the exception as a value: Serve

@@ -73,11 +73,11 @@ def test_flips_name_the_items(store: str, tmp_path: Path) -> None:
         assert len(own) == pair["gained"] + pair["lost"]
 
 
-def test_the_summary_has_the_names_and_figures_the_demo_promises(tmp_path: Path) -> None:
-    from pipelines.results.summary import demo_summary, read_results
+def test_the_summary_has_the_names_and_figures_the_loop_promises(tmp_path: Path) -> None:
+    from pipelines.results.summary import loop_summary, read_results
 
     frame, metadata = read_results(recorded_results(tmp_path / "r.parquet", {"s2t@0.05": "s2t-local-w0"}))
-    summary = json.loads(json.dumps(demo_summary(frame, {1: 0.1, 8: 0.9}, 0.1, json.loads(metadata["s2t.splits"]))))
+    summary = json.loads(json.dumps(loop_summary(frame, {1: 0.1, 8: 0.9}, 0.1, json.loads(metadata["s2t.splits"]))))
     assert set(summary) == {"policies", "paired", "hit", "budget", "seeds", "splits"}
     assert "s2t-local (w=0)" in summary["policies"]
     greedy = summary["policies"]["greedy"]

@@ -47,6 +47,24 @@ def read_answers(folder: Path) -> dict[str, Answer]:
     return answers
 
 
+class AnswerCount:
+    """How many answers have been added to a folder since this was made; each call reads only what is new."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._read = {path: path.stat().st_size for path in folder.glob("*.jsonl")}
+        self._count = 0
+
+    def __call__(self) -> int:
+        for path in self._folder.glob("*.jsonl"):
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                new = file.read()
+            self._read[path] = self._read.get(path, 0) + len(new)
+            self._count += new.count(b"\n")
+        return self._count
+
+
 class AnswerLog:
     """An append-only file of this process's own: an answer is on the disk when `append` returns."""
 

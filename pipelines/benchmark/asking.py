@@ -11,7 +11,7 @@ import contextlib
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +160,13 @@ async def read_body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-def ask(
-    questions: list[Question], endpoint: str, folder: Path, concurrency: int, progress: Callable[[int], None]
-) -> dict[str, str]:
+def ask(questions: list[Question], endpoint: str, folder: Path, concurrency: int) -> dict[str, str]:
     """Ask every question of `questions` on Ray Data; answers land in `folder`. Needs a running Ray.
 
     Returns key -> reason for the questions that could not be answered this time. Raises EndpointError where the
     endpoint stopped answering: what was answered is kept."""
     unanswered: dict[str, str] = {}
-    for done, row in enumerate(_rows(questions, endpoint, folder, concurrency), 1):
+    for row in _rows(questions, endpoint, folder, concurrency):
         if row["fault"] == "endpoint":
             raise EndpointError(
                 f"{endpoint} stopped answering ({row['reason']}); what it answered is kept: start it and run the same "
@@ -176,7 +174,6 @@ def ask(
             )
         if row["fault"]:
             unanswered[row["key"]] = row["reason"]
-        progress(done)
     return unanswered
 
 

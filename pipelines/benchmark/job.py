@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 
 from ray import serve
 
-from pipelines.benchmark.answer_log import read_answers
+from pipelines.benchmark.answer_log import AnswerCount, read_answers
 from pipelines.benchmark.asking import ask
 from pipelines.benchmark.endpoint import served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan
@@ -46,6 +46,10 @@ from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
 from serving import cluster
 from serving.app import run
+from serving.written import new_board, total
+
+#: How many tokens the engines have written so far; None where that is not known.
+Written = Callable[[], int] | None
 
 
 class BenchmarkError(UserError):
@@ -77,11 +81,11 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
         splits = check_splits(recipe, chosen, options.data)
         tracking.use_store(options.tracking)  # before the first question: a store that is not there must not cost them
         cluster.start()
-        with _endpoint(recipe, chosen, options, output) as url:
+        with _endpoint(recipe, chosen, options, output) as (url, written):
             # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.
             settings = served_models(url, recipe.benchmark.policies)
             rows = plan(recipe, chosen, settings, options.repeats)
-            unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency)
+            unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency, written)
             answers = read_answers(output / ANSWERS)
             judged = any(task.judged for task, _ in chosen)
             judge = _judge(options, url, output) if judged else None
@@ -132,29 +136,27 @@ def _judge(options: Options, url: str, output: Path) -> Ask:
     return remembered(ask, f"{options.judge_model} {identity}", output / JUDGEMENTS)
 
 
-def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int) -> dict[str, str]:
-    """Ask what has no answer in `folder` yet; returns key -> reason for what still has none."""
+def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int, written: Written) -> dict[str, str]:
+    """Ask what has no answer in `folder` yet; returns key -> reason for what still has none. `written` counts the
+    engines' tokens, where that is known."""
     folder.mkdir(exist_ok=True)
     known = read_answers(folder)
     missing = [question for row in rows if (question := row.question())["key"] not in known]
     if not missing:
         return {}
-    done = len(rows) - len(missing)
-    asked = 0
-
-    def count(number: int) -> None:
-        nonlocal asked
-        asked = number
-
-    with Progress("benchmark", "answers", total=len(rows), count=lambda: done + asked):
-        return ask(missing, url, folder, concurrency, count)
+    done, kept = len(rows) - len(missing), AnswerCount(folder)
+    with Progress("benchmark", "answers", len(rows), lambda: done + kept(), written):
+        return ask(missing, url, folder, concurrency)
 
 
 @contextmanager
-def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path) -> Iterator[str]:
-    """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
+def _endpoint(
+    recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path
+) -> Iterator[tuple[str, Written]]:
+    """The endpoint given, or the engines that the job needs served here for as long as it needs them; and in
+    the second case how many tokens they have written."""
     if options.endpoint is not None:
-        yield options.endpoint
+        yield options.endpoint, None
         return
     asks_here = options.judge is None and any(task.judged for task, _ in chosen)
     names = [*recipe.benchmark.policies, *([options.judge_model] if asks_here else [])]
@@ -162,9 +164,10 @@ def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Op
     hosting = hosting.only(_engines(hosting, names))
     # A name of this job's own: what else the cluster serves is left alone, and what a killed job left is replaced.
     name = f"benchmark-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
-    url = run(hosting, blocking=False, name=name)
+    board = new_board()
+    url = run(hosting, blocking=False, name=name, board=board)
     try:
-        yield url
+        yield url, lambda: total(board)
     except BaseException:
         serve.delete(name, _blocking=False)  # not a minute's wait after Ctrl-C
         raise

@@ -18,6 +18,8 @@ def main(argv: list[str] | None = None) -> int:
         from pipelines.collect.job import collect, report
 
         recipe = load_recipe(options.recipe, options.set + ([f"collect.task={options.task}"] if options.task else []))
+        if options.calibration:
+            recipe = recipe.calibrating()
         print(report(collect(recipe, options.output, options.prompts, options.data), options.output))
 
     return run_command("collect", work, options.output)
@@ -33,6 +35,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--task", help="where prompts come from, in place of the recipe's collect.task")
     source.add_argument(
         "--prompts", type=Path, help='JSON lines of {"uid", "prompt"} or {"uid", "messages"}; all are used'
+    )
+    source.add_argument(
+        "--calibration", action="store_true", help="the recipe's calibration prompts, rolled out greedily"
     )
     parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
     return parser.parse_args(argv)

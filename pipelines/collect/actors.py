@@ -28,6 +28,7 @@ from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
 from s2t_models.threads import use_threads
+from serving.written import keep_posted
 
 #: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
 #: good.
@@ -62,12 +63,13 @@ class UnusablePrompt(ValueError):
 
 
 class Rollouts:
-    """SLM rollouts of a batch of prompts. `hosted` is the SLM."""
+    """SLM rollouts of a batch of prompts. `hosted` is the SLM; the `board` is told how many tokens it has written."""
 
-    def __init__(self, recipe: Recipe, hosted: Hosted) -> None:
+    def __init__(self, recipe: Recipe, hosted: Hosted, board: Any = None) -> None:
         use_threads(recipe.collect.rollout.num_cpus)
         self.tokenizer = loading.load_tokenizer(hosted.settings)
         self.engine: Engine = load(hosted)
+        keep_posted(board, self.engine)
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 

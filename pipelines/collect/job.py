@@ -40,6 +40,7 @@ from s2t_models.hosting import pair
 from s2t_models.recipe import Recipe
 from s2t_models.settings import ActorPool
 from serving import cluster
+from serving.written import new_board, total
 
 
 class CollectError(UserError):
@@ -164,10 +165,14 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
             dataset = ray.data.read_parquet(str(work / "prompts.parquet"))
             # A block is written, committed, and at most lost where something is killed, as one.
             dataset = dataset.repartition(target_num_rows_per_block=collect.rollout.batch)
-            for actor, engine, stage in ((Rollouts, "slm", collect.rollout), (Labels, "teacher", collect.label)):
-                arguments = (recipe, engines[engine])
-                dataset = dataset.map_batches(actor, fn_constructor_args=arguments, **_pool(stage))
-            with Progress("collect", "rows", len(rows), rows_done):
+            board = new_board()
+            dataset = dataset.map_batches(
+                Rollouts, fn_constructor_args=(recipe, engines["slm"], board), **_pool(collect.rollout)
+            )
+            dataset = dataset.map_batches(
+                Labels, fn_constructor_args=(recipe, engines["teacher"]), **_pool(collect.label)
+            )
+            with Progress("collect", "rows", len(rows), rows_done, lambda: total(board)):
                 dataset.write_datasink(ArrowSink(labelled))
         except ray.exceptions.RayError as error:
             raise CollectError(

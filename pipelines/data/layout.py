@@ -18,6 +18,8 @@ RESULTS = "results.parquet"
 TABLES = "tables.md"
 FIGURES = "figures"
 
-# The demo.
+# The loop.
 SERVABLE_RECIPE = "recipe.yaml"
-DEMO_SUMMARY = "summary.json"
+SUMMARY = "summary.json"
+#: The seconds that each stage has taken, over all runs.
+STAGES = "stages.json"

@@ -264,7 +264,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 SUMMARY_NAMES = {"s2t-local-w0": "s2t-local (w=0)"}
 
 
-def demo_summary(
+def loop_summary(
     frame: pd.DataFrame, hits: Mapping[int, float], budget: float, splits: Mapping[str, str]
 ) -> dict[str, Any]:
     """The figures of one task as `summary.json` holds them: `policies`, `paired` (both directions), `hit` at

@@ -14,20 +14,28 @@ _LOG_EVERY_S = 30.0
 
 class Progress:
     """Shows `count()` of `total` while the `with` block runs. The count is polled in a thread, so that any
-    blocking call can be watched from outside.
+    blocking call can be watched from outside. With `tokens`, also how many have been written, and how fast since the
+    last look: a count that moves while rows are long.
 
         with Progress("collect", "rows", total=2400, count=rows_written):
             dataset.write_datasink(sink)
     """
 
-    def __init__(self, name: str, unit: str, total: int, count: Callable[[], int]) -> None:
-        self.name, self.unit, self.total, self.count = name, unit, total, count
+    def __init__(
+        self,
+        name: str,
+        unit: str,
+        total: int,
+        count: Callable[[], int],
+        tokens: Callable[[], int] | None = None,
+    ) -> None:
+        self.name, self.unit, self.total, self.count, self.tokens = name, unit, total, count, tokens
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
         self._begin, self._first = time.monotonic(), self.count()
-        self._shown = self._begin
+        self._shown, self._written = self._begin, 0
         self._thread.start()
         return self
 
@@ -47,10 +55,14 @@ class Progress:
         terminal = sys.stderr.isatty()
         if not (terminal or last or now - self._shown >= _LOG_EVERY_S):
             return
-        self._shown = now
+        since, self._shown = now - self._shown, now
         done, seconds = self.count(), now - self._begin
         rate = (done - self._first) / seconds if seconds else 0.0
-        text = f"{self.name}: {done}/{self.total} {self.unit}, {seconds:.0f} s, {rate:.1f} {self.unit}/s"
+        per, period = (rate, "s") if rate >= 1 or not rate else (60 * rate, "min")
+        text = f"{self.name}: {done}/{self.total} {self.unit}, {seconds:.0f} s, {per:.1f} {self.unit}/{period}"
+        if self.tokens is not None and (written := self.tokens()):
+            speed, self._written = max(written - self._written, 0) / max(since, 0.1), written
+            text += f"; {written:,} tokens" + ("" if last else f", {speed:.0f} tokens/s")
         print(
             f"\r{text:<78}" if terminal else text,
             end="" if terminal and not last else "\n",

@@ -222,6 +222,14 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class CountsTokens(Protocol):
+    """An engine that counts the tokens it has generated, over all calls; the count may be read from any thread."""
+
+    @property
+    def written(self) -> int: ...
+
+
+@runtime_checkable
 class Selecting(Protocol):
     """Capability "select": an engine that holds an S2T-Local artifact."""
 

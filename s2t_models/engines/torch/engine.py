@@ -92,6 +92,7 @@ class TorchEngine:
         self._running: list[_Call] = []
         self._wake = threading.Condition()
         self._closed = False
+        self.written = 0
         gc.freeze()  # models are here to stay: walking them in collections costs one decode step in twenty
         self._thread = threading.Thread(target=self._loop, name=f"engine-{card.name}", daemon=True)
         self._thread.start()
@@ -340,6 +341,7 @@ class TorchEngine:
 
     def _steps(self, hidden_BH: torch.Tensor, feeds: list[Feed]) -> list[Step]:
         logits_BV = self._logits(hidden_BH)
+        self.written += len(feeds)
         samplings = [feed.sampling or Sampling(1) for feed in feeds]
         noise = [
             float(uniforms(sampling.seed, feed.step, 1)[0]) if sampling.temperature else 0.0

@@ -1,0 +1,192 @@
+"""The whole loop of a recipe, in order: collect, distil, choose the budget, benchmark, analyse.
+
+    s2t loop --recipe qwen2.5-coder-0.5b-1.5b --output runs/real
+
+Each stage is the pipeline of its name, as a user would run it. What is there already, made with the same settings, is
+not made again, so a loop that was killed goes on where it was. The output folder ends with `recipe.yaml` (the recipe
+with its artifact, control and chosen budget, ready to serve), `summary.json` (the figures of the table) and
+`stages.json` (the seconds each stage has taken).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.data.layout import COLLECTED, RESULTS, SERVABLE_RECIPE, STAGES, SUMMARY
+from pipelines.runtime.arguments import add_recipe
+from s2t_models.commands import run_command
+from s2t_models.recipe import Recipe, load_recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parse(argv)
+
+    def work() -> None:
+        loop(load_recipe(options.recipe, options.set), options.output, options.data)
+
+    return run_command("loop", work, options.output)
+
+
+def loop(recipe: Recipe, output: Path, data: Path | None = None) -> Recipe:
+    """Run what is missing of the loop in `output`; returns the recipe as it ends. Raises the stages' own errors
+    (UserError)."""
+    from serving import cluster
+
+    began = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    cluster.start()
+    train, calibration = output / "train", output / "calibration"
+    artifact, control = output / "artifact", output / "kd"
+    with _stage(output, "collect"):
+        _collect(recipe, train, data)
+        _collect(recipe.calibrating(), calibration, data)
+    with _stage(output, "distil selector"):
+        _distil(recipe, train, artifact, "selector", calibration)
+    with _stage(output, "distil kd"):
+        _distil(recipe, train, control, "kd")
+    recipe = recipe.model_copy(update={"artifact": str(artifact), "checkpoints": {"kd": str(control)}})
+    if recipe.validation.task:
+        with _stage(output, "choose the budget"):
+            budget = _choose_budget(recipe, recipe.validation.task, output / "validation", data)
+        recipe = recipe.model_copy(update={"budget": budget})
+    _write_recipe(recipe, output / SERVABLE_RECIPE)
+    with _stage(output, "benchmark"):
+        _compare(recipe, calibration, output, data)
+    _analyse(calibration, output)
+    tools = os.path.relpath(Path(sys.executable).parent)
+    print(
+        f"\nfinished in {(time.monotonic() - began) / 60:.1f} minutes; the figures are in {output / SUMMARY}\n"
+        f"compare in MLflow   {tools}/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   opens http://127.0.0.1:5000\n"
+        f"serve it            {tools}/s2t serve --recipe {output / SERVABLE_RECIPE}"
+    )
+    return recipe
+
+
+@contextmanager
+def _stage(output: Path, name: str) -> Iterator[None]:
+    """Add the time that the block takes to the stage's in `stages.json`, also where it is broken off."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        path = output / STAGES
+        seconds = json.loads(path.read_text()) if path.is_file() else {}
+        seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 1)
+        path.write_text(json.dumps(seconds, indent=2) + "\n")
+
+
+def _collect(recipe: Recipe, folder: Path, data: Path | None) -> None:
+    from pipelines.collect import job as collect
+
+    _say(f"collect {recipe.collect.prompts} trajectories of {recipe.collect.task} into {folder}")
+    print(collect.report(collect.collect(recipe, folder, data=data), folder))
+
+
+def _distil(recipe: Recipe, train: Path, output: Path, objective: str, calibration: Path | None = None) -> None:
+    from pipelines.distil import job as distil
+
+    what = "the selector and the trigger head" if objective == "selector" else "the kd control, the same labels,"
+    _say(f"distil {what} into {output}")
+    print(distil.report(distil.distil(recipe, train, output, objective, calibration), output))
+
+
+def _choose_budget(recipe: Recipe, task: str, folder: Path, data: Path | None) -> float:
+    """The smallest budget whose accuracy on validation problems is within one standard error of the best one's."""
+    from pipelines.benchmark.job import Options, benchmark
+    from pipelines.results.summary import read_results, summarise
+
+    budgets, items = recipe.validation.budgets, recipe.validation.items
+    names = {budget: f"s2t-local@{budget:g}" for budget in budgets}
+    _say(f"choose the budget on {items} problems of {task}")
+    chosen = {"task": (task,), "items": items, "policies": tuple(names.values())}
+    job = recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update=chosen)})
+    if not _is_done(job, folder / RESULTS):
+        benchmark(job, folder, Options(data=data))
+    by_name = {row.policy: row.accuracy for row in summarise(read_results(folder / RESULTS)[0])}
+    accuracy = {budget: by_name[name] for budget, name in names.items()}
+    best = max(accuracy.values())
+    enough = best - math.sqrt(best * (1 - best) / items)
+    smallest = min(budget for budget in budgets if accuracy[budget] >= enough)
+    print("  ".join(f"{budget:.0%}: {value:.1%}" for budget, value in accuracy.items()), f" -> {smallest:.0%}")
+    return smallest
+
+
+def _compare(recipe: Recipe, calibration: Path, output: Path, data: Path | None) -> None:
+    from pipelines.benchmark.job import Options, benchmark
+    from pipelines.results.summary import loop_summary, read_results
+
+    policies, tasks = ", ".join(recipe.benchmark.policies), ", ".join(recipe.benchmark.task)
+    _say(f"benchmark {policies} on {recipe.benchmark.items} problems of {tasks} through the endpoint")
+    folder = output / "benchmark"
+    tables = benchmark(recipe, folder, Options(data=data))
+    frame, metadata = read_results(folder / RESULTS)
+    hits = {int(k): hit for k, hit in json.loads((calibration / COLLECTED).read_text())["hit"].items()}
+    summary = loop_summary(frame, hits, recipe.budget, json.loads(metadata["s2t.splits"]))
+    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\n{tables}\n{_against(summary)}\n")
+
+
+def _against(summary: dict[str, Any]) -> str:
+    """S2T-Local's paired differences from every other policy, in points."""
+    pairs = []
+    for name in summary["policies"]:
+        if pair := summary["paired"].get(f"s2t-local-{name}"):
+            low, high = (100 * end for end in pair["interval"])
+            pairs.append(f"  {name:<16} {100 * pair['difference']:+6.1f}  [{low:+.1f}, {high:+.1f}]")
+    return "\n".join(["s2t-local against, in points on the same problems:", *pairs])
+
+
+def _analyse(calibration: Path, output: Path) -> None:
+    from pipelines.analyse.job import analyse
+
+    _say(f"analyse: Hit@K, accuracy against budget and the error split, as tables and figures in {output / 'analysis'}")
+    results = [output / stage / RESULTS for stage in ("benchmark", "validation")]
+    analyse([calibration, *(path for path in results if path.is_file())], output / "analysis")
+
+
+def _is_done(recipe: Recipe, results: Path) -> bool:
+    """Whether the results are whole, of this job and of this artifact."""
+    from pipelines.results.summary import read_results
+    from s2t_models import loading
+    from s2t_models.artifact import Artifact
+
+    if not results.is_file():
+        return False
+    frame, metadata = read_results(results)
+    weights = loading.weights_hash(Artifact.load(str(recipe.artifact)).model(recipe.slm))
+    is_whole = not (frame["verdict"] == "errored").any()
+    return is_whole and metadata["s2t.recipe"] == recipe.model_dump_json() and weights in frame["models"].iloc[0]
+
+
+def _write_recipe(recipe: Recipe, path: Path) -> None:
+    import yaml
+
+    path.write_text(
+        f"# Written by `s2t loop`:  s2t serve --recipe {path}\n"
+        + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    )
+
+
+def _say(what: str) -> None:
+    print(f"\n== {what}", flush=True)
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="s2t loop", description="Collect, distil, benchmark and analyse one recipe.")
+    add_recipe(parser)
+    parser.add_argument("--output", type=Path, required=True, help="folder of all stages, on a shared file system")
+    parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
