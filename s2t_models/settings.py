@@ -128,6 +128,10 @@ class DistilSettings(Settings):
     """Selector training (Eqs. 6-8, 13, 14). `temperature` is the score temperature, `margin` the weight of the
     pairwise hinge, `beta` that of the KL to the base, `min_teacher_margin` the filter of D.4.
 
+    `micro_batch` packed tokens go through the model at once on each worker, and a batch's gradient is the same however
+    it is cut; `gradient_checkpointing` computes activations again where they do not fit; the frozen base's hidden
+    states are kept in `base_cache_gb` of a worker's memory.
+
     `margin_spread` says whose scores' deviation sets the hinge's margin (Eq. 14): those of the group itself, or, as the
     paper has it, of the batch (here of one forward: at most 8 trajectories of one worker). On the embedded pair with
     the demo's settings, after 320 steps, "group" gave Agree@1 0.893 and 0.904 on held-out top steps (seeds 0 and 1)
@@ -147,6 +151,9 @@ class DistilSettings(Settings):
     weight_decay: float = Field(0.0, ge=0)
     steps: Count = 1200
     batch: Count = 64
+    micro_batch: Count = 4096
+    gradient_checkpointing: bool = False
+    base_cache_gb: float = Field(2.0, ge=0)
     validation: float = Field(0.1, ge=0, lt=1)
     evaluate_every: Count = 200
     workers: Count = 1

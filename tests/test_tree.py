@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from s2t_models.training.tree import Tree, pack
+from s2t_models.training.tree_attention import decode, use_tree_attention
 
 SIZES = {
     "vocab_size": 96,
@@ -40,7 +41,9 @@ def test_leaf_and_state_logits_equal_separate_forwards(model):
     trees = [random_tree(rng, 5, 9, 3, 4), random_tree(rng, 12, 20, 5, 4), random_tree(rng, 3, 1, 1, 2)]
     trees[1].candidates_GK[2, 1:] = -1  # a group of one candidate
     batch = pack(trees)
-    hidden_BLH = model.get_decoder()(**batch.inputs(), use_cache=False).last_hidden_state
+    use_tree_attention(model)
+    hidden_BLH = decode(model, **batch.inputs())
+    model.set_attn_implementation("sdpa")
     leaf_GKV = model.lm_head(batch.leaves(hidden_BLH))
     state_SV = model.lm_head(batch.states(hidden_BLH))
     group = state = 0
@@ -66,9 +69,9 @@ def test_leaf_and_state_logits_equal_separate_forwards(model):
 def test_the_trajectories_alone_give_the_same_states(model):
     rng = np.random.default_rng(2)
     batch = pack([random_tree(rng, 4, 8, 2, 3), random_tree(rng, 6, 15, 4, 3)])
-    decoder = model.get_decoder()
-    whole = batch.states(decoder(**batch.inputs(), use_cache=False).last_hidden_state)
-    alone = batch.states(decoder(**batch.inputs(leaves=False), use_cache=False).last_hidden_state)
+    use_tree_attention(model)
+    whole = batch.states(decode(model, **batch.inputs()))
+    alone = batch.states(decode(model, **batch.inputs(leaves=False)))
     torch.testing.assert_close(whole, alone, atol=1e-5, rtol=0)
     assert batch.inputs(leaves=False)["input_ids"].shape == (2, 21)
 

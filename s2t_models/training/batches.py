@@ -10,7 +10,7 @@ Axes: _T output step, _G group (a kept step), _K candidate.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -134,6 +134,19 @@ class BatchOrder:
             pool = pool[np.argsort(-self.lengths[pool], kind="stable")]
             batches += np.split(pool, len(pool) // self.batch)
         return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def pieces(lengths: Sequence[int], limit: int) -> Iterator[slice]:
+    """Cut a list of packed lengths into runs of at most `limit` tokens each, padding counted; one that is longer alone
+    is a run of its own."""
+    start = longest = 0
+    for end, length in enumerate(lengths):
+        longest = max(longest, length)
+        if end > start and longest * (end + 1 - start) > limit:
+            yield slice(start, end)
+            start, longest = end, length
+    if lengths:
+        yield slice(start, len(lengths))
 
 
 @dataclass(frozen=True)

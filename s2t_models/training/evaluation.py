@@ -32,14 +32,14 @@ def add_up(
     return {
         "top_steps": top_G.sum(),
         "random_steps": (~top_G).sum(),
-        "steps": torch.tensor(len(outputs.tuned_SV)),
+        "steps": torch.tensor(len(outputs.tuned_SH)),
         "ranked_steps": several_G.sum(),
         "agree": (agrees_G & top_G).sum(),
         "agree_random": (agrees_G & ~top_G).sum(),
         "agree_slm": ((slm_token_G == batch.target_token_G) & top_G).sum(),
         "selection": losses.selection(preference_GK[top_G], target_G[top_G], valid_GK[top_G]) * top_G.sum(),
         "spearman": spearman(preference_GK, batch.teacher_logprobs_GK, valid_GK)[several_G].sum(),
-        "kl": losses.stability(outputs.base_SV, outputs.tuned_SV).sum(),
+        "kl": outputs.drift().sum(),
     }
 
 

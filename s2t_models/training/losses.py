@@ -1,8 +1,8 @@
-"""The training losses of the selector, and of the `kd` control that spends the same labels on plain distillation.
+"""The training losses of the selector, and the drift from the base that all objectives bound.
 
 All take plain tensors and know nothing of models. Groups may have different numbers of candidates: `valid_GK` marks the
 real ones. Axes: _G group (a labelled step), _K candidate, _M candidate of any group, _S decoding state,
-_V text vocabulary (reserved rows left out).
+_V vocabulary (reserved rows never likely).
 """
 
 from __future__ import annotations
@@ -79,20 +79,3 @@ def stability(base_logits_SV: torch.Tensor, tuned_logits_SV: torch.Tensor) -> to
     """KL(base || tuned) over the text vocabulary at each state, [S], in nats (Eq. 8)."""
     base_SV = base_logits_SV.log_softmax(-1)
     return (base_SV.exp() * (base_SV - tuned_logits_SV.log_softmax(-1))).sum(-1)
-
-
-def distillation(
-    base_logits_SV: torch.Tensor,
-    tuned_logits_SV: torch.Tensor,
-    state_G: torch.Tensor,
-    token_G: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The parts of the `kd` control: cross-entropy of the teacher's best candidate `token_G` on the text logits at the
-    labelled states `state_G`, mean over groups; KL(base || tuned), mean over all other states.
-    """
-    is_labelled_S = torch.zeros(len(base_logits_SV), dtype=torch.bool, device=state_G.device)
-    is_labelled_S[state_G] = True
-    answer = F.cross_entropy(tuned_logits_SV[state_G], token_G, reduction="sum") / max(len(token_G), 1)
-    others = ~is_labelled_S
-    drift = stability(base_logits_SV[others], tuned_logits_SV[others]).sum() / others.sum().clamp(min=1)
-    return answer, drift

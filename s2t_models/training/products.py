@@ -17,11 +17,12 @@ from s2t_models import artifact
 from s2t_models.calibration import BUDGETS, calibrate
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
-from s2t_models.training.batches import Trajectory, collate
+from s2t_models.training.batches import Trajectory, collate, pieces
+from s2t_models.training.tree_attention import decode, use_tree_attention
 from s2t_models.training.trigger_head import train_head
 
-#: Trajectories in one forward when hidden states are read.
-BATCH = 16
+#: Packed tokens in one forward when hidden states are read.
+TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,14 @@ def save_artifact(merged: Merged, output: Path) -> Provenance:
 @torch.no_grad()
 def hidden_states(model: PreTrainedModel, items: Sequence[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
     """The hidden state after the last norm at each output step, [M, H], and its trajectory's number, [M]; in order."""
+    use_tree_attention(model)
     by_length = sorted(range(len(items)), key=lambda i: len(items[i].tree.tokens))
     states: dict[int, torch.Tensor] = {}
-    for start in range(0, len(items), BATCH):
-        numbers = by_length[start : start + BATCH]
+    for piece in pieces([len(items[i].tree.tokens) for i in by_length], TOKENS):
+        numbers = by_length[piece]
         packed = collate([items[i] for i in numbers], model.device, leaves=False).packed
-        hidden_BLH = model.get_decoder()(**packed.inputs(), use_cache=False).last_hidden_state
-        pieces = packed.states(hidden_BLH).split([len(items[i].kl_T) for i in numbers])
-        states.update(zip(numbers, pieces, strict=True))
+        hidden_BLH = decode(model, **packed.inputs())
+        parts = packed.states(hidden_BLH).split([len(items[i].kl_T) for i in numbers])
+        states.update(zip(numbers, parts, strict=True))
     trajectory_M = torch.repeat_interleave(torch.tensor([len(states[i]) for i in range(len(items))]))
     return torch.cat([states[i] for i in range(len(items))]), trajectory_M.to(model.device)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,9 +25,12 @@ from s2t_models.output_head import OutputHead
 from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins
 from s2t_models.settings import LoraSettings, ModelSettings
+from s2t_models.training.tree_attention import decode, use_tree_attention
 
 #: The name of the reserved rows among the selector's parameters.
 ROWS = "rows_RH"
+#: The logit of what is never generated: finite, so that a difference of two of them is no nan.
+NEVER = torch.finfo(torch.float32).min / 2
 
 
 def score(logits_R: torch.Tensor, bins_R: torch.Tensor) -> torch.Tensor:
@@ -64,6 +67,7 @@ class Selector(nn.Module):
     so a distributed wrapper around this module sees every parameter it has to keep in step."""
 
     bins_R: torch.Tensor
+    reserved_R: torch.Tensor
 
     def __init__(self, model: PreTrainedModel, reserved_ids: Sequence[int], lora: LoraSettings) -> None:
         super().__init__()
@@ -77,6 +81,9 @@ class Selector(nn.Module):
         self.reserved_ids = tuple(reserved_ids)
         self.rows_RH = nn.Parameter(output_VH[list(reserved_ids)].detach().float().clone())
         self.register_buffer("bins_R", bins(len(reserved_ids)).to(output_VH.device), persistent=False)
+        self.register_buffer("reserved_R", torch.tensor(reserved_ids, device=output_VH.device), persistent=False)
+        self._attention = model.config._attn_implementation
+        use_tree_attention(model)
         self.adapted = get_peft_model(model, config)
         self.output = OutputHead(self.model)
 
@@ -85,9 +92,10 @@ class Selector(nn.Module):
         """The transformers model inside, adapters and all."""
         return cast(PreTrainedModel, self.adapted.base_model.model)
 
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        """The tuned model's hidden states after the last norm, [..., H]; takes the decoder's arguments."""
-        return self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """The tuned model's hidden states after the last norm, [B, L, H]; takes the arguments of
+        `tree_attention.decode`."""
+        return decode(self.model, **inputs)
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
@@ -111,15 +119,14 @@ class Selector(nn.Module):
         return score(self.output.rows(leaves_H.float(), self.rows_RH, bias_R), self.bins_R)
 
     def text_logits(self, states_H: torch.Tensor) -> torch.Tensor:
-        """Logits over the vocabulary without the reserved rows, [..., H] -> [..., V - R], in order of id."""
-        output_VH, bias_V = self.model.get_output_embeddings().weight, self._bias_V
-        text = slice(0, self.reserved_ids[0]), slice(self.reserved_ids[-1] + 1, len(output_VH))
-        parts = [
-            self.output.rows(states_H, output_VH[rows], None if bias_V is None else bias_V[rows]).float()
-            for rows in text
-            if rows.start < rows.stop
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        """Logits over the vocabulary, [..., H] -> [..., V]; those of the reserved rows, which no text has, are so low
+        that they never count."""
+        logits_V = self.output(states_H).float()
+        return logits_V.index_fill(-1, self.reserved_R, NEVER)
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.model.get_output_embeddings().weight)
 
     @property
     def _bias_V(self) -> torch.Tensor | None:
@@ -139,6 +146,7 @@ class Selector(nn.Module):
     def merge(self) -> PreTrainedModel:
         """Fold LoRA and rows into a plain transformers model, which is returned; the selector is used up."""
         model = cast(PreTrainedModel, self.adapted.merge_and_unload())
+        model.set_attn_implementation(self._attention)
         with torch.no_grad():
             output_VH = model.get_output_embeddings().weight
             output_VH[list(self.reserved_ids)] = self.rows_RH.to(output_VH.dtype)

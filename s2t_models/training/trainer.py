@@ -4,13 +4,13 @@ All objectives get the same trajectories, labelled groups, LoRA and batches. A s
 so a trainer that takes up a saved state goes on where it stopped (but for rounding). Data parallelism comes in through
 `wrap` and torch.distributed.
 
-Axes: _S decoding state, _V text vocabulary, _B trajectory, _L packed token, _H hidden.
+Axes: _S decoding state, _B trajectory, _L packed token, _H hidden.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,13 @@ from s2t_models.training.batches import (
     Trajectory,
     collate,
     drop_narrow_margins,
+    pieces,
     split_by_prompt,
 )
 from s2t_models.training.objectives import objective
 from s2t_models.training.objectives.base import Objective, Outputs
 from s2t_models.training.selector import Selector
 
-#: Trajectories in one forward; more a worker are accumulated.
-MICRO_BATCH = 8
 GRADIENT_NORM = 1.0
 
 
@@ -43,6 +42,8 @@ def load_selector(recipe: Recipe, objective: Objective) -> Selector:
     gradients."""
     torch.manual_seed(recipe.seed)
     model = load_model(recipe.slm)
+    if recipe.distil.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     selector = Selector(model, reserved_rows(recipe), recipe.distil.lora).to(model.device)
     for name, value in selector.named_parameters():
         value.requires_grad_(value.requires_grad and objective.trains(name))
@@ -74,11 +75,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
-        leaves = self.objective.needs_leaves
-        lengths = [item.tree.length if leaves else len(item.tree.tokens) for item in self.training]
-        self.order = BatchOrder(lengths, self.settings.batch, recipe.seed)
+        self.order = BatchOrder([self._length(item) for item in self.training], self.settings.batch, recipe.seed)
         self.step = 0
-        self._base_states: dict[str, torch.Tensor] = {}  # uid -> the frozen base's states [T, H]: they never change
+        self._base_states = BaseStates(int(self.settings.base_cache_gb * 2**30))
 
     def advance(self) -> dict[str, float]:
         """One optimiser step; returns the loss and its terms on this worker, whose mean over the workers is the
@@ -93,8 +92,7 @@ class Trainer:
         self.wrapped.train()
         self.optimizer.zero_grad()
         total: dict[str, float] = {}
-        for start in range(0, len(mine), MICRO_BATCH):
-            items = [self.training[i] for i in mine[start : start + MICRO_BATCH]]
+        for items in self._forwards([self.training[i] for i in mine]):
             loss, parts = self._loss(items, whole)
             loss.backward()
             for name, value in {"loss": loss, **parts}.items():
@@ -110,8 +108,7 @@ class Trainer:
         self.wrapped.eval()
         by_length = sorted(self.validation, key=lambda item: item.tree.length)[self.rank :: self.world]
         sums: dict[str, float] = dict.fromkeys(evaluation.SUMS, 0.0)
-        for start in range(0, len(by_length), MICRO_BATCH):
-            items = by_length[start : start + MICRO_BATCH]
+        for items in self._forwards(by_length):
             batch = collate(items, self.device, self.objective.needs_leaves)
             outputs = self._outputs(items, batch, self.selector)
             for name, value in evaluation.add_up(batch, outputs, *self.objective.choose(batch, outputs)).items():
@@ -131,6 +128,15 @@ class Trainer:
         self.step = state["step"]
         self.selector.load_trained(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def _length(self, item: Trajectory) -> int:
+        """How many tokens it has in a forward."""
+        return item.tree.length if self.objective.needs_leaves else len(item.tree.tokens)
+
+    def _forwards(self, items: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]]:
+        """The trajectories of each forward; more than one holds are accumulated."""
+        for piece in pieces([self._length(item) for item in items], self.settings.micro_batch):
+            yield items[piece]
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then cosine to zero."""
@@ -157,20 +163,41 @@ class Trainer:
 
     def _outputs(self, items: Sequence[Trajectory], batch: Batch, model: nn.Module) -> Outputs:
         """Both models' outputs; `model` is the selector, wrapped where gradients are to be kept in step."""
-        base_SV = self._base_logits(items, batch)
         hidden_BLH = model(**batch.packed.inputs())
         return Outputs(
-            base_SV=base_SV,
-            tuned_SV=self.selector.text_logits(batch.packed.states(hidden_BLH)),
+            base_SH=self._base(items, batch),
+            tuned_SH=batch.packed.states(hidden_BLH),
             scores_GK=self.selector.scores(batch.packed.leaves(hidden_BLH)),
+            text_logits=self.selector.text_logits,
+            vocabulary=self.selector.vocabulary,
         )
 
-    def _base_logits(self, items: Sequence[Trajectory], batch: Batch) -> torch.Tensor:
-        """The frozen base's text logits at the states of a batch, [S, V], from hidden states that are computed once."""
-        with torch.no_grad():
-            if any(item.uid not in self._base_states for item in items):
-                with self.selector.as_base():
-                    states_SH = batch.packed.states(self.selector(**batch.packed.inputs(leaves=False)))
-                for item, states_TH in zip(items, states_SH.split([len(item.kl_T) for item in items]), strict=True):
-                    self._base_states[item.uid] = states_TH.clone()
-            return self.selector.text_logits(torch.cat([self._base_states[item.uid] for item in items]))
+    def _base(self, items: Sequence[Trajectory], batch: Batch) -> torch.Tensor:
+        """The frozen base's hidden states at the decoding states of a batch, [S, H]."""
+        known = self._base_states.of(items)
+        if known is None:
+            with self.selector.as_base():
+                known = batch.packed.states(self.selector(**batch.packed.inputs(leaves=False)))
+            self._base_states.keep(items, known)
+        return known.to(self.device)
+
+
+class BaseStates:
+    """The frozen base's states of trajectories, [T, H] each: they never change, so they are kept in memory, as many as
+    `limit` bytes hold. What finds no room is computed again each time."""
+
+    def __init__(self, limit: int) -> None:
+        self._room = limit
+        self._states: dict[str, torch.Tensor] = {}
+
+    def of(self, items: Sequence[Trajectory]) -> torch.Tensor | None:
+        """Those of all the items, end to end, [S, H]; None where one is missing."""
+        if any(item.uid not in self._states for item in items):
+            return None
+        return torch.cat([self._states[item.uid] for item in items])
+
+    def keep(self, items: Sequence[Trajectory], states_SH: torch.Tensor) -> None:
+        for item, states_TH in zip(items, states_SH.split([len(item.kl_T) for item in items]), strict=True):
+            if item.uid not in self._states and states_TH.nbytes <= self._room:
+                self._states[item.uid] = states_TH.to("cpu", copy=True)
+                self._room -= states_TH.nbytes

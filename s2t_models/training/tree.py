@@ -2,7 +2,8 @@
 
 A leaf is one candidate token c at a state s_t: it sees its prefix and itself, and its position is the prefix's length,
 so its hidden state equals that of a forward over s_t + c alone. That costs one forward a trajectory instead of a copy
-of the prefix per candidate. The module knows nothing of losses, labels or reserved rows.
+of the prefix per candidate. What a token sees is decided where each layer attends (`tree_attention`). The module knows
+nothing of losses, labels or reserved rows.
 
 Axes: _B tree in a batch, _L packed token, _S state (a prefix length to decode from), _G group (a triggered step),
 _K candidate.
@@ -16,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from s2t_models.training.tree_attention import Sight
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,15 @@ class Tree:
 class TreeBatch:
     """Packed trees, padded to one length.
 
-    `mask` is True where attention is allowed, [B, 1, L, L]. `(row_S, column_S)` is where every output step's decoding
-    state lies (the position whose logits are p(. | s_t)), trajectory after trajectory; `state_G` each group's state as
-    an index into those; `(row_G, leaf_GK)` where each candidate's leaf lies, valid where `valid_GK`. The first `trunk`
-    columns hold all trajectory tokens.
+    A token sees the first `seen_BL` tokens of its row, and itself. `(row_S, column_S)` is where every output step's
+    decoding state lies (the position whose logits are p(. | s_t)), trajectory after trajectory; `state_G` each group's
+    state as an index into those; `(row_G, leaf_GK)` where each candidate's leaf lies, valid where `valid_GK`. The first
+    `trunk` columns hold all trajectory tokens.
     """
 
     ids_BL: torch.Tensor
     positions_BL: torch.Tensor
-    mask: torch.Tensor
+    seen_BL: torch.Tensor
     row_S: torch.Tensor
     column_S: torch.Tensor
     state_G: torch.Tensor
@@ -60,13 +63,14 @@ class TreeBatch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
-    def inputs(self, leaves: bool = True) -> dict[str, torch.Tensor]:
-        """The decoder's arguments; without `leaves`, for the trajectories alone."""
+    def inputs(self, leaves: bool = True) -> dict[str, Any]:
+        """The arguments of `tree_attention.decode`; without `leaves`, for the trajectories alone."""
         end = self.ids_BL.shape[1] if leaves else self.trunk
+        positions_BL = self.positions_BL[:, :end]
         return {
             "input_ids": self.ids_BL[:, :end],
-            "position_ids": self.positions_BL[:, :end],
-            "attention_mask": self.mask[:, :, :end, :end],
+            "position_ids": positions_BL,
+            "sight": Sight(self.seen_BL[:, :end], positions_BL),
         }
 
     def states(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
@@ -85,7 +89,7 @@ def pack(trees: Sequence[Tree]) -> TreeBatch:
     groups = sum(len(tree.prefixes_G) for tree in trees)
     ids_BL = np.zeros((rows, length), dtype=np.int64)
     positions_BL = np.zeros((rows, length), dtype=np.int64)
-    seen_BL = np.zeros((rows, length), dtype=np.int64)  # a token sees the first `seen` of its row, and itself
+    seen_BL = np.zeros((rows, length), dtype=np.int64)
     leaf_GK = np.zeros((groups, width), dtype=np.int64)
     valid_GK = np.zeros((groups, width), dtype=bool)
     row_S, column_S, state_G, row_G = [], [], [], []
@@ -108,11 +112,10 @@ def pack(trees: Sequence[Tree]) -> TreeBatch:
         row_G.append(np.full(len(tree.prefixes_G), row))
         state_G.append(first_state + tree.prefixes_G - tree.prompt)
         first_group, first_state = group.stop, first_state + tokens - tree.prompt
-    mask = torch.arange(length) < torch.from_numpy(seen_BL)[:, None, :, None]
     return TreeBatch(
         ids_BL=torch.from_numpy(ids_BL),
         positions_BL=torch.from_numpy(positions_BL),
-        mask=mask | torch.eye(length, dtype=torch.bool),  # padding sees itself, so that no row is empty
+        seen_BL=torch.from_numpy(seen_BL),
         row_S=_joined(row_S),
         column_S=_joined(column_S),
         state_G=_joined(state_G),

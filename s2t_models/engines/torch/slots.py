@@ -231,7 +231,7 @@ class Slots:
             if cap is None:
                 o = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
             else:
-                o = _capped_attention(q, k, v, mask, scale, cap)
+                o = capped_attention(q, k, v, mask, scale, cap)
             o = o.unflatten(2, (repeats, width)).permute(0, 3, 1, 2, 4)
             out.append(o.reshape(-1, heads, dim))
         laid = out[0] if len(out) == 1 else torch.cat(out)
@@ -272,7 +272,7 @@ def _attention(
     return slots.attend(layer, query, key, value, scale, sliding_window, softcap), None
 
 
-def _capped_attention(
+def capped_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, cap: float
 ) -> torch.Tensor:
     """Attention whose logits are soft-capped before the mask (Gemma 2), which no fused kernel offers."""

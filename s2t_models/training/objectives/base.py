@@ -8,30 +8,66 @@ Axes: _S decoding state, _G group, _K candidate, _V text vocabulary, _H hidden.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
 from s2t_models.settings import DistilSettings
+from s2t_models.training import losses
 from s2t_models.training.batches import Batch, Trajectory
+from s2t_models.training.per_state import per_state
 from s2t_models.training.products import Merged, save_checkpoint
 from s2t_models.training.selector import ROWS
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the models say of a batch: the frozen base's text logits at every decoding state and the tuned model's
-    (those of group g are at `batch.packed.state_G[g]`), and the scores of the candidates (no columns where no leaves
-    were packed)."""
+    """What the models say of a batch: the hidden states of the frozen base and of the tuned model at every decoding
+    state (those of group g are at `batch.packed.state_G[g]`), and the scores of the candidates (no columns where no
+    leaves were packed). `text_logits` is the head of both, [S, H] -> [S, V]; its logits are never there for all states
+    at once (`per_state`)."""
 
-    base_SV: torch.Tensor
-    tuned_SV: torch.Tensor
+    base_SH: torch.Tensor
+    tuned_SH: torch.Tensor
     scores_GK: torch.Tensor
+    text_logits: Callable[[torch.Tensor], torch.Tensor]
+    vocabulary: int
+
+    def drift(self) -> torch.Tensor:
+        """KL(base || tuned) over the text vocabulary at each state, [S], in nats (Eq. 8)."""
+
+        def drift(tuned_SH: torch.Tensor, base_SH: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                base_SV = self.text_logits(base_SH)
+            return losses.stability(base_SV, self.text_logits(tuned_SH))
+
+        return per_state(drift, self.vocabulary, self.tuned_SH, self.base_SH)
+
+    def surprisal(self, state_G: torch.Tensor, token_G: torch.Tensor) -> torch.Tensor:
+        """-log p of a token under the tuned model at some of the states, [G], in nats."""
+
+        def surprisal(tuned_GH: torch.Tensor, token_G: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.text_logits(tuned_GH), token_G, reduction="none")
+
+        return per_state(surprisal, self.vocabulary, self.tuned_SH[state_G], token_G)
+
+    @torch.no_grad()
+    def text_choice(self, state_G: torch.Tensor, candidates_GK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tuned model's logits of the candidates at some of the states, [G, K], and its likeliest token, [G]."""
+
+        def choice(tuned_GH: torch.Tensor, candidates_GK: torch.Tensor) -> torch.Tensor:
+            text_GV = self.text_logits(tuned_GH)
+            best_G1 = text_GV.argmax(-1, keepdim=True)
+            return torch.cat([text_GV.gather(1, candidates_GK).double(), best_G1.double()], dim=1)
+
+        both = per_state(choice, self.vocabulary, self.tuned_SH[state_G], candidates_GK.clamp(min=0))
+        return both[:, :-1].float(), both[:, -1].long()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from s2t_models.training import losses
 from s2t_models.training.batches import Batch, Trajectory
 from s2t_models.training.objectives.base import Objective, Outputs, Term
 
@@ -19,14 +18,19 @@ class KdObjective(Objective):
         return counts | {"unlabelled": counts["states"] - counts["groups"]}
 
     def terms(self, batch: Batch, outputs: Outputs) -> list[Term]:
-        answer, stability = losses.distillation(
-            outputs.base_SV, outputs.tuned_SV, batch.packed.state_G, batch.target_token_G
-        )
+        state_G = batch.packed.state_G
+        surprisal_G = outputs.surprisal(state_G, batch.target_token_G)
+        drift_S = outputs.drift()
+        unlabelled_S = torch.ones_like(drift_S, dtype=torch.bool).index_fill(0, state_G, False)
         return [
-            Term("kd_loss", answer, 1.0, per="groups"),
-            Term("kl_loss", stability, self.settings.kd_beta, per="unlabelled"),
+            Term("kd_loss", surprisal_G.sum() / max(len(state_G), 1), 1.0, per="groups"),
+            Term(
+                "kl_loss",
+                drift_S[unlabelled_S].sum() / unlabelled_S.sum().clamp(min=1),
+                self.settings.kd_beta,
+                per="unlabelled",
+            ),
         ]
 
     def choose(self, batch: Batch, outputs: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
-        text_GV = outputs.tuned_SV[batch.packed.state_G]
-        return text_GV.gather(1, batch.candidates_GK.clamp(min=0)), text_GV.argmax(-1)
+        return outputs.text_choice(batch.packed.state_G, batch.candidates_GK)

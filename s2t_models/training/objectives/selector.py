@@ -31,11 +31,10 @@ class SelectorObjective(Objective):
         margin = losses.margin(
             preference_GK, scores_GK, batch.target_G, batch.valid_GK, settings.temperature, settings.margin_spread
         )
-        stability = losses.stability(outputs.base_SV, outputs.tuned_SV).mean()
         return [
             Term("selection_loss", selection, 1.0, per="groups"),
             Term("margin_loss", margin, settings.margin, per="groups"),
-            Term("kl_loss", stability, settings.beta, per="states"),
+            Term("kl_loss", outputs.drift().mean(), settings.beta, per="states"),
         ]
 
     def choose(self, batch: Batch, outputs: Outputs) -> tuple[torch.Tensor, torch.Tensor]:

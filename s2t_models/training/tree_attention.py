@@ -1,0 +1,118 @@
+"""Attention under a tree mask, for any model whose attention goes through transformers' attention interface.
+
+The mask is made on the model's device, once a forward and kind of layer: layers with a sliding window also leave out
+what lies too far behind. Soft-capped layers are computed as they ask.
+
+Axes: _B row, _L packed token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from s2t_models.engines.torch.slots import UnsupportedAttention, capped_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "s2t_tree"
+
+
+@dataclass
+class Sight:
+    """What each packed token sees: the first `seen_BL` tokens of its row, whose positions are their columns, and
+    itself. `positions_BL` are the tokens' own positions."""
+
+    seen_BL: torch.Tensor
+    positions_BL: torch.Tensor
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def causal(cls, ids_BL: torch.Tensor) -> Sight:
+        """That of plain texts without padding."""
+        at_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        return cls((at_L + 1).expand_as(ids_BL), at_L.expand_as(ids_BL))
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [B, 1, L, L]; with a `window`, prefix tokens that many positions back or more are not seen."""
+        if window not in self._masks:
+            at_L = torch.arange(self.seen_BL.shape[1], device=self.seen_BL.device)
+            sees_BLL = at_L < self.seen_BL[..., None]
+            if window is not None:
+                sees_BLL &= at_L > self.positions_BL[..., None] - window
+            sees_BLL |= at_L == at_L[:, None]  # padding too, so that no row is empty
+            mask_BLL = torch.zeros(sees_BLL.shape, dtype=dtype, device=at_L.device)
+            self._masks[window] = mask_BLL.masked_fill_(~sees_BLL, torch.finfo(dtype).min)[:, None]
+        return self._masks[window]
+
+
+def use_tree_attention(model: PreTrainedModel) -> None:
+    """Let the model's layers attend as `decode` says from now on."""
+    model.set_attn_implementation(ATTENTION)
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None = None,
+    sight: Sight | None = None,
+) -> torch.Tensor:
+    """The hidden states after the last norm, [B, L, H]; without `sight`, of plain texts. The model has been given to
+    `use_tree_attention`."""
+    sight = Sight.causal(input_ids) if sight is None else sight
+    # Classes with kinds of layers look a mask up for each; the others make none for an attention of another name.
+    kinds = getattr(model.config, "layer_types", None)
+    masks = dict.fromkeys({*kinds, "full_attention"}) if kinds else None
+    output = model.get_decoder()(
+        input_ids=input_ids,
+        attention_mask=masks,
+        position_ids=sight.positions_BL if position_ids is None else position_ids,
+        use_cache=False,
+        sight=sight,
+    )
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sight: Sight | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    if sight is None:
+        raise UnsupportedAttention("its class does not pass arguments on to its attention")
+    if s_aux is not None:
+        raise UnsupportedAttention("its attention has sinks")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask = sight.mask(sliding_window, query.dtype)
+    if softcap is None:
+        grouped = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+        )
+    else:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+        out = capped_attention(query, key, value, mask, scale, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _register() -> None:
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attention)
+
+
+_register()
