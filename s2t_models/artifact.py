@@ -2,9 +2,10 @@
 
     model/                     the merged transformers checkpoint (safetensors) with its tokenizer
     trigger_head.safetensors   the trigger head
+    ranking_head.safetensors   the auxiliary ranking head, where the model has no reserved rows (D.1)
     artifact.json              reserved ids, bins, thresholds and provenance (`Card`)
 
-The reserved rows live in the model's output embedding, so loading needs transformers alone. The module does not know
+Reserved rows live in the model's output embedding, so loading needs transformers alone. The module does not know
 how an engine uses any of it.
 """
 
@@ -24,11 +25,13 @@ from s2t_models.provenance import Provenance
 from s2t_models.settings import ModelSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from s2t_models.trigger import TriggerHead
 
 CARD, HEAD, MODEL = "artifact.json", "trigger_head.safetensors", "model"
+RANKING_HEAD = "ranking_head.safetensors"
 #: What tells a plain checkpoint directory.
 CHECKPOINT = "config.json"
 
@@ -40,7 +43,8 @@ class ArtifactError(UserError):
 class Card(BaseModel):
     """What artifact.json holds.
 
-    `bins` are the values v of the reserved rows (Eq. 5). `temperature` and `prior_weight` are those of decoding,
+    `bins` are the values v of the R rows that score (Eq. 5); `reserved_ids` is empty where these are an auxiliary
+    head's. `temperature` and `prior_weight` are those of decoding,
     `trained_prior_weight` the one of training. `thresholds` maps a trigger ("head", on its logit; "kl" and "entropy",
     in nats) to budget -> threshold.
     """
@@ -77,6 +81,8 @@ class Artifact:
             card = Card.model_validate_json((folder / CARD).read_text())
         except ValidationError as error:
             raise ArtifactError(f"{folder / CARD}: {first_problem(error)}") from None
+        if not card.reserved_ids and not (folder / RANKING_HEAD).exists():
+            raise ArtifactError(f"{folder}: not an S2T-Local artifact, {RANKING_HEAD} is missing")
         return cls(folder, card)
 
     def model(self, base: ModelSettings) -> ModelSettings:
@@ -97,9 +103,25 @@ class Artifact:
             raise ArtifactError(f"{self.folder / HEAD}: does not hold a trigger head") from None
         return head.eval()
 
+    def ranking_head(self) -> torch.Tensor | None:
+        """The auxiliary ranking head's weight, [R, H], on the CPU; None where reserved rows do its work."""
+        from safetensors.torch import load_file
+
+        if self.card.reserved_ids:
+            return None
+        weight_RH = load_file(self.folder / RANKING_HEAD).get("weight")
+        if weight_RH is None or weight_RH.shape[:1] != (len(self.card.bins),):
+            raise ArtifactError(f"{self.folder / RANKING_HEAD}: does not hold a ranking head of {len(self.card.bins)}")
+        return weight_RH
+
 
 def save(
-    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: TriggerHead, card: Card
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: TriggerHead,
+    card: Card,
+    ranking_head: torch.Tensor | None = None,
 ) -> Artifact:
     """Write an artifact; one that is already there is replaced as a whole. Raises ArtifactError where `folder` holds
     something else."""
@@ -108,6 +130,8 @@ def save(
     with replacing(folder, CARD) as parts:
         _save_model(parts / MODEL, model, tokenizer)
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, parts / HEAD)
+        if ranking_head is not None:
+            save_file({"weight": ranking_head.contiguous().cpu()}, parts / RANKING_HEAD)
         (parts / CARD).write_text(card.model_dump_json(indent=2) + "\n")
     return Artifact.load(folder)
 

@@ -37,8 +37,11 @@ class ModelSettings(Settings):
 
 
 class ReservedSettings(Settings):
-    """The block of R reserved rows (section 3.2, D.1). `first` null: the highest unused rows of the vocabulary."""
+    """The R rows that carry scores (section 3.2, D.1). `kind` "rows": rows of the vocabulary that no text uses, the
+    block from `first` on, or the highest free ones. "head": a ranking head beside the vocabulary. "auto": the first
+    where there are enough free rows, else the second."""
 
+    kind: Literal["auto", "rows", "head"] = "auto"
     count: Count = 16
     first: int | None = Field(None, ge=0)
 

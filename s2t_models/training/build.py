@@ -36,6 +36,7 @@ def build(
         tokenizer=load_tokenizer(recipe.slm),
         reserved_ids=selector.reserved_ids,
         bins=tuple(selector.bins_R.tolist()),
+        ranking_head=selector.ranking_head,
         training=training,
         calibration=held_out if calibration is None else calibration,
         provenance=provenance,

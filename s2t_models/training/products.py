@@ -28,13 +28,14 @@ TOKENS = 4096
 @dataclass(frozen=True)
 class Merged:
     """The trained model as plain transformers knows it, with what its products are made from: the trajectories it was
-    trained on, and others to set thresholds on."""
+    trained on, and others to set thresholds on. `ranking_head` [R, H] is there where no rows are reserved (D.1)."""
 
     recipe: Recipe
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reserved_ids: tuple[int, ...]
     bins: tuple[float, ...]
+    ranking_head: torch.Tensor | None
     training: Sequence[Trajectory]
     calibration: Sequence[Trajectory]
     provenance: Provenance
@@ -75,7 +76,7 @@ def save_artifact(merged: Merged, output: Path) -> Provenance:
         thresholds={name: calibrate(values_M, budgets) for name, values_M in values.items()},
         provenance=merged.provenance.model_copy(update={"trigger_head": figures, "calibration_steps": len(logits_M)}),
     )
-    artifact.save(output, model, merged.tokenizer, head, card)
+    artifact.save(output, model, merged.tokenizer, head, card, merged.ranking_head)
     return card.provenance
 
 

@@ -38,8 +38,11 @@ def load(hosted: Hosted) -> TorchEngine:
         capabilities=capabilities(hosted),
     )
     router = load_router(hosted.router) if hosted.router else None
-    head, bins = (artifact.head(), artifact.card.bins) if artifact else (None, ())
-    return TorchEngine(model, card, settings.slots, head, bins, router)
+    if artifact is None:
+        return TorchEngine(model, card, settings.slots, router=router)
+    return TorchEngine(
+        model, card, settings.slots, artifact.head(), artifact.card.bins, router, artifact.ranking_head()
+    )
 
 
 def check(hosted: Hosted) -> None:
