@@ -112,8 +112,9 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides (values are YAML) and validate it.
 
-    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Raises
-    RecipeError with one line that names the file and every wrong key.
+    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Relative paths
+    of folders are made absolute here, once: processes of the stages run in folders of their own. Raises RecipeError
+    with one line that names the file and every wrong key.
     """
     try:
         values = yaml.safe_load(_find(path).read_text())
@@ -124,9 +125,28 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _set(values, override)
     try:
-        return Recipe.model_validate(values)
+        return _absolute(Recipe.model_validate(values))
     except ValidationError as error:
         raise RecipeError(f"{path}: {_one_line(error)}") from None
+
+
+def _absolute(recipe: Recipe) -> Recipe:
+    def of(path: str | None) -> str | None:
+        return path if path is None or not Path(path).exists() else str(Path(path).resolve())
+
+    def model(settings: ModelSettings) -> ModelSettings:
+        return settings.model_copy(update={"path": of(settings.path)})
+
+    return recipe.model_copy(
+        update={
+            "slm": model(recipe.slm),
+            "teacher": model(recipe.teacher),
+            "artifact": of(recipe.artifact),
+            "checkpoints": {name: of(path) for name, path in recipe.checkpoints.items()},
+            "router": recipe.router.model_copy(update={"path": of(recipe.router.path)}),
+            "trigger": recipe.trigger.model_copy(update={"calibration": of(recipe.trigger.calibration)}),
+        }
+    )
 
 
 def shipped_recipes() -> dict[str, Path]:

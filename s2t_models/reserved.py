@@ -58,10 +58,17 @@ def reserved_ids(free: tuple[int, ...], settings: ReservedSettings) -> tuple[int
 
 
 def reserved_rows(recipe: Recipe) -> tuple[int, ...]:
-    """The ids that no engine of the recipe puts probability on: the SLM's reserved rows, masked in the teacher as
-    well; none where the SLM has an auxiliary head. Raises RecipeError as `reserved_ids` does."""
+    """The SLM's reserved rows; none where it has an auxiliary head. Raises RecipeError as `reserved_ids` does."""
     rows = loading.load_config(recipe.slm).vocab_size
     return reserved_ids(free_rows(rows, loading.load_tokenizer(recipe.slm)), recipe.reserved)
+
+
+def masked_rows(recipe: Recipe) -> tuple[int, ...]:
+    """The ids that no engine of the recipe puts probability on: the reserved rows, and rows that only one model of the
+    pair has (Qwen2.5 comes with 151,936 and 152,064), which the other could not read. Raises RecipeError as
+    `reserved_rows` does."""
+    sizes = [loading.load_config(model).vocab_size for model in (recipe.slm, recipe.teacher)]
+    return tuple(sorted({*reserved_rows(recipe), *range(min(sizes), max(sizes))}))
 
 
 def bins(count: int) -> torch.Tensor:

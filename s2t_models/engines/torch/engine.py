@@ -84,12 +84,12 @@ class TorchEngine:
         self._head = head.to(model.device).eval() if head is not None else None
         self._router = router.to(model.device).eval() if router is not None else None
         self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name))
-        self._reserved = torch.tensor(card.reserved_ids, dtype=torch.long, device=model.device)
+        self._reserved = torch.tensor(card.masked_ids, dtype=torch.long, device=model.device)
         embedding: Any = model.get_output_embeddings()
         bias = getattr(embedding, "bias", None)
         self._reserved_rows = embedding.weight[self._reserved], None if bias is None else bias[self._reserved]
         self._ranking_head = None if ranking_head is None else ranking_head.to(model.device).float()
-        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.reserved_ids))
+        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.masked_ids))
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
