@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -93,6 +94,9 @@ class Selector(nn.Module):
         self._attention = model.config._attn_implementation
         use_tree_attention(model)
         self.adapted = get_peft_model(model, config)
+        for module in self.adapted.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = model.dtype == torch.float32  # type: ignore[assignment]  # see `forward`
         self.output = OutputHead(self.model)
 
     @property
@@ -107,8 +111,13 @@ class Selector(nn.Module):
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The tuned model's hidden states after the last norm, [B, L, H]; takes the arguments of
-        `tree_attention.decode`."""
-        return decode(self.model, **inputs)
+        `tree_attention.decode`.
+
+        In half precision the LoRA factors, which are float32, are computed with in the model's: casting their inputs up
+        would keep a second copy of nearly every activation."""
+        device, dtype = self.rows_RH.device.type, self.model.dtype
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return decode(self.model, **inputs)
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
