@@ -15,6 +15,7 @@ COMMANDS = {
     "analyse": ("pipelines.analyse.__main__", "the paper's curves and tables from shards or results"),
     "grade": ("pipelines.grade", "grade recorded responses"),
     "serve": ("serving.app", "the OpenAI endpoint: every policy is a model"),
+    "export": ("pipelines.export", "an artifact as a folder that transformers, peft and others load"),
     "loop": ("pipelines.loop", "all of it in order for one recipe, going on where it was broken off"),
     "demo": ("pipelines.demo", "the loop on the embedded pair"),
 }
