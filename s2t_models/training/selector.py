@@ -172,7 +172,10 @@ class Selector(nn.Module):
         """The LoRA as plain peft loads it on the model called `base`; the R rows are not part of it."""
         config = self.adapted.peft_config["default"]
         config.base_model_name_or_path, config.inference_mode = base, True
-        tensors = {name: value.cpu() for name, value in get_peft_model_state_dict(self.adapted).items()}
+        tensors = {
+            name: value.cpu()
+            for name, value in get_peft_model_state_dict(self.adapted, save_embedding_layers=False).items()
+        }
         return Adapter(config.to_dict(), tensors)
 
     def merge(self) -> PreTrainedModel:
