@@ -152,13 +152,13 @@ class DistilSettings(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     warmup: Fraction = 0.03
     weight_decay: float = Field(0.0, ge=0)
-    steps: Count = 1200
+    steps: Count = 90
     batch: Count = 64
     micro_batch: Count = 4096
     gradient_checkpointing: bool = False
     base_cache_gb: float = Field(2.0, ge=0)
     validation: float = Field(0.1, ge=0, lt=1)
-    evaluate_every: Count = 200
+    evaluate_every: Count = 15
     workers: Count = 1
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -169,7 +169,7 @@ class TriggerHeadSettings(Settings):
 
     hidden: Count = 128
     dropout: Fraction = 0.1
-    positives: Fraction = 0.05
+    positives: Fraction = 0.10
     epochs: Count = 50
     learning_rate: float = Field(1e-3, gt=0)
     validation: Fraction = 0.1
