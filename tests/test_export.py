@@ -161,7 +161,7 @@ def test_the_adapter_loads_in_plain_peft_and_the_card_says_what_was_measured(tmp
     torch.testing.assert_close(adapted(ids).logits[..., text], merged(ids).logits[..., text], atol=1e-4, rtol=0)
     assert load_file(exported / "adapter" / "adapter_model.safetensors")
     card = (exported / "README.md").read_text()
-    assert "default 0.1" in card
+    assert "0.1 unless said" in card
     assert provenance().base_weights in card
     assert str(tmp_path) not in card.replace(recipe.slm.path, "")  # no folder of this machine but the base's own name
     assert json.loads((exported / "s2t.json").read_text())["budget"] == 0.1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -99,14 +100,24 @@ def _model_card(artifact: Artifact, decoding: Decoding, name: str, measured: str
     scores = "reserved rows of its vocabulary" if card.reserved_ids else "a ranking head beside its vocabulary"
     figures = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(made.validation.items()))
     budget, k = decoding.budget, decoding.candidates.k
-    return f"""{chr(10).join(front)}
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "A small language model"
+    about = textwrap.fill(
+        f"{origin} that selects among its own next tokens, distilled from a teacher's choices: *S2T-Local* of "
+        "[Select to Think](https://arxiv.org/abs/2604.26940). A trigger head reads the hidden state. Where it fires, "
+        f"the model's {k} candidates are scored with {scores}, and the best one is written. No teacher is needed.",
+        120,
+    )
+    budgets = ", ".join(f"{share:g}" for share in sorted(card.thresholds["head"]))
+    held_out = "On held-out prompts of the training collection:\n\n| figure | value |\n|---|---:|\n" + figures
+    shards = "\n".join(f"| {role} shards | `{digest}` |" for role, digest in made.shards.items())
+    kept = ("reserved rows", "model.safetensors") if card.reserved_ids else ("ranking head", RANKING_HEAD)
+    return (
+        "\n".join(front)
+        + f"""
 
 # {name}
 
-{f"[{base}](https://huggingface.co/{base})" if base else "A small language model"} that selects among its own next
-tokens, distilled from a teacher's choices: *S2T-Local* of [Select to Think](https://arxiv.org/abs/2604.26940). A
-trigger head reads the hidden state. Where it fires, the model's {k} candidates are scored with {scores}, and the best
-one is written. No teacher is needed.
+{about}
 
 ## Use
 
@@ -121,8 +132,8 @@ chat = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add
 ids = model.generate(**chat, custom_generate=FOLDER, trust_remote_code=True, max_new_tokens=512)
 ```
 
-`budget=` takes another share of steps that may trigger ({", ".join(f"{b:g}" for b in sorted(card.thresholds["head"]))};
-default {budget:g}). Without `custom_generate` the merged model decodes as usual. The LoRA alone, on the base model:
+`budget=` takes another share of steps that may trigger: {budgets}; {budget:g} unless said. Without
+`custom_generate` the merged model decodes as usual. The LoRA alone, on the base model:
 
 ```python
 from peft import PeftModel
@@ -130,22 +141,11 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER + "/adapter")
 ```
 
-It holds no {"reserved rows" if card.reserved_ids else "ranking head"}: those are in
-`{"model.safetensors" if card.reserved_ids else RANKING_HEAD}`.
+It holds no {kept[0]}: see `{kept[1]}` for those.
 
 ## Measured
 
-{
-        measured
-        or "On held-out prompts of the training collection:"
-        + chr(10)
-        + chr(10)
-        + "| figure | value |"
-        + chr(10)
-        + "|---|---:|"
-        + chr(10)
-        + figures
-    }
+{measured or held_out}
 
 ## Made from
 
@@ -154,7 +154,8 @@ It holds no {"reserved rows" if card.reserved_ids else "ranking head"}: those ar
 | base weights | `{made.base_weights}` |
 | teacher's weights | `{made.teacher_weights}` |
 | recipe | `{made.recipe}` |
-{chr(10).join(f"| {role} shards | `{digest}` |" for role, digest in made.shards.items())}
-| splits | {", ".join(sorted(made.rows)) or "unknown"} |
-| training steps | {made.settings.get("distil.steps", "unknown")} |
+{shards}
+| splits | {", ".join(sorted(made.rows)) or "not recorded"} |
+| training steps | {made.settings.get("distil.steps", "not recorded")} |
 """
+    )
