@@ -101,7 +101,8 @@ class TrainingCost:
 
 
 def training_cost(cost: ModelCost, lora: LoraSettings, reserved: int, length: int) -> TrainingCost:
-    """Run the selector's own forward over one row of `length` tokens on the meta device, and add up what autograd keeps.
+    """Run the selector's own forward over one row of `length` tokens on the meta device, and add up what autograd
+    keeps.
 
     Attention counts as a fused kernel, which keeps its inputs, output and one number a query; soft-capped attention
     keeps its scores, as it does. LoRA factors count in the model's precision, in which they are computed."""
