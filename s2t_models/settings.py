@@ -263,10 +263,11 @@ class ServingSettings(Settings):
 
 
 class BenchmarkSettings(Settings):
-    """What a job asks. `max_new_tokens` is an answer's limit where it is below the task's own."""
+    """What a job asks: `items` rows of each task, 0 for all. `max_new_tokens` is an answer's limit where it is below
+    the task's own."""
 
     task: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedded",)
-    items: Count = 600
+    items: int = Field(600, ge=0)
     max_new_tokens: Count | None = None
     policies: Annotated[tuple[str, ...], Field(min_length=1)] = (
         *("greedy", "maj@8", "takeover", "s2t", "s2t-local", "s2t-local-w0", "kd", "llm"),

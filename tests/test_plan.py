@@ -162,3 +162,8 @@ def test_the_command_says_what_fits_and_its_status_says_so_too(tmp_path, capsys)
 def test_figures_of_ones_own_replace_those_of_a_card():
     mine = card("a100", memory=40, tflops=200, bandwidth=1500)
     assert (mine.memory, mine.flops, mine.bandwidth) == (40 * GIB, 200e12, 1500e9)
+
+
+def test_all_problems_of_a_task_take_time_too(tmp_path):
+    wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-1.5b", benchmark={"items": 0, "task": ["gsm8k"]})
+    assert Plan(wanted, CARDS["h100"]).benchmark().seconds > 0

@@ -22,6 +22,8 @@ LOGIT_COPIES = 6
 SLACK = 0.05
 #: The smallest micro-batch that is proposed.
 LEAST_MICRO_BATCH = 256
+#: Problems a task is taken to have where the recipe asks all of them.
+ITEMS = 500
 #: Bytes a step in a shard beside its candidates, and a candidate: an id and two log-probabilities.
 STEP_BYTES, CANDIDATE_BYTES = 20, 12
 
@@ -279,7 +281,7 @@ class Plan:
         seconds = read = written = 0.0
         for name in bench.task:
             answer = self.assumed.share * self.limit(name)
-            answers = bench.items * len(bench.seeds)
+            answers = (bench.items or ITEMS) * len(bench.seeds)
             for policy in bench.policies:
                 if policy.startswith("llm"):
                     seconds += self.writing(self.teacher, answers, answer, batch["teacher"])
@@ -292,7 +294,7 @@ class Plan:
                     flops = self.teacher.flops(answers * (prompt + answer), (prompt + answer) / 2)
                     seconds += self.card.seconds(flops)
         work = {
-            "answers": f"{len(bench.task)} tasks x {len(bench.policies)} policies x {bench.items} items x "
+            "answers": f"{len(bench.task)} tasks x {len(bench.policies)} policies x {bench.items or ITEMS} items x "
             f"{len(bench.seeds)} seeds, {_hours(seconds)}",
             "teacher": f"reads {_count(read)} tokens, writes {_count(written)}",
         }

@@ -36,6 +36,7 @@ class Merged:
     reserved_ids: tuple[int, ...]
     bins: tuple[float, ...]
     ranking_head: torch.Tensor | None
+    adapter: artifact.Adapter
     training: Sequence[Trajectory]
     calibration: Sequence[Trajectory]
     provenance: Provenance
@@ -76,7 +77,7 @@ def save_artifact(merged: Merged, output: Path) -> Provenance:
         thresholds={name: calibrate(values_M, budgets) for name, values_M in values.items()},
         provenance=merged.provenance.model_copy(update={"trigger_head": figures, "calibration_steps": len(logits_M)}),
     )
-    artifact.save(output, model, merged.tokenizer, head, card, merged.ranking_head)
+    artifact.save(output, model, merged.tokenizer, head, card, merged.ranking_head, merged.adapter)
     return card.provenance
 
 

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from s2t_models.artifact import Adapter
 from s2t_models.loading import load_config
 from s2t_models.output_head import OutputHead
 from s2t_models.recipe import RecipeError
@@ -166,6 +167,16 @@ class Selector(nn.Module):
             for name, value in self.named_parameters():
                 if value.requires_grad:
                     value.copy_(tensors[name])
+
+    def adapter(self, base: str) -> Adapter:
+        """The LoRA as plain peft loads it on the model called `base`; the R rows are not part of it."""
+        config = self.adapted.peft_config["default"]
+        config.base_model_name_or_path, config.inference_mode = base, True
+        tensors = {
+            name: value.cpu()
+            for name, value in get_peft_model_state_dict(self.adapted, save_embedding_layers=False).items()
+        }
+        return Adapter(config.to_dict(), tensors)
 
     def merge(self) -> PreTrainedModel:
         """Fold LoRA and reserved rows into a plain transformers model, which is returned; the selector is used up."""
