@@ -47,9 +47,11 @@ def _download(settings: ModelSettings) -> Path:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
     except Exception as error:
-        raise RecipeError(
-            f"{settings.path}: neither a folder here nor to be had from the hub: {one_line(error, 200)}"
-        ) from None
+        raise _not_to_be_had(settings, error) from None
+
+
+def _not_to_be_had(settings: ModelSettings, error: Exception) -> RecipeError:
+    return RecipeError(f"{settings.path}: neither a folder here nor to be had from the hub: {one_line(error, 200)}")
 
 
 def device_of(settings: ModelSettings) -> str:
@@ -67,10 +69,14 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    folder = _local(settings)
     try:
-        source = _local(settings) or settings.path
-        config = AutoConfig.from_pretrained(source, revision=settings.revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            folder or settings.path, revision=settings.revision, trust_remote_code=False
+        )
     except (ValueError, OSError) as error:
+        if folder is None and isinstance(error, OSError):
+            raise _not_to_be_had(settings, error) from None
         raise RecipeError(f"{settings.path}: its config.json cannot be used: {one_line(error, 200)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise RecipeError(f"{settings.path}: {config.model_type} is no decoder-only language model of transformers'")
