@@ -44,6 +44,7 @@ def loop(recipe: Recipe, output: Path, data: Path | None = None) -> Recipe:
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     cluster.start()
+    output = output.resolve()  # the recipe names what comes of it, for processes that run in other folders
     train, calibration = output / "train", output / "calibration"
     artifact, control = output / "artifact", output / "kd"
     with _stage(output, "collect"):

@@ -2,19 +2,22 @@
 
     model/                     the merged transformers checkpoint (safetensors) with its tokenizer
     trigger_head.safetensors   the trigger head
+    adapter/                   the LoRA before it was merged, for peft on the base model
+    ranking_head.safetensors   the auxiliary ranking head, where the model has no reserved rows (D.1)
     artifact.json              reserved ids, bins, thresholds and provenance (`Card`)
 
-The reserved rows live in the model's output embedding, so loading needs transformers alone. The module does not know
+Reserved rows live in the model's output embedding, so loading needs transformers alone. The module does not know
 how an engine uses any of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -24,11 +27,14 @@ from s2t_models.provenance import Provenance
 from s2t_models.settings import ModelSettings
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from s2t_models.trigger import TriggerHead
 
 CARD, HEAD, MODEL = "artifact.json", "trigger_head.safetensors", "model"
+RANKING_HEAD, ADAPTER = "ranking_head.safetensors", "adapter"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: What tells a plain checkpoint directory.
 CHECKPOINT = "config.json"
 
@@ -40,7 +46,8 @@ class ArtifactError(UserError):
 class Card(BaseModel):
     """What artifact.json holds.
 
-    `bins` are the values v of the reserved rows (Eq. 5). `temperature` and `prior_weight` are those of decoding,
+    `bins` are the values v of the R rows that score (Eq. 5); `reserved_ids` is empty where these are an auxiliary
+    head's. `temperature` and `prior_weight` are those of decoding,
     `trained_prior_weight` the one of training. `thresholds` maps a trigger ("head", on its logit; "kl" and "entropy",
     in nats) to budget -> threshold.
     """
@@ -55,6 +62,23 @@ class Card(BaseModel):
     trained_prior_weight: float
     thresholds: dict[str, dict[float, float]]
     provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA in peft's own terms: what `adapter_config.json` holds, and the factors by name."""
+
+    config: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    def write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        save_file({name: value.contiguous() for name, value in self.tensors.items()}, folder / ADAPTER_WEIGHTS)
+        # peft's sets are lists in its file as well
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in self.config.items()}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, default=str) + "\n")
 
 
 @dataclass(frozen=True)
@@ -77,6 +101,8 @@ class Artifact:
             card = Card.model_validate_json((folder / CARD).read_text())
         except ValidationError as error:
             raise ArtifactError(f"{folder / CARD}: {first_problem(error)}") from None
+        if not card.reserved_ids and not (folder / RANKING_HEAD).exists():
+            raise ArtifactError(f"{folder}: not an S2T-Local artifact, {RANKING_HEAD} is missing")
         return cls(folder, card)
 
     def model(self, base: ModelSettings) -> ModelSettings:
@@ -97,9 +123,26 @@ class Artifact:
             raise ArtifactError(f"{self.folder / HEAD}: does not hold a trigger head") from None
         return head.eval()
 
+    def ranking_head(self) -> torch.Tensor | None:
+        """The auxiliary ranking head's weight, [R, H], on the CPU; None where reserved rows do its work."""
+        from safetensors.torch import load_file
+
+        if self.card.reserved_ids:
+            return None
+        weight_RH = load_file(self.folder / RANKING_HEAD).get("weight")
+        if weight_RH is None or weight_RH.shape[:1] != (len(self.card.bins),):
+            raise ArtifactError(f"{self.folder / RANKING_HEAD}: does not hold a ranking head of {len(self.card.bins)}")
+        return weight_RH
+
 
 def save(
-    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, head: TriggerHead, card: Card
+    folder: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    head: TriggerHead,
+    card: Card,
+    ranking_head: torch.Tensor | None = None,
+    adapter: Adapter | None = None,
 ) -> Artifact:
     """Write an artifact; one that is already there is replaced as a whole. Raises ArtifactError where `folder` holds
     something else."""
@@ -108,6 +151,10 @@ def save(
     with replacing(folder, CARD) as parts:
         _save_model(parts / MODEL, model, tokenizer)
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, parts / HEAD)
+        if adapter is not None:
+            adapter.write(parts / ADAPTER)
+        if ranking_head is not None:
+            save_file({"weight": ranking_head.contiguous().cpu()}, parts / RANKING_HEAD)
         (parts / CARD).write_text(card.model_dump_json(indent=2) + "\n")
     return Artifact.load(folder)
 

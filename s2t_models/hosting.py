@@ -14,7 +14,7 @@ from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
 from s2t_models.calibration import Calibration, CalibrationError
 from s2t_models.recipe import Recipe, RecipeError
-from s2t_models.reserved import reserved_rows
+from s2t_models.reserved import masked_rows
 from s2t_models.router import SETTINGS, WEIGHTS
 from s2t_models.settings import ModelSettings
 
@@ -27,13 +27,13 @@ LOCAL = "s2t-local"
 
 @dataclass(frozen=True)
 class Hosted:
-    """One engine: a model with the reserved ids it must not generate, or the S2T-Local artifact in a folder (which
+    """One engine: a model with the ids it must not generate, or the S2T-Local artifact in a folder (which
     knows its own), on the device and slots of `settings`; `router` is the folder of R2R's router, which runs beside the
-    SLM. Local paths are absolute: replicas run in other folders."""
+    SLM."""
 
     name: str
     settings: ModelSettings
-    reserved_ids: tuple[int, ...] = ()
+    masked_ids: tuple[int, ...] = ()
     artifact: Path | None = None
     router: Path | None = None
 
@@ -75,7 +75,7 @@ def host(recipe: Recipe) -> Hosting:
     slm = engines["slm"]
     for name, path in recipe.checkpoints.items():
         checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
-        engines[name] = Hosted(name, _absolute(checkpoint), slm.reserved_ids)
+        engines[name] = Hosted(name, checkpoint, slm.masked_ids)
         _check_tokenizer(engines[name], recipe)
     artifact = _artifact(recipe) if recipe.artifact else None
     if artifact:
@@ -87,8 +87,8 @@ def host(recipe: Recipe) -> Hosting:
 
 def pair(recipe: Recipe) -> dict[str, Hosted]:
     """The SLM and the teacher alone, as collecting needs them. Raises RecipeError where they do not belong together."""
-    reserved = reserved_rows(recipe)
-    engines = {name: Hosted(name, _absolute(getattr(recipe, name)), reserved) for name in ("slm", "teacher")}
+    masked = masked_rows(recipe)
+    engines = {name: Hosted(name, getattr(recipe, name), masked) for name in ("slm", "teacher")}
     _check_tokenizer(engines["teacher"], recipe)
     return engines
 
@@ -96,8 +96,8 @@ def pair(recipe: Recipe) -> dict[str, Hosted]:
 def _check_tokenizer(engine: Hosted, recipe: Recipe) -> None:
     if difference := loading.tokenizer_difference(engine.settings, recipe.slm):
         raise RecipeError(
-            f"{engine.name}: the tokenizer of {engine.settings.path} is not that of {recipe.slm.path}: {difference}; "
-            "models that work together share one"
+            f"{engine.name}: the tokenizers of {engine.settings.path} and {recipe.slm.path} are not the same: "
+            f"{difference}; models that work together share one"
         )
 
 
@@ -168,8 +168,3 @@ def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[float, float]]:
 def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: ModelSettings) -> None:
     if recorded != loading.weights_hash(model):
         raise RecipeError(f"{key}: {path} was made with another {role} than {model.path}; make it again with this one")
-
-
-def _absolute(settings: ModelSettings) -> ModelSettings:
-    path = Path(settings.path)
-    return settings.model_copy(update={"path": str(path.resolve())}) if path.is_dir() else settings

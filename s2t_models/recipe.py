@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -45,7 +45,8 @@ class RecipeError(UserError):
 
 
 class Recipe(Settings):
-    """A model pair with all settings. `budget` tau is the share of steps that may be triggered."""
+    """A model pair with all settings. `budget` tau is the share of steps that may be triggered. `prompts` says in whose
+    words tasks ask: their own (those of Qwen2.5-Math's and MMLU-Pro's evaluations), or the authors' code's."""
 
     name: str
     slm: ModelSettings
@@ -55,6 +56,7 @@ class Recipe(Settings):
     budget: Annotated[float, Field(gt=0, le=1)] = 0.01
     seed: int = Field(0, ge=0)
     published: Annotated[bool, Field(strict=True)] = False
+    prompts: Literal["own", "published"] = "own"
     reserved: ReservedSettings = ReservedSettings()
     divergence: DivergenceSettings = DivergenceSettings()
     candidates: CandidateSettings = CandidateSettings()
@@ -112,8 +114,9 @@ class Recipe(Settings):
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides (values are YAML) and validate it.
 
-    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Raises
-    RecipeError with one line that names the file and every wrong key.
+    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Relative paths
+    of folders are made absolute here, once: processes of the stages run in folders of their own. Raises RecipeError
+    with one line that names the file and every wrong key.
     """
     try:
         values = yaml.safe_load(_find(path).read_text())
@@ -124,19 +127,38 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     for override in overrides:
         _set(values, override)
     try:
-        return Recipe.model_validate(values)
+        return _absolute(Recipe.model_validate(values))
     except ValidationError as error:
         raise RecipeError(f"{path}: {_one_line(error)}") from None
 
 
+def _absolute(recipe: Recipe) -> Recipe:
+    def of(path: str | None) -> str | None:
+        return path if path is None or not Path(path).exists() else str(Path(path).resolve())
+
+    def model(settings: ModelSettings) -> ModelSettings:
+        return settings.model_copy(update={"path": of(settings.path)})
+
+    return recipe.model_copy(
+        update={
+            "slm": model(recipe.slm),
+            "teacher": model(recipe.teacher),
+            "artifact": of(recipe.artifact),
+            "checkpoints": {name: of(path) for name, path in recipe.checkpoints.items()},
+            "router": recipe.router.model_copy(update={"path": of(recipe.router.path)}),
+            "trigger": recipe.trigger.model_copy(update={"calibration": of(recipe.trigger.calibration)}),
+        }
+    )
+
+
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with the project, by name: the files of the data package `cluster`, where it is
-    installed."""
+    """The recipes that ship with the project, by name (`embedded`, `paper/qwen2.5-1.5b-32b`): the files of the data
+    package `cluster`, where it is installed."""
     try:
         folder = Path(str(files("cluster") / "recipes"))
     except ModuleNotFoundError:
         return {}
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def _find(path: str | Path) -> Path:

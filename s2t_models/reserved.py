@@ -1,9 +1,13 @@
 """Reserved rows: vocabulary rows that no text uses, whose logits carry the selector's scores (section 3.2, D.1).
 
-They are masked from generation. Axes: _R bin.
+They are masked from generation. A model without enough of them gets an auxiliary ranking head in their place: as many
+rows of its own, parallel to the output embedding (D.1). Axes: _R bin.
 """
 
 from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,35 +15,60 @@ from s2t_models import loading
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.settings import ReservedSettings
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
-def reserved_ids(rows: int, tokenizer_length: int, settings: ReservedSettings) -> tuple[int, ...]:
-    """The R contiguous ids of the block; by default the highest rows of the vocabulary.
+#: Tokens that tokenizers themselves hold in reserve: Llama 3's <|reserved_special_token_0|>, Gemma's <unused0>, Phi-3's
+#: <|placeholder1|>, Mistral's [control_8].
+_HELD = re.compile(r"<\|?(reserved_special_token_|unused|placeholder)\d+\|?>|\[control_\d+\]")
 
-    `rows` counts the model's vocabulary rows, `tokenizer_length` the ids that text uses. Raises RecipeError where the
-    block would reach into the tokenizer's ids or past the last row.
-    """
-    first = rows - settings.count if settings.first is None else settings.first
-    if first < tokenizer_length or first + settings.count > rows:
+
+def free_rows(rows: int, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The ids that no text uses, in order: of the model's `rows` those that the tokenizer has not got or holds in
+    reserve."""
+    used = {id for token, id in tokenizer.get_vocab().items() if not _HELD.fullmatch(token)}
+    return tuple(row for row in range(rows) if row not in used)
+
+
+def reserved_ids(free: tuple[int, ...], settings: ReservedSettings) -> tuple[int, ...]:
+    """The ids of the R reserved rows among the `free` ones: the block from `first` on, or the highest R. None at all
+    where an auxiliary head takes their place.
+
+    Raises RecipeError where the block is not free, or `rows` are asked for and there are too few."""
+    count, first = settings.count, settings.first
+    if settings.kind == "head":
+        return ()
+    if first is None:
+        if len(free) >= count:
+            return free[-count:]
+        if settings.kind == "auto":
+            return ()
         raise RecipeError(
-            f"reserved: rows {first}..{first + settings.count - 1} are not free: the tokenizer uses the ids below "
-            f"{tokenizer_length} and the model has {rows} rows; set reserved.first or a smaller reserved.count"
+            f"reserved.count = {count}: the vocabulary has {len(free)} free rows; set a smaller one, or "
+            "reserved.kind=head for a ranking head beside the vocabulary"
         )
-    return tuple(range(first, first + settings.count))
+    block = tuple(range(first, first + count))
+    if taken := sorted(set(block) - set(free)):
+        has = f"; free are {len(free)} rows from {free[0]} to {free[-1]}" if free else ""
+        raise RecipeError(
+            f"reserved.first = {first}: row {taken[0]} is not free{has}; set another, a smaller reserved.count, or "
+            "leave reserved.first out"
+        )
+    return block
 
 
 def reserved_rows(recipe: Recipe) -> tuple[int, ...]:
-    """The ids that no engine of the recipe puts probability on: the SLM's reserved block, masked in the teacher as
-    well.
-
-    Raises RecipeError where the block is not free."""
+    """The SLM's reserved rows; none where it has an auxiliary head. Raises RecipeError as `reserved_ids` does."""
     rows = loading.load_config(recipe.slm).vocab_size
-    tokenizer = loading.load_tokenizer(recipe.slm)
-    used = len(tokenizer)
-    # Tokens that a tokenizer itself holds in reserve (Llama 3's <|reserved_special_token_0|>, D.1) are no text either.
-    added = tokenizer.added_tokens_decoder
-    while (token := added.get(used - 1)) and token.special and "reserved" in token.content:
-        used -= 1
-    return reserved_ids(rows, used, recipe.reserved)
+    return reserved_ids(free_rows(rows, loading.load_tokenizer(recipe.slm)), recipe.reserved)
+
+
+def masked_rows(recipe: Recipe) -> tuple[int, ...]:
+    """The ids that no engine of the recipe puts probability on: the reserved rows, and rows that only one model of the
+    pair has (Qwen2.5 comes with 151,936 and 152,064), which the other could not read. Raises RecipeError as
+    `reserved_rows` does."""
+    sizes = [loading.load_config(model).vocab_size for model in (recipe.slm, recipe.teacher)]
+    return tuple(sorted({*reserved_rows(recipe), *range(min(sizes), max(sizes))}))
 
 
 def bins(count: int) -> torch.Tensor:

@@ -37,8 +37,11 @@ class ModelSettings(Settings):
 
 
 class ReservedSettings(Settings):
-    """The block of R reserved rows (section 3.2, D.1). `first` null: the highest unused rows of the vocabulary."""
+    """The R rows that carry scores (section 3.2, D.1). `kind` "rows": rows of the vocabulary that no text uses, the
+    block from `first` on, or the highest free ones. "head": a ranking head beside the vocabulary. "auto": the first
+    where there are enough free rows, else the second."""
 
+    kind: Literal["auto", "rows", "head"] = "auto"
     count: Count = 16
     first: int | None = Field(None, ge=0)
 
@@ -150,13 +153,13 @@ class DistilSettings(Settings):
     learning_rate: float = Field(1e-4, gt=0)
     warmup: Fraction = 0.03
     weight_decay: float = Field(0.0, ge=0)
-    steps: Count = 1200
+    steps: Count = 90
     batch: Count = 64
     micro_batch: Count = 4096
     gradient_checkpointing: bool = False
     base_cache_gb: float = Field(2.0, ge=0)
     validation: float = Field(0.1, ge=0, lt=1)
-    evaluate_every: Count = 200
+    evaluate_every: Count = 15
     workers: Count = 1
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
@@ -167,7 +170,7 @@ class TriggerHeadSettings(Settings):
 
     hidden: Count = 128
     dropout: Fraction = 0.1
-    positives: Fraction = 0.05
+    positives: Fraction = 0.10
     epochs: Count = 50
     learning_rate: float = Field(1e-3, gt=0)
     validation: Fraction = 0.1
@@ -261,10 +264,11 @@ class ServingSettings(Settings):
 
 
 class BenchmarkSettings(Settings):
-    """What a job asks. `max_new_tokens` is an answer's limit where it is below the task's own."""
+    """What a job asks: `items` rows of each task, 0 for all. `max_new_tokens` is an answer's limit where it is below
+    the task's own."""
 
     task: Annotated[tuple[str, ...], Field(min_length=1)] = ("embedded",)
-    items: Count = 600
+    items: int = Field(600, ge=0)
     max_new_tokens: Count | None = None
     policies: Annotated[tuple[str, ...], Field(min_length=1)] = (
         *("greedy", "maj@8", "takeover", "s2t", "s2t-local", "s2t-local-w0", "kd", "llm"),

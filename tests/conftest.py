@@ -49,13 +49,13 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
 
     from s2t_models import artifact, loading
     from s2t_models.recipe import load_recipe
-    from s2t_models.reserved import bins, reserved_ids
+    from s2t_models.reserved import bins, reserved_rows
     from s2t_models.trigger import TriggerHead
 
     recipe = load_recipe(recipe_path)
     torch.manual_seed(0)
     model, tokenizer = loading.load_model(recipe.slm), loading.load_tokenizer(recipe.slm)
-    reserved = reserved_ids(model.config.vocab_size, len(tokenizer), recipe.reserved)
+    reserved = reserved_rows(recipe)
     with torch.no_grad():
         model.get_output_embeddings().weight[list(reserved)] = torch.randn(len(reserved), model.config.hidden_size)
     budget = recipe.budget

@@ -130,7 +130,7 @@ class ReferenceEngine:
 
     def _masked(self, logits_V: torch.Tensor) -> torch.Tensor:
         logits_V = logits_V.clone()
-        logits_V[list(self._card.reserved_ids)] = -torch.inf
+        logits_V[list(self._card.masked_ids)] = -torch.inf
         return logits_V
 
     def _count(self, name: str) -> None:
@@ -232,7 +232,7 @@ class ReferenceEngine:
         return Selected(scores_K, Usage(leaves=len(candidates_K), forwards=1))
 
     def _score(self, prefix: list[int], candidate: int) -> float:
-        z_R = self.after([*prefix, candidate])[1][list(self._card.reserved_ids)]
+        z_R = self.after([*prefix, candidate])[1][list(self._card.masked_ids)]
         return float(z_R.softmax(-1) @ torch.linspace(0, 1, len(z_R)))
 
     async def route(self, tokens: list[int], start: int) -> Routed:

@@ -99,9 +99,16 @@ def test_multinomial_with_k_of_the_whole_support_is_the_support():
         assert propose(logprobs_N, 4, "multinomial", uniforms_K=uniforms(seed, 0, 4)).tolist() == [0, 1, 2, 3]
 
 
-def test_reserved_rows_lie_above_the_tokenizer():
-    assert reserved_ids(960, 900, ReservedSettings(count=16)) == tuple(range(944, 960))
-    assert reserved_ids(151936, 151665, ReservedSettings(count=16, first=151920)) == tuple(range(151920, 151936))
-    with pytest.raises(RecipeError, match="not free"):
-        reserved_ids(960, 950, ReservedSettings(count=16))
+def test_reserved_rows_are_the_highest_free_ones_or_the_block_that_is_asked_for():
+    qwen = tuple(range(151665, 151936))
+    assert reserved_ids(qwen, ReservedSettings(count=16)) == tuple(range(151920, 151936))
+    assert reserved_ids(qwen, ReservedSettings(count=12, first=151920)) == tuple(range(151920, 151932))
+    scattered = (5, 9, *range(20, 24), 30)
+    assert reserved_ids(scattered, ReservedSettings(count=3)) == (22, 23, 30)
+    assert reserved_ids(scattered, ReservedSettings(count=8)) == ()  # an auxiliary head in their place
+    assert reserved_ids(scattered, ReservedSettings(count=3, kind="head")) == ()
+    with pytest.raises(RecipeError, match=r"^reserved.count = 8: the vocabulary has 7 free rows; .*reserved.kind=head"):
+        reserved_ids(scattered, ReservedSettings(count=8, kind="rows"))
+    with pytest.raises(RecipeError, match=r"^reserved.first = 21: row 24 is not free; free are 7 rows from 5 to 30; "):
+        reserved_ids(scattered, ReservedSettings(count=4, first=21))
     assert bins(5).tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -165,7 +165,7 @@ def test_reserved_rows_are_scaled_and_capped_like_all_others(name: str) -> None:
     model, prefix, candidates_K = tiny(SERVED[name]), prompts()[1], [5, 17, 41]
     ids_KT = torch.tensor([[*prefix, candidate] for candidate in candidates_K])
     own_KV = model(ids_KT, use_cache=False).logits[:, -1]
-    with running(model, head=torch.nn.Identity(), reserved_ids=RESERVED) as engine:
+    with running(model, head=torch.nn.Identity(), masked_ids=RESERVED) as engine:
         (selected,) = run(engine.select(prefix, candidates_K))
     own_K = score(own_KV[:, RESERVED], bins(len(RESERVED)))
     np.testing.assert_allclose(selected.scores_K, own_K, atol=1e-5)

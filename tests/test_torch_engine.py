@@ -20,7 +20,7 @@ from s2t_models.engines.torch.load import load
 from s2t_models.engines.torch.sampling import pick
 from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
-from s2t_models.reserved import bins, reserved_ids
+from s2t_models.reserved import bins, free_rows, reserved_ids
 from s2t_models.settings import CandidateSettings, ModelSettings, MultiplexSettings, ReservedSettings
 
 SLM = ModelSettings(path="embedded:slm", dtype="float32", device="cpu", slots=8)
@@ -38,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def reserved(reference, tokenizer) -> tuple[int, ...]:
-    return reserved_ids(reference.get_input_embeddings().weight.shape[0], len(tokenizer), ReservedSettings(count=16))
+    return reserved_ids(free_rows(len(reference.get_input_embeddings().weight), tokenizer), ReservedSettings(count=16))
 
 
 @pytest.fixture(scope="module")

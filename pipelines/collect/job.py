@@ -16,6 +16,7 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from s2t_models import loading
 from s2t_models.engines.load import check
 from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.files import locked
-from s2t_models.hosting import pair
+from s2t_models.hosting import Hosted, pair
 from s2t_models.recipe import Recipe
 from s2t_models.settings import ActorPool
 from serving import cluster
@@ -56,11 +57,12 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     task = f"file:{prompts.name}" if prompts else recipe.collect.task
     chosen = sources.from_file(prompts) if prompts else sources.from_task(task, data, recipe)
     rows = sources.rows(chosen, recipe)
+    engines = pair(recipe)
     with locked(output):
         metadata = _claim(recipe, output, task, rows)
         if not (output / SHARDS).is_dir():
             work = output / "work"
-            files = _run(recipe, work, rows)
+            files = _run(recipe, engines, work, rows)
             try:
                 publish(files, [row["uid"] for row in rows], output, metadata, recipe)
             except NothingDone as error:
@@ -96,11 +98,6 @@ def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) 
     """
     slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
     tokenizer = loading.tokenizer_hash(recipe.slm)
-    if difference := loading.tokenizer_difference(recipe.slm, recipe.teacher):
-        raise CollectError(
-            f"{recipe.name}: the tokenizers of {recipe.slm.path} and {recipe.teacher.path} are not the same: "
-            f"{difference}; a pair shares one"
-        )
     metadata = shard_metadata(recipe, slm, teacher, tokenizer, task)
     settings = {
         **{f"collect.{key}": value for key, value in recipe.collect.model_dump(exclude={"rollout", "label"}).items()},
@@ -131,7 +128,7 @@ def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) 
     return record["metadata"]
 
 
-def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
+def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Path, rows: list[dict[str, Any]]) -> list[Path]:
     """Roll out and label what is not done yet; returns the files that hold all labelled rows."""
     work = work.resolve()
     labelled, checkpoint = work / "labelled", work / "checkpoint"
@@ -143,7 +140,6 @@ def _run(recipe: Recipe, work: Path, rows: list[dict[str, Any]]) -> list[Path]:
         return sum(parquet.read_metadata(record).num_rows for record in records)
 
     if rows_done() < len(rows):
-        engines = pair(recipe)
         for hosted in engines.values():
             check(hosted)
         cluster.start()

@@ -7,6 +7,7 @@ running the same command again) takes up the latest one.
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from s2t_models.threads import use_threads
 from s2t_models.training.trainer import Trainer
 
 STATE = "state.pt"
-#: Optimiser steps between two entries of the training curves.
-LOG_EVERY = 20
+#: Between two entries of the training curves, which progress follows: optimiser steps, or seconds where these are long.
+LOG_EVERY, LOG_EVERY_S = 20, 30.0
 
 
 def train(config: dict[str, Any]) -> None:
@@ -40,10 +41,13 @@ def train(config: dict[str, Any]) -> None:
         append_begin(curves, trainer.step)
     total, every = recipe.distil.steps, recipe.distil.evaluate_every
     recent: list[dict[str, float]] = []
+    logged = time.monotonic()
     while trainer.step < total:
         recent.append(trainer.advance())
         is_evaluated = trainer.step % every == 0 or trainer.step == total
-        if rank == 0 and (trainer.step % LOG_EVERY == 0 or is_evaluated):
+        is_due = trainer.step % LOG_EVERY == 0 or time.monotonic() - logged >= LOG_EVERY_S
+        if rank == 0 and (is_due or is_evaluated):
+            logged = time.monotonic()
             means = {f"train/{name}": sum(parts[name] for parts in recent) / len(recent) for name in recent[0]}
             append_metrics(curves, trainer.step, means)
             recent.clear()

@@ -189,7 +189,7 @@ class ModelCard:
     vocabulary: int
     context: int
     end_ids: tuple[int, ...]
-    reserved_ids: tuple[int, ...] = ()
+    masked_ids: tuple[int, ...] = ()
     dtype: str = "float32"
     engine: str = "torch"
     router: str | None = None

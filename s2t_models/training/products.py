@@ -25,13 +25,15 @@ from s2t_models.training.trigger_head import train_head
 @dataclass(frozen=True)
 class Merged:
     """The trained model as plain transformers knows it, with what its products are made from: the trajectories it was
-    trained on, and others to set thresholds on."""
+    trained on, and others to set thresholds on. `ranking_head` [R, H] is there where no rows are reserved (D.1)."""
 
     recipe: Recipe
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     reserved_ids: tuple[int, ...]
     bins: tuple[float, ...]
+    ranking_head: torch.Tensor | None
+    adapter: artifact.Adapter
     training: Sequence[Trajectory]
     calibration: Sequence[Trajectory]
     provenance: Provenance
@@ -73,7 +75,7 @@ def save_artifact(merged: Merged, output: Path) -> Provenance:
         thresholds={name: calibrate(values_M, budgets) for name, values_M in values.items()},
         provenance=merged.provenance.model_copy(update={"trigger_head": figures, "calibration_steps": len(logits_M)}),
     )
-    artifact.save(output, model, merged.tokenizer, head, card)
+    artifact.save(output, model, merged.tokenizer, head, card, merged.ranking_head, merged.adapter)
     return card.provenance
 
 

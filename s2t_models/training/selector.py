@@ -1,9 +1,10 @@
-"""The selector: a LoRA on the SLM and R reserved output rows whose logits after a candidate give its score (Eq. 5).
+"""The selector: a LoRA on the SLM and R output rows whose logits after a candidate give its score (Eq. 5).
 
 Only the LoRA factors and the R rows are parameters. The rows are kept beside the model while it is trained and take the
 place of the output embedding's reserved rows when it is merged; reserved ids are never inputs, so with tied embeddings
-nothing else changes. Works on any transformers causal language model whose linears peft can adapt; knows nothing of how
-batches are made or what the loss is.
+nothing else changes. A model without reserved rows keeps them beside it for good: an auxiliary ranking head (D.1).
+Works on any transformers causal language model whose linears peft can adapt; knows nothing of how batches are made or
+what the loss is.
 
 Axes: _R bin (reserved row), _V vocabulary, _H hidden.
 """
@@ -15,11 +16,13 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from s2t_models.artifact import Adapter
 from s2t_models.loading import load_config
 from s2t_models.output_head import OutputHead
 from s2t_models.recipe import RecipeError
@@ -63,13 +66,16 @@ def check_targets(settings: ModelSettings, lora: LoraSettings) -> None:
 
 
 class Selector(nn.Module):
-    """A causal language model with a LoRA on it and its reserved rows as parameters. `forward` is the model's decoder,
-    so a distributed wrapper around this module sees every parameter it has to keep in step."""
+    """A causal language model with a LoRA on it and the R rows that score as parameters: those of `reserved_ids`, or,
+    where there are none, `count` new ones. `forward` is the model's decoder, so a distributed wrapper around this
+    module sees every parameter it has to keep in step."""
 
     bins_R: torch.Tensor
-    reserved_R: torch.Tensor
+    reserved_N: torch.Tensor
 
-    def __init__(self, model: PreTrainedModel, reserved_ids: Sequence[int], lora: LoraSettings) -> None:
+    def __init__(
+        self, model: PreTrainedModel, reserved_ids: Sequence[int], lora: LoraSettings, count: int = 16
+    ) -> None:
         super().__init__()
         config = LoraConfig(
             r=lora.rank,
@@ -79,13 +85,25 @@ class Selector(nn.Module):
         )
         output_VH = model.get_output_embeddings().weight
         self.reserved_ids = tuple(reserved_ids)
-        self.rows_RH = nn.Parameter(output_VH[list(reserved_ids)].detach().float().clone())
-        self.register_buffer("bins_R", bins(len(reserved_ids)).to(output_VH.device), persistent=False)
-        self.register_buffer("reserved_R", torch.tensor(reserved_ids, device=output_VH.device), persistent=False)
+        rows_RH = output_VH[list(reserved_ids)].detach().float().clone()
+        if not reserved_ids:  # as large as the other rows, so that scores begin as they do on reserved ones
+            rows_RH = torch.randn(count, output_VH.shape[1], device=output_VH.device) * output_VH.float().std()
+        self.rows_RH = nn.Parameter(rows_RH)
+        self.register_buffer("bins_R", bins(len(rows_RH)).to(output_VH.device), persistent=False)
+        reserved = torch.tensor(reserved_ids, dtype=torch.long, device=output_VH.device)
+        self.register_buffer("reserved_N", reserved, persistent=False)
         self._attention = model.config._attn_implementation
         use_tree_attention(model)
         self.adapted = get_peft_model(model, config)
+        for module in self.adapted.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = model.dtype == torch.float32  # type: ignore[assignment]  # see `forward`
         self.output = OutputHead(self.model)
+
+    @property
+    def ranking_head(self) -> torch.Tensor | None:
+        """The auxiliary head's weight, [R, H]; None where reserved rows do its work."""
+        return None if self.reserved_ids else self.rows_RH.detach()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -94,8 +112,13 @@ class Selector(nn.Module):
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The tuned model's hidden states after the last norm, [B, L, H]; takes the arguments of
-        `tree_attention.decode`."""
-        return decode(self.model, **inputs)
+        `tree_attention.decode`.
+
+        In half precision the LoRA factors, which are float32, are computed with in the model's: casting their inputs up
+        would keep a second copy of nearly every activation."""
+        device, dtype = self.rows_RH.device.type, self.model.dtype
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return decode(self.model, **inputs)
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
@@ -112,8 +135,10 @@ class Selector(nn.Module):
                 value.requires_grad_(is_trained)
 
     def scores(self, leaves_H: torch.Tensor) -> torch.Tensor:
-        """Scores from the leaves' hidden states, [..., H] -> [...]. Only the reserved rows of the output head are
-        computed."""
+        """Scores from the leaves' hidden states, [..., H] -> [...]. Only the R rows are computed: reserved ones through
+        the model class's output head, with its scale and cap, the auxiliary head's as they are."""
+        if not self.reserved_ids:
+            return score(nn.functional.linear(leaves_H.float(), self.rows_RH), self.bins_R)
         bias_V = self._bias_V
         bias_R = None if bias_V is None else bias_V[list(self.reserved_ids)].float()
         return score(self.output.rows(leaves_H.float(), self.rows_RH, bias_R), self.bins_R)
@@ -122,7 +147,7 @@ class Selector(nn.Module):
         """Logits over the vocabulary, [..., H] -> [..., V]; those of the reserved rows, which no text has, are so low
         that they never count."""
         logits_V = self.output(states_H).float()
-        return logits_V.index_fill(-1, self.reserved_R, NEVER)
+        return logits_V.index_fill(-1, self.reserved_N, NEVER)
 
     @property
     def vocabulary(self) -> int:
@@ -143,11 +168,22 @@ class Selector(nn.Module):
                 if value.requires_grad:
                     value.copy_(tensors[name])
 
+    def adapter(self, base: str) -> Adapter:
+        """The LoRA as plain peft loads it on the model called `base`; the R rows are not part of it."""
+        config = self.adapted.peft_config["default"]
+        config.base_model_name_or_path, config.inference_mode = base, True
+        tensors = {
+            name: value.cpu()
+            for name, value in get_peft_model_state_dict(self.adapted, save_embedding_layers=False).items()
+        }
+        return Adapter(config.to_dict(), tensors)
+
     def merge(self) -> PreTrainedModel:
-        """Fold LoRA and rows into a plain transformers model, which is returned; the selector is used up."""
+        """Fold LoRA and reserved rows into a plain transformers model, which is returned; the selector is used up."""
         model = cast(PreTrainedModel, self.adapted.merge_and_unload())
         model.set_attn_implementation(self._attention)
         with torch.no_grad():
             output_VH = model.get_output_embeddings().weight
-            output_VH[list(self.reserved_ids)] = self.rows_RH.to(output_VH.dtype)
+            if self.reserved_ids:
+                output_VH[list(self.reserved_ids)] = self.rows_RH.to(output_VH.dtype)
         return model

@@ -38,13 +38,13 @@ GRADIENT_NORM = 1.0
 
 
 def load_selector(recipe: Recipe, objective: Objective) -> Selector:
-    """The recipe's SLM with a fresh LoRA and its reserved rows, on its device; what the objective trains has
+    """The recipe's SLM with a fresh LoRA and the rows that score, on its device; what the objective trains has
     gradients."""
     torch.manual_seed(recipe.seed)
     model = load_model(recipe.slm)
     if recipe.distil.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    selector = Selector(model, reserved_rows(recipe), recipe.distil.lora).to(model.device)
+    selector = Selector(model, reserved_rows(recipe), recipe.distil.lora, recipe.reserved.count).to(model.device)
     for name, value in selector.named_parameters():
         value.requires_grad_(value.requires_grad and objective.trains(name))
     return selector

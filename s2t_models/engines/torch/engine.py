@@ -63,7 +63,8 @@ class _Call:
 
 class TorchEngine:
     """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `bins` the values
-    of its reserved rows, by default uniform (Eq. 5); `router` is R2R's router.
+    of the rows that score, by default uniform (Eq. 5), `ranking_head` [R, H] those rows where they are not reserved
+    rows of the vocabulary (D.1); `router` is R2R's router.
 
     It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the
     model, or the card's context, cannot be served exactly."""
@@ -76,17 +77,19 @@ class TorchEngine:
         head: torch.nn.Module | None = None,
         bins: Sequence[float] = (),
         router: Router | None = None,
+        ranking_head: torch.Tensor | None = None,
     ) -> None:
         self._card = card
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
         self._router = router.to(model.device).eval() if router is not None else None
         self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name))
-        self._reserved = torch.tensor(card.reserved_ids, dtype=torch.long, device=model.device)
+        self._reserved = torch.tensor(card.masked_ids, dtype=torch.long, device=model.device)
         embedding: Any = model.get_output_embeddings()
         bias = getattr(embedding, "bias", None)
         self._reserved_rows = embedding.weight[self._reserved], None if bias is None else bias[self._reserved]
-        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.reserved_ids))
+        self._ranking_head = None if ranking_head is None else ranking_head.to(model.device).float()
+        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.masked_ids))
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
@@ -329,7 +332,7 @@ class TorchEngine:
                 continue
             leaf = len(feed.ids) - 1
             if feed.choose is not None:
-                leaf = feed.choose(self._output.rows(hidden_TH[first:end], *self._reserved_rows))
+                leaf = feed.choose(self._bin_logits(hidden_TH[first:end]))
                 kept.append((query, leaf))
             stepping.append(i)
             last.append(first + leaf)
@@ -367,6 +370,12 @@ class TorchEngine:
                     step.top_ids_N, step.top_logprobs_N = ids_N[: feed.support], logprobs_N[: feed.support]
                     step.entropy = float(entropy)
         return steps
+
+    def _bin_logits(self, hidden_KH: torch.Tensor) -> torch.Tensor:
+        """The logits [K, R] that scores are read from."""
+        if self._ranking_head is not None:
+            return torch.nn.functional.linear(hidden_KH.float(), self._ranking_head)
+        return self._output.rows(hidden_KH, *self._reserved_rows)
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Text logits: the reserved rows are masked, so they are never generated."""

@@ -22,8 +22,8 @@ def load(hosted: Hosted) -> TorchEngine:
     settings = artifact.model(hosted.settings) if artifact else hosted.settings
     model = loading.load_model(settings)
     # A further checkpoint may have fewer rows than the pair's SLM.
-    reserved = artifact.card.reserved_ids if artifact else hosted.reserved_ids
-    reserved = tuple(row for row in reserved if row < model.config.vocab_size)
+    masked = artifact.card.reserved_ids if artifact else hosted.masked_ids
+    masked = tuple(row for row in masked if row < model.config.vocab_size)
     end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
     card = ModelCard(
         name=hosted.name,
@@ -32,14 +32,17 @@ def load(hosted: Hosted) -> TorchEngine:
         vocabulary=int(model.config.vocab_size),
         context=settings.context or families.default_context(model),
         end_ids=tuple(end) if isinstance(end, list) else (end,) if end is not None else (),
-        reserved_ids=reserved,
+        masked_ids=masked,
         dtype=settings.dtype,
         router=hosted.router_hash,
         capabilities=capabilities(hosted),
     )
     router = load_router(hosted.router) if hosted.router else None
-    head, bins = (artifact.head(), artifact.card.bins) if artifact else (None, ())
-    return TorchEngine(model, card, settings.slots, head, bins, router)
+    if artifact is None:
+        return TorchEngine(model, card, settings.slots, router=router)
+    return TorchEngine(
+        model, card, settings.slots, artifact.head(), artifact.card.bins, router, artifact.ranking_head()
+    )
 
 
 def check(hosted: Hosted) -> None:

@@ -1,0 +1,72 @@
+"""Progress that moves while rows are long: answers counted as they are kept, tokens as engines write them."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from pipelines.benchmark.answer_log import AnswerCount, AnswerLog
+from pipelines.runtime.progress import Progress
+from s2t_models.engines.contract import Sampling
+from s2t_models.engines.load import load
+from s2t_models.hosting import Hosted
+from s2t_models.settings import ModelSettings
+from s2t_models.threads import use_threads
+from serving import written
+
+
+def test_answers_count_as_soon_as_they_are_kept(tmp_path: Path) -> None:
+    earlier = AnswerLog(tmp_path)
+    earlier.append({"key": "before"})
+    count = AnswerCount(tmp_path)
+    assert count() == 0
+    earlier.append({"key": "a"})
+    AnswerLog(tmp_path).append({"key": "b"})
+    assert count() == 2
+    (tmp_path / "torn.jsonl").write_text(json.dumps({"key": "c"}) + '\n{"key"')
+    assert count() == 3
+
+
+def test_progress_shows_tokens_and_slow_rows_by_the_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("benchmark", "answers", 100, count=lambda: 0, tokens=lambda: 12345):
+        time.sleep(0.2)
+    assert "benchmark: 0/100 answers, 0 s, 0.0 answers/s; 12,345 tokens" in capsys.readouterr().err
+    progress = Progress("benchmark", "answers", 100, count=lambda: 3)
+    progress._first, progress._begin, progress._shown = 0, time.monotonic() - 60, 0
+    progress._show(last=True)
+    assert re.search(r"3/100 answers, 60 s, 3\.0 answers/min\n", capsys.readouterr().err)
+
+
+def test_a_board_adds_up_what_engines_have_written(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    monkeypatch.setattr(written, "_EVERY_S", 0.05)
+    board = written.new_board()
+    settings = ModelSettings(path="embedded:slm", dtype="float32", device="cpu", slots=2, context=64)
+    engines = [load(Hosted(name, settings)) for name in ("one", "other")]
+    for engine in engines:
+        written.keep_posted(board, engine)
+        draft = asyncio.run(engine.generate([5, 6, 7], Sampling(9)))
+        engine.close()
+    expected = sum(engine.written for engine in engines)  # type: ignore[attr-defined]
+    assert expected >= 2 * len(draft.ids) > 0
+    deadline = time.monotonic() + 20
+    while written.total(board) < expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert ray.get(board.total.remote()) == expected
+
+
+def test_threads_follow_the_recipe_not_the_environment() -> None:
+    before = torch.get_num_threads()
+    try:
+        for num_cpus, threads in ((3.5, 3), (0.25, 1), (2, 2)):
+            use_threads(num_cpus)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
