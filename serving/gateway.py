@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 
 from s2t_models import chat
 from s2t_models.engines.contract import ContextOverflow, ModelCard
+from s2t_models.errors import one_line
 from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
 from s2t_models.policies import PolicyError, base, lacking, offer
@@ -52,7 +53,7 @@ async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:
     except Exception as error:
         log.exception("a request failed")
         cause = error.cause if isinstance(error, RayTaskError) else error
-        message = f"internal error: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+        message = f"internal error: {type(cause).__name__}: {one_line(cause)}"
         return _failed(api.ApiError(500, message, kind="server_error", code="internal_error"))
     if isinstance(answer, dict):
         return JSONResponse(answer)

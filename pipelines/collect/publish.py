@@ -127,9 +127,9 @@ def _summary(table: pa.Table, steps_S: dict[str, np.ndarray], top_kl: float) -> 
 
 
 def _flat(table: pa.Table, name: str) -> np.ndarray:
-    """A step column of all whole rows, laid end to end."""
-    whole = table.filter(table["error"].is_null())
-    return np.concatenate([chunk.flatten().to_numpy() for chunk in whole[name].chunks] or [np.zeros(0)])
+    """A step column of all rows without an error, laid end to end."""
+    labelled = table.filter(table["error"].is_null())
+    return np.concatenate([chunk.flatten().to_numpy() for chunk in labelled[name].chunks] or [np.zeros(0)])
 
 
 def _quantiles(values_S: np.ndarray) -> dict[str, float]:

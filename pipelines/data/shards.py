@@ -66,12 +66,12 @@ def read_shards(collection: str | Path) -> tuple[pa.Table, dict[str, str]]:
     for path, table in zip(paths, tables, strict=True):
         _refuse_mixture(metadata, paths[0], _metadata(table), path)
     _refuse_gaps(paths)
-    whole = pa.concat_tables(tables)
-    uids = whole["uid"].to_pylist()
+    rows = pa.concat_tables(tables)
+    uids = rows["uid"].to_pylist()
     if len(set(uids)) < len(uids):
         twice = next(uid for uid in uids if uids.count(uid) > 1)
         raise ShardError(f"{folder}: row {twice} occurs twice; delete {collection} and collect again")
-    return whole, metadata
+    return rows, metadata
 
 
 def questions(table: pa.Table) -> list[str]:

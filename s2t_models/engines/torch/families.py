@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from s2t_models.engines.torch.slots import Query, Slots, UnsupportedAttention
-from s2t_models.errors import UserError
+from s2t_models.errors import UserError, one_line
 from s2t_models.output_head import OutputHead
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _refusing_failures(model: PreTrainedModel, what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = f"{what} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+        reason = f"{what} ({type(error).__name__}: {one_line(error, 200)})"
         raise _unsupported(model, reason) from error
 
 
