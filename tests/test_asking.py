@@ -15,6 +15,7 @@ from stub_endpoint import Stub
 from pipelines.benchmark import asking
 from pipelines.benchmark.answer_log import AnswerLog, AnswersError, read_answers
 from pipelines.benchmark.endpoint import EndpointError, read_reply, served_models
+from pipelines.benchmark.questions import load_items
 from pipelines.results.summary import summarise
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -83,17 +84,24 @@ def test_an_endpoint_that_refuses_everything_gives_no_answers(
     assert run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)["error"].isna().all()
 
 
-def test_a_prompt_near_the_context_gets_the_room_that_is_left(
-    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
+def test_a_prompt_near_the_context_gets_the_room_that_is_left_and_its_row_says_so(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fault(body: dict, before: int) -> tuple[int, dict, dict[str, str]] | None:
-        if "max_tokens" in body:
+        if "max_tokens" in body and body["messages"][-1]["content"] in long:
             return 400, {"error": {"message": "too long", "code": "context_length_exceeded"}}, {}
         return None
 
+    recipe = job(recipe_path, "benchmark.policies=[greedy]")
+    ((_, items),) = load_items(recipe, None)
+    long = {item.question for item in items[:5]}
     stub.fault = fault
-    frame = run(job(recipe_path, "benchmark.policies=[greedy]"), tmp_path / "out", stub)
+    frame = run(recipe, tmp_path / "out", stub)
     assert frame["error"].isna().all()
+    assert set(frame[frame["shortened"]]["item"]) == {item.uid for item in items[:5]}
+    assert (frame["limit"] == 256).all()
+    assert "benchmark: 10 of 48 answers had less room" in capsys.readouterr().err
+    assert "less room than their limit: greedy 10 of 48." in (tmp_path / "out" / "tables.md").read_text()
 
 
 def completion(**parts: Any) -> bytes:

@@ -20,7 +20,7 @@ from pipelines.benchmark.__main__ import main
 from pipelines.benchmark.answer_log import read_answers
 from pipelines.benchmark.endpoint import EndpointError, served_models
 from pipelines.benchmark.job import Options, _engines, benchmark
-from pipelines.benchmark.questions import QuestionError, Row, check_splits, load_items, plan
+from pipelines.benchmark.questions import QuestionError, Row, check_splits, load_items, plan, tight_limits
 from pipelines.data.layout import RESULTS
 from pipelines.results.summary import read_results, summarise
 from pipelines.tasks import Item, Task
@@ -304,3 +304,19 @@ def test_a_job_serves_the_engines_its_policies_call_and_no_others(recipe_path: P
     assert set(hosting.engines) == {"slm", "teacher", "s2t-local"}
     assert set(hosting.only({"slm"}).engines) == {"slm"}
     assert app._demand(hosting.only({"slm"}).engines)["CPU"] == hosting.recipe.slm.num_cpus
+
+
+def test_a_limit_that_a_context_does_not_hold_beside_a_prompt_is_told_before_a_question() -> None:
+    task = Task("t", (), lambda tables: [], max_new_tokens=4096)
+    items = [Item(f"t/{i}", [{"role": "user", "content": "word " * 80}], "1") for i in range(3)]
+
+    def lines(**contexts: int) -> list[str]:
+        return tight_limits(
+            [Row(task, item, name, 0, 0, {"context": size}) for item in items for name, size in contexts.items()]
+        )
+
+    assert not lines(greedy=4196)
+    (line,) = lines(greedy=8192, s2t=4195)
+    assert "limit of 4096 tokens and a prompt of about 100 exceed the context of s2t, 4195" in line
+    assert "to 4196 or more, or benchmark.max_new_tokens to 4095 or less" in line
+    assert not tight_limits([Row(task, items[0], "greedy", 0, 0, {})]), "an endpoint need not say"

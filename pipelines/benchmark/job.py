@@ -30,7 +30,7 @@ from ray import serve
 from pipelines.benchmark.answer_log import AnswerCount, read_answers
 from pipelines.benchmark.asking import ask
 from pipelines.benchmark.endpoint import served_models
-from pipelines.benchmark.questions import Row, check_splits, load_items, plan
+from pipelines.benchmark.questions import Row, check_splits, load_items, plan, tight_limits
 from pipelines.benchmark.verdicts import grade, remembered
 from pipelines.data.layout import ANSWERS, JUDGEMENTS, RESULTS
 from pipelines.grading.judge import Ask, endpoint
@@ -85,6 +85,8 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
             # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.
             settings = served_models(url, recipe.benchmark.policies)
             rows = plan(recipe, chosen, settings, options.repeats)
+            for line in tight_limits(rows):
+                print(f"benchmark: {line}", file=sys.stderr)
             unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency, written)
             answers = read_answers(output / ANSWERS)
             judged = any(task.judged for task, _ in chosen)

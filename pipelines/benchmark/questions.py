@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from pipelines.benchmark.answer_log import Question
@@ -20,6 +21,9 @@ from s2t_models.artifact import read_provenance
 from s2t_models.errors import UserError
 from s2t_models.hosting import calibration
 from s2t_models.recipe import Recipe
+
+#: Characters of a token, about; no tokenizer is at hand for another's endpoint.
+CHARACTERS = 4
 
 
 class QuestionError(UserError):
@@ -132,6 +136,11 @@ class Row:
             "options": json.dumps(self.item.options),
         }
 
+    @property
+    def prompt_tokens(self) -> int:
+        """About how many tokens the first turn has."""
+        return sum(len(message["content"]) for message in self.item.prompt) // CHARACTERS
+
 
 def plan(
     recipe: Recipe,
@@ -155,3 +164,26 @@ def plan(
         for repeat in range(repeats)
         for item in items
     ]
+
+
+def tight_limits(rows: Sequence[Row]) -> list[str]:
+    """A line for each task whose limit does not fit beside a typical prompt (the median) in the context that the
+    endpoint names for a policy: such answers get less than their limit."""
+    tasks: dict[str, list[Row]] = {}
+    for row in rows:
+        if isinstance(row.settings.get("context"), int):
+            tasks.setdefault(row.task.name, []).append(row)
+    lines = []
+    for name, own in tasks.items():
+        tightest = min(own, key=lambda row: row.settings["context"])
+        context, limit = tightest.settings["context"], tightest.task.max_new_tokens
+        prompt = int(median(row.prompt_tokens for row in own))
+        if prompt + limit > context:
+            change = f"set slm.context and teacher.context to {prompt + limit} or more"
+            if prompt < context:
+                change += f", or benchmark.max_new_tokens to {context - prompt} or less"
+            lines.append(
+                f"{name}: an answer's limit of {limit} tokens and a prompt of about {prompt} exceed the context of "
+                f"{tightest.policy}, {context}, so answers may get less; {change}"
+            )
+    return lines

@@ -148,6 +148,7 @@ def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: 
         "wrong": summary.wrong,
         "truncated": summary.truncated,
         "errored": summary.errored,
+        "shortened": summary.shortened,
         "tokens": summary.tokens,
         "teacher_tokens": summary.teacher_prefill + summary.teacher_decode,
         "teacher_prefill": summary.teacher_prefill,

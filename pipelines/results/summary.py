@@ -21,7 +21,7 @@ from pipelines.data.schema import RESULT, VERSION
 from pipelines.data.text import encodable
 from pipelines.results.statistics import Paired, accuracy, over_seeds, paired
 from pipelines.tasks import VERDICTS
-from s2t_models.errors import UserError
+from s2t_models.errors import UserError, one_line
 from s2t_models.files import whole
 
 PAIR = ["item", "seed", "repeat"]
@@ -52,8 +52,7 @@ def read_results(path: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ResultsError(f"{path}: not a results file: {reason}") from None
+        raise ResultsError(f"{path}: not a results file: {one_line(error)}") from None
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
     if metadata.get("s2t.results") != VERSION:
         raise ResultsError(f"{path}: not a results file of version {VERSION}; run the benchmark again")
@@ -64,7 +63,8 @@ def read_results(path: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
 class Summary:
     """A policy on a task; `k` and `budget` are None where they mean nothing to it. Accuracies are fractions; costs are
     means over the answers that were given: tokens of output, teacher tokens read (prefill) and written (decode),
-    forwards of all models, triggered steps, and seconds on the server under the job's load."""
+    forwards of all models, triggered steps, and seconds on the server under the job's load. `shortened` answers had
+    less room than their limit."""
 
     task: str
     policy: str
@@ -81,6 +81,7 @@ class Summary:
     wrong: int
     truncated: int
     errored: int
+    shortened: int
     score: float
     score_deviation: float | None
     tokens: float
@@ -121,6 +122,7 @@ def _summary(task: str, policy: str, rows: pd.DataFrame) -> Summary:
         items=figures.items,
         rows=figures.rows,
         **{verdict: int(counts.get(verdict, 0)) for verdict in VERDICTS},
+        shortened=int(rows["shortened"].sum()),
         score=score,
         score_deviation=spread,
         tokens=mean(answered["tokens"].tolist()),
@@ -213,6 +215,9 @@ def markdown(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]]) -
         body = [_table_row(summary) for summary in own]
         seeds = f", {first.rows // first.items} answers each" if first.rows > first.items else ""
         parts.append(f"### {task}: {first.items} items{seeds}\n\n{markdown_table(header, body)}")
+        cut = [f"{summary.policy} {summary.shortened} of {summary.rows}" for summary in own if summary.shortened]
+        if cut:
+            parts.append(f"Answers that had less room than their limit: {', '.join(cut)}.")
         against = [pair for pair in pairs if pair["task"] == task and pair["b"] == first.policy]
         if against:
             columns = (f"against {first.policy}", "difference", "95% interval", "p", "gained", "lost")
