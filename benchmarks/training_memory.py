@@ -3,7 +3,8 @@
     python -m benchmarks.training_memory [--model DIR] [--dtype bfloat16] [--trajectories 8] [--tokens 350]
 
 Trajectories are made up: random tokens, with groups of candidates spread over the answer, as `distil` would train on
-them. Each line is a process of its own, so that its peak is its own. All lines do the same work: their losses agree.
+them. Each line is a process of its own, so that its peak is its own. All lines do the same work: their losses after
+the last step agree.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=350, help="of prompt and answer, a third of it prompt")
     parser.add_argument("--groups", type=int, default=30, help="labelled steps a trajectory")
     parser.add_argument("--k", type=int, default=8, help="candidates a step")
+    parser.add_argument("--ids", type=int, default=200, help="the tokens are drawn from the first so many")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -75,10 +77,10 @@ def _measure(args: argparse.Namespace, objective: str, micro_batch: int, checkpo
     trainer = Trainer(recipe, objective, made_up_trajectories(args))
     tokens = sum(trainer._length(item) for item in trainer.training)
     for _ in range(WARM_UP):
-        figures = trainer.advance()
+        trainer.advance()
     began = time.perf_counter()
     for _ in range(STEPS):
-        trainer.advance()
+        figures = trainer.advance()
     seconds = (time.perf_counter() - began) / STEPS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"peak": peak, "seconds": seconds, "tokens": tokens, "loss": figures["loss"]}
@@ -96,10 +98,10 @@ def made_up_trajectories(args: argparse.Namespace) -> list[Any]:
     def trajectory(number: int) -> Trajectory:
         prompt = args.tokens // 3
         steps = np.sort(rng.choice(args.tokens - prompt, args.groups, replace=False))
-        candidates_GK = rng.integers(0, 200, (args.groups, args.k))
+        candidates_GK = rng.integers(0, args.ids, (args.groups, args.k))
         logprobs = rng.dirichlet(np.ones(args.k), (2, args.groups)).astype(np.float32)
         order = np.sort(logprobs[0], axis=-1)[:, ::-1]
-        tree = Tree(rng.integers(0, 200, args.tokens), prompt, prompt + steps, candidates_GK)
+        tree = Tree(rng.integers(0, args.ids, args.tokens), prompt, prompt + steps, candidates_GK)
         noise_T = rng.random(args.tokens - prompt, dtype=np.float32)
         is_top_G = np.ones(args.groups, dtype=bool)
         return Trajectory(

@@ -67,8 +67,8 @@ def _branch(folder: Path, depth: int) -> Iterator[str]:
         elif path.is_dir() and _counts(path) and any(path.glob("*.py")):
             yield from _branch(path, depth + 1)
         elif path.is_dir() and any(path.glob("*.yaml")):
-            for recipe in sorted(path.glob("*.yaml")):
-                yield from _entry(f"{path.name}/{recipe.name}", first_sentence(recipe), depth + 1)
+            for recipe in sorted(path.rglob("*.yaml")):
+                yield from _entry(str(recipe.relative_to(folder)), first_sentence(recipe), depth + 1)
 
 
 def _folder_says(folder: Path) -> str:

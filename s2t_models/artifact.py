@@ -2,6 +2,7 @@
 
     model/                     the merged transformers checkpoint (safetensors) with its tokenizer
     trigger_head.safetensors   the trigger head
+    adapter/                   the LoRA before it was merged, for peft on the base model
     ranking_head.safetensors   the auxiliary ranking head, where the model has no reserved rows (D.1)
     artifact.json              reserved ids, bins, thresholds and provenance (`Card`)
 
@@ -11,11 +12,12 @@ how an engine uses any of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from s2t_models.trigger import TriggerHead
 
 CARD, HEAD, MODEL = "artifact.json", "trigger_head.safetensors", "model"
-RANKING_HEAD = "ranking_head.safetensors"
+RANKING_HEAD, ADAPTER = "ranking_head.safetensors", "adapter"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: What tells a plain checkpoint directory.
 CHECKPOINT = "config.json"
 
@@ -65,6 +68,23 @@ class Card(BaseModel):
         if self.reserved_ids and len(self.reserved_ids) != len(self.bins):
             raise ValueError(f"{len(self.reserved_ids)} reserved_ids, but {len(self.bins)} bins")
         return self
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA in peft's own terms: what `adapter_config.json` holds, and the factors by name."""
+
+    config: dict[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+    def write(self, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        folder.mkdir()
+        save_file({name: value.contiguous() for name, value in self.tensors.items()}, folder / ADAPTER_WEIGHTS)
+        # peft's sets are lists in its file as well
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in self.config.items()}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(plain, indent=2, default=str) + "\n")
 
 
 @dataclass(frozen=True)
@@ -134,6 +154,7 @@ def save(
     head: TriggerHead,
     card: Card,
     ranking_head: torch.Tensor | None = None,
+    adapter: Adapter | None = None,
 ) -> Artifact:
     """Write an artifact; one that is already there is replaced as a whole. Raises ArtifactError where `folder` holds
     something else."""
@@ -142,6 +163,8 @@ def save(
     with replacing(folder, CARD) as parts:
         _save_model(parts / MODEL, model, tokenizer)
         save_file({name: value.contiguous().cpu() for name, value in head.state_dict().items()}, parts / HEAD)
+        if adapter is not None:
+            adapter.write(parts / ADAPTER)
         if ranking_head is not None:
             save_file({"weight": ranking_head.contiguous().cpu()}, parts / RANKING_HEAD)
         (parts / CARD).write_text(card.model_dump_json(indent=2) + "\n")

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -45,7 +45,8 @@ class RecipeError(UserError):
 
 
 class Recipe(Settings):
-    """A model pair with all settings. `budget` tau is the share of steps that may be triggered."""
+    """A model pair with all settings. `budget` tau is the share of steps that may be triggered. `prompts` says in whose
+    words tasks ask: their own (those of Qwen2.5-Math's and MMLU-Pro's evaluations), or the authors' code's."""
 
     name: str
     slm: ModelSettings
@@ -55,6 +56,7 @@ class Recipe(Settings):
     budget: Annotated[float, Field(gt=0, le=1)] = 0.01
     seed: int = Field(0, ge=0)
     published: Annotated[bool, Field(strict=True)] = False
+    prompts: Literal["own", "published"] = "own"
     reserved: ReservedSettings = ReservedSettings()
     divergence: DivergenceSettings = DivergenceSettings()
     candidates: CandidateSettings = CandidateSettings()
@@ -150,13 +152,13 @@ def _absolute(recipe: Recipe) -> Recipe:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that ship with the project, by name: the files of the data package `cluster`, where it is
-    installed."""
+    """The recipes that ship with the project, by name (`embedded`, `paper/qwen2.5-1.5b-32b`): the files of the data
+    package `cluster`, where it is installed."""
     try:
         folder = Path(str(files("cluster") / "recipes"))
     except ModuleNotFoundError:
         return {}
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def _find(path: str | Path) -> Path:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from s2t_models.recipe import RecipeError, load_recipe
+from pipelines.tasks import load
+from s2t_models.recipe import RecipeError, load_recipe, shipped_recipes
 
 
 def test_overrides_are_typed_and_nested(recipe_path):
@@ -74,3 +75,38 @@ def test_the_published_variant_takes_the_published_choices(recipe_path):
     assert recipe.trigger.warmup == 3
     assert recipe.candidates.method == "top_k"
     assert recipe.candidates.k == 8
+
+
+PAPER = sorted(name for name in shipped_recipes() if name.startswith("paper/"))
+ORIGINS = ("paper", "published code", "ours: ")
+
+
+def test_there_is_a_recipe_for_each_pair_of_the_paper():
+    pairs = {Path(load_recipe(name).slm.path).name for name in PAPER}
+    assert len(PAPER) == len(pairs) == 5
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_says_how_it_is_run_and_where_each_setting_is_from(name: str):
+    recipe, lines = load_recipe(name), shipped_recipes()[name].read_text().splitlines()
+    assert recipe.name == name.removeprefix("paper/")
+    assert lines[0].endswith(f":  s2t loop --recipe {name} --output runs/{recipe.name}")
+    settings = [line for line in lines if line.strip() and not line.startswith("#") and not line.endswith(":")]
+    unmarked = [line for line in settings[1:] if not line.partition("  # ")[2].startswith(ORIGINS)]
+    assert not unmarked
+    # Prompt and answer fit the context: the longest answers are 4,096 tokens, and prompts take a few hundred.
+    room = recipe.benchmark.max_new_tokens or 4096
+    assert recipe.slm.context == recipe.teacher.context >= room + 512
+    assert recipe.benchmark.seeds == (0, 1, 2)
+    assert recipe.reserved.count == (12 if "0.5b" in name else 16)
+
+
+def test_maths_is_asked_in_the_words_of_the_published_code_where_a_recipe_says_so(data_dir: Path):
+    own, published = (load("math500", data_dir, prompts)[1][0] for prompts in ("own", "published"))
+    assert own.prompt[1] == published.prompt[1] == {"role": "user", "content": own.question}
+    assert own.prompt[0]["content"] != published.prompt[0]["content"]
+    assert published.prompt[0]["content"].endswith("put the final answer in the format \\boxed{answer}.")
+    choice = load("arc_challenge", data_dir, "published")[1][0]
+    assert "\nA. " in choice.prompt[1]["content"]
+    assert "'The answer is (X)'" in choice.prompt[1]["content"]
+    assert load("mt_bench", data_dir, "published")[1] == load("mt_bench", data_dir)[1]

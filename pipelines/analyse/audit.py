@@ -31,7 +31,7 @@ def audit(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> pd.DataFram
     """The rows, with the teacher's token (`argmax`) and probabilities of the candidates (`teacher_K`) in the
     decisions that were taken without it. Raises TaskError where a task's rows are missing."""
     tokenizer = load_tokenizer(recipe.slm)
-    items = {item.uid: item for name in frame["task"].unique() for item in load(name, data)[1]}
+    items = {item.uid: item for name in frame["task"].unique() for item in load(name, data, recipe.prompts)[1]}
     engine = load_engine(pair(recipe)["teacher"])
 
     async def whole() -> list[str]:

@@ -19,7 +19,8 @@ from s2t_models.errors import UserError
 #: A question is {"key", "model", "seed", "max_tokens", "messages": JSON, "turns": JSON list of later user texts,
 #: "options": JSON list of a multiple choice's texts}.
 Question = dict[str, Any]
-#: An answer is {"key", "outputs": one text a turn, "finish", "s2t": extension or {}, "tokens", "seconds", "error"}.
+#: An answer is {"key", "outputs": one text a turn, "finish", "s2t": extension or {}, "tokens", "seconds", "error",
+#: "shortened": whether the context left less than `max_tokens`}.
 Answer = dict[str, Any]
 
 

@@ -86,12 +86,14 @@ class Asker:
         body = {key: row[key] for key in ("model", "seed", "max_tokens")} | {"s2t": extension}
         replies: list[Reply] = []
         began = time.perf_counter()
-        error = None
+        error, shortened = None, False
         for turn in [None, *later]:
             if turn is not None:
                 messages += [{"role": "assistant", "content": replies[-1].text}, {"role": "user", "content": turn}]
             try:
-                replies.append(await self.post_fitting(session, body | {"messages": messages}))
+                reply, less = await self.post_fitting(session, body | {"messages": messages})
+                replies.append(reply)
+                shortened |= less
             except Refused as refusal:
                 error = str(refusal)
                 break
@@ -104,17 +106,18 @@ class Asker:
             "s2t": merge([reply.s2t for reply in replies]),
             "seconds": time.perf_counter() - began,
             "error": error,
+            "shortened": shortened,
         }
 
-    async def post_fitting(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Reply:
-        """One request; where prompt and limit exceed the model's context, again with whatever room the context
-        leaves."""
+    async def post_fitting(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> tuple[Reply, bool]:
+        """One request; where prompt and limit exceed the model's context, again with whatever room the context leaves.
+        Says whether that was needed."""
         try:
-            return await self.post(session, body)
+            return await self.post(session, body), False
         except Refused as refusal:
             if refusal.code != "context_length_exceeded":
                 raise
-            return await self.post(session, {key: value for key, value in body.items() if key != "max_tokens"})
+            return await self.post(session, {key: value for key, value in body.items() if key != "max_tokens"}), True
 
     async def post(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> Reply:
         """One request, tried up to ATTEMPTS times. Raises Refused, Gone, EndpointError (the status stays bad, or the

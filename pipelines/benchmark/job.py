@@ -98,6 +98,12 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
         write_results(output / RESULTS, graded, metadata)
         tables = report.report(output / RESULTS, output, options.tracking)
     _say_what_errored(graded, len(unanswered), output)
+    if shortened := sum(row["shortened"] for row in graded):
+        print(
+            f"benchmark: {shortened} of {len(graded)} answers had less room than their limit, for the context holds no "
+            "prompt beside it; set a longer slm.context and teacher.context, or a smaller benchmark.max_new_tokens",
+            file=sys.stderr,
+        )
     return tables
 
 

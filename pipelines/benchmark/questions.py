@@ -31,7 +31,7 @@ def load_items(recipe: Recipe, data: Path | None) -> list[tuple[Task, list[Item]
     Raises TaskError where a task or its rows are missing."""
     chosen = []
     for name in recipe.benchmark.task:
-        loaded, items = load(name, data)
+        loaded, items = load(name, data, recipe.prompts)
         limit = recipe.benchmark.max_new_tokens or loaded.max_new_tokens
         loaded = replace(loaded, max_new_tokens=min(limit, loaded.max_new_tokens))
         chosen.append((loaded, loaded.sample(items, recipe.benchmark.items, recipe.seed)))
@@ -72,7 +72,7 @@ def recorded_rows(recipe: Recipe) -> dict[str, set[str]]:
 
 def _collected(recipe: Recipe, data: Path | None) -> set[str]:
     try:
-        chosen, items = load(recipe.collect.task, data)
+        chosen, items = load(recipe.collect.task, data, recipe.prompts)
     except TaskError as error:
         raise QuestionError(
             f"collect.task: the training rows are needed to see that no test row is among them: {error}"

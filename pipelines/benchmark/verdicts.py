@@ -89,6 +89,8 @@ def graded_row(row: Row, answer: Answer | None, reason: str | None, ask_judge: A
         "score": graded.score,
         "error": graded.detail if graded.verdict == "errored" else None,
         "finish": finish,
+        "limit": row.task.max_new_tokens,
+        "shortened": bool(answer.get("shortened")),
         "tokens": answer["tokens"],
         "usage": json.dumps(cost.get("usage", {})),
         "decisions": json.dumps(cost.get("decisions", [])),

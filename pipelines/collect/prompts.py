@@ -39,7 +39,7 @@ def from_task(name: str, data: Path | None, recipe: Recipe) -> list[Prompt]:
 
     Raises TaskError where there is no such task or its files are missing or malformed.
     """
-    chosen, items = load(name, data)
+    chosen, items = load(name, data, recipe.prompts)
     items = chosen.sample(items, recipe.collect.prompts, recipe.seed)
     return [Prompt(item.uid, item.prompt, item.question) for item in items]
 

@@ -63,7 +63,8 @@ METADATA = (
 #: is correct, wrong, truncated or errored; the four sum to the total. `turns` holds every turn's text where a task has
 #: several, `output` the last; `output_ids` are the token ids of an answer of one turn, where the endpoint gives them.
 #: `usage` (engine -> Usage), `decisions` and `models` (engine -> sha256 of its weights) are JSON. `seconds` is the
-#: server's time for the answer, `client_seconds` what passed here.
+#: server's time for the answer, `client_seconds` what passed here. `limit` is how many tokens an answer was allowed;
+#: `shortened` says that prompt and limit did not fit the context, and it had less.
 RESULT = pa.schema(
     [
         ("key", pa.string()),
@@ -87,6 +88,8 @@ RESULT = pa.schema(
         ("score", pa.float64()),
         ("error", pa.string()),
         ("finish", pa.string()),
+        ("limit", pa.int32()),
+        ("shortened", pa.bool_()),
         ("tokens", pa.int64()),
         ("usage", pa.string()),
         ("decisions", pa.string()),

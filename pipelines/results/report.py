@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from pipelines.data.layout import FIGURES, TABLES
 from pipelines.results import figures
+from pipelines.results.averages import MathsAverage, maths_averages, maths_table
 from pipelines.results.figures import Point
 from pipelines.results.summary import Summary, as_rows, comparisons, markdown, read_results, summarise
 from pipelines.runtime import tracking as store
@@ -30,7 +31,8 @@ def report(results: Path, output: Path, tracking: str | None) -> str:
     recipe = Recipe.model_validate_json(metadata["s2t.recipe"])
     summaries = summarise(frame)
     pairs, flips = comparisons(frame)
-    tables = markdown(summaries, pairs)
+    averages = maths_averages(summaries)
+    tables = markdown(summaries, pairs) + maths_table(averages)
     (output / TABLES).write_text(tables)
     pd.DataFrame(as_rows(summaries)).to_csv(output / "policies.csv", index=False)
     pd.DataFrame(pairs).to_csv(output / "comparisons.csv", index=False)
@@ -39,7 +41,7 @@ def report(results: Path, output: Path, tracking: str | None) -> str:
     (output / FIGURES).mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(output / FIGURES / name)
-    _track(tracking, frame, metadata, recipe, summaries, pairs, flips, tables, figures, results)
+    _track(tracking, frame, metadata, recipe, summaries, averages, pairs, flips, tables, figures, results)
     return tables
 
 
@@ -96,6 +98,7 @@ def _track(
     metadata: Mapping[str, str],
     recipe: Recipe,
     summaries: Sequence[Summary],
+    averages: Sequence[MathsAverage],
     pairs: Sequence[Mapping[str, Any]],
     flips: pd.DataFrame,
     tables: str,
@@ -124,6 +127,11 @@ def _track(
             store.log_figure(figure, f"{FIGURES}/{name}")
         for summary in summaries:
             _track_policy(frame, recipe, summary, pairs)
+        for average in averages:
+            params = {"policy": average.policy, "task": "maths average", "recipe": recipe.name}
+            with store.start_run(f"{average.policy}, maths average", params, {"s2t.stage": "average"}):
+                metrics = {"maths_average": average.accuracy, "relative_gain": average.gain}
+                store.log_metrics(metrics | {"accuracy_low": average.low, "accuracy_high": average.high})
 
 
 def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: Sequence[Mapping[str, Any]]) -> None:

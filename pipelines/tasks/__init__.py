@@ -41,11 +41,11 @@ class TaskError(UserError):
     """A task that there is not, or whose rows cannot be had."""
 
 
-def load(name: str, data: Path | None) -> tuple[Task, list[Item]]:
-    """The task of that name and all its rows. Raises TaskError."""
+def load(name: str, data: Path | None, prompts: str = "own") -> tuple[Task, list[Item]]:
+    """The task of that name and all its rows, asked in the words that `prompts` of a recipe names. Raises TaskError."""
     chosen = task(name)
     try:
-        return chosen, chosen.load(data)
+        return chosen, chosen.worded(chosen.load(data), prompts)
     except (KeyError, ValueError, OSError) as error:
         reason = error.args[0] if isinstance(error, KeyError) else error
         raise TaskError(f"task {name}: {' '.join(str(reason).split())}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, published_maths
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 
@@ -36,6 +36,7 @@ def _task(name: str, source: Source) -> Task:
         partial(read, name, source),
         extract_maths,
         correct_maths,
+        published=published_maths,
         max_new_tokens=4096,
     )
 

@@ -22,6 +22,15 @@ def maths_prompt(question: str) -> list[Message]:
     return [{"role": "system", "content": MATHS_SYSTEM}, {"role": "user", "content": question}]
 
 
+def published_maths(item: Item) -> list[Message]:
+    """In the words of the authors' code."""
+    system = (
+        "You are a helpful assistant. Please answer the math problem step by step, and put the final answer in the "
+        "format \\boxed{answer}."
+    )
+    return [{"role": "system", "content": system}, {"role": "user", "content": item.question}]
+
+
 def extract_maths(response: str, item: Item) -> str | None:
     return final_answer(response)
 
@@ -43,6 +52,18 @@ def choice_prompt(question: str, options: Sequence[str]) -> list[Message]:
         '"the answer is (X)" where X is the correct letter choice.'
     )
     return [{"role": "user", "content": text}]
+
+
+def published_choice(item: Item) -> list[Message]:
+    """In the words of the authors' code."""
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False))
+    text = (
+        f"{item.question}\n{listed}\nPlease reason step by step to find the correct choice. At the end of your "
+        "response, strictly output your final answer in the exact format: 'The answer is (X)', where X is the letter "
+        "of the correct choice."
+    )
+    system = "You are a helpful assistant. You are solving high-level academic problems."
+    return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
 def extract_choice(response: str, item: Item) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.tasks.answers import LETTERS, choice_item, correct_choice, extract_choice
+from pipelines.tasks.answers import LETTERS, choice_item, correct_choice, extract_choice, published_choice
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 
@@ -21,4 +21,6 @@ def read(tables: list[list[Record]]) -> list[Item]:
     return items
 
 
-TASK = Task("arc_challenge", (SOURCE,), read, extract_choice, correct_choice, most_options=5)
+TASK = Task(
+    "arc_challenge", (SOURCE,), read, extract_choice, correct_choice, published=published_choice, most_options=5
+)

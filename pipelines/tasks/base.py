@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,7 @@ class Task:
         extract: the answer that a response gives for an item, or None.
         correct: whether an extracted answer is right for an item.
         judge: grades a conversation by asking a judge model, in place of `extract` and `correct`.
+        published: an item's prompt in the words of the authors' code, where that has the task.
         prepare: this task as the system can grade it, given whether model-written code may run without isolation.
         max_new_tokens: generation limit of one turn.
         turns: user turns a conversation; what follows the first stands in `metadata["turns"]`.
@@ -85,6 +86,7 @@ class Task:
     extract: Callable[[str, Item], str | None] = lambda response, item: response
     correct: Callable[[str, Item], bool] = lambda extracted, item: False
     judge: Callable[[Sequence[str], Item, Ask], Graded] | None = None
+    published: Callable[[Item], list[Message]] | None = None
     prepare: Callable[[Task, bool], Task] = lambda task, allow_unsandboxed: task
     max_new_tokens: int = 1024
     turns: int = 1
@@ -114,6 +116,12 @@ class Task:
             ValueError: a file is malformed.
         """
         return self.read([source.rows(None if data_dir is None else Path(data_dir)) for source in self.sources])
+
+    def worded(self, items: Sequence[Item], prompts: str) -> list[Item]:
+        """The items with their prompts as a recipe's `prompts` asks for."""
+        if prompts != "published" or self.published is None:
+            return list(items)
+        return [replace(item, prompt=self.published(item)) for item in items]
 
     def grade(self, outputs: str | Sequence[str], item: Item, finish: str = "end", ask: Ask | None = None) -> Graded:
         """Grades one response: a text, or one text a turn. It raises nothing for what a model wrote; a grader or judge

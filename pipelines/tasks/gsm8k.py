@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, published_maths
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 from pipelines.tasks.splits import text_hash
@@ -49,6 +49,8 @@ def read_calibration(tables: list[list[Record]]) -> list[Item]:
     return [item for item in held_out if text_hash(item.question) not in trained]
 
 
-GSM8K = Task("gsm8k", (TEST,), read_test, extract_maths, correct_maths)
-GSM8K_TRAIN = Task("gsm8k-train", (TRAIN,), read_train, extract_maths, correct_maths)
-GSM8K_CALIBRATION = Task("gsm8k-calibration", (TRAIN,), read_calibration, extract_maths, correct_maths)
+GSM8K = Task("gsm8k", (TEST,), read_test, extract_maths, correct_maths, published=published_maths)
+GSM8K_TRAIN = Task("gsm8k-train", (TRAIN,), read_train, extract_maths, correct_maths, published=published_maths)
+GSM8K_CALIBRATION = Task(
+    "gsm8k-calibration", (TRAIN,), read_calibration, extract_maths, correct_maths, published=published_maths
+)

@@ -7,7 +7,7 @@ rows carry no identifiers, so theirs are counted; MATH-500 is left out of the ca
 from __future__ import annotations
 
 from pipelines.tasks import math500
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, published_maths
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 from pipelines.tasks.splits import text_hash
@@ -60,11 +60,12 @@ def read_calibration(tables: list[list[Record]]) -> list[Item]:
     return [item for item in _items("math-calibration", tables[0], TEST) if text_hash(item.question) not in held_out]
 
 
-MATH_TRAIN = Task("math-train", (TRAIN,), read_train, extract_maths, correct_maths)
+MATH_TRAIN = Task("math-train", (TRAIN,), read_train, extract_maths, correct_maths, published=published_maths)
 MATH_CALIBRATION = Task(
     "math-calibration",
     (TEST, math500.SOURCE),
     read_calibration,
     extract_maths,
     correct_maths,
+    published=published_maths,
 )

@@ -7,7 +7,7 @@ from functools import partial
 
 from pipelines.grading import sandbox
 from pipelines.grading.code import program
-from pipelines.tasks.base import Item, Task
+from pipelines.tasks.base import Item, Message, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 
 SYSTEM = (
@@ -36,6 +36,12 @@ def read(tables: list[list[Record]]) -> list[Item]:
     ]
 
 
+def published(item: Item) -> list[Message]:
+    """In the words of the authors' code."""
+    system = "You write Python code. Output only Python code. No markdown, no explanation."
+    return [{"role": "system", "content": system}, {"role": "user", "content": item.question}]
+
+
 def extract(response: str, item: Item) -> str | None:
     return program(response, item.question, item.metadata["entry_point"]) if response.strip() else None
 
@@ -60,4 +66,6 @@ def prepare(task: Task, allow_unsandboxed: bool) -> Task:
     return replace(task, correct=partial(passes, allow_unsandboxed=True))
 
 
-TASK = Task("humaneval", (SOURCE,), read, extract, passes, prepare=prepare, max_new_tokens=512, votes=False)
+TASK = Task(
+    "humaneval", (SOURCE,), read, extract, passes, published=published, prepare=prepare, max_new_tokens=512, votes=False
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, published_maths
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 
@@ -24,4 +24,4 @@ def read(tables: list[list[Record]]) -> list[Item]:
     ]
 
 
-TASK = Task("math500", (SOURCE,), read, extract_maths, correct_maths)
+TASK = Task("math500", (SOURCE,), read, extract_maths, correct_maths, published=published_maths)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.tasks.answers import choice_item, correct_choice, extract_choice
+from pipelines.tasks.answers import choice_item, correct_choice, extract_choice, published_choice
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 
@@ -32,6 +32,7 @@ TASK = Task(
     read,
     extract_choice,
     correct_choice,
+    published=published_choice,
     most_options=10,
     max_new_tokens=4096,
     stratify="category",

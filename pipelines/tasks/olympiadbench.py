@@ -3,7 +3,7 @@ answers."""
 
 from __future__ import annotations
 
-from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt
+from pipelines.tasks.answers import correct_maths, extract_maths, maths_prompt, published_maths
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Pinned, Record, Source, required
 
@@ -36,4 +36,6 @@ def read(tables: list[list[Record]]) -> list[Item]:
     return items
 
 
-TASK = Task("olympiadbench", (SOURCE,), read, extract_maths, correct_maths, max_new_tokens=4096)
+TASK = Task(
+    "olympiadbench", (SOURCE,), read, extract_maths, correct_maths, published=published_maths, max_new_tokens=4096
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from pipelines.tasks.answers import LETTERS, choice_item, correct_choice, extract_choice
+from pipelines.tasks.answers import LETTERS, choice_item, correct_choice, extract_choice, published_choice
 from pipelines.tasks.base import Item, Task
 from pipelines.tasks.source import Hub, Record, Source, required
 
@@ -40,4 +40,4 @@ def read(tables: list[list[Record]]) -> list[Item]:
     return items
 
 
-TASK = Task("truthfulqa", (SOURCE,), read, extract_choice, correct_choice, most_options=13)
+TASK = Task("truthfulqa", (SOURCE,), read, extract_choice, correct_choice, published=published_choice, most_options=13)

@@ -29,6 +29,7 @@ def build(
     chosen = objective(provenance.objective, recipe.distil)
     selector = load_selector(recipe, chosen)
     selector.load_trained(trained)
+    adapter = selector.adapter(recipe.slm.path)
     training, held_out = split_by_prompt(data, recipe.distil.validation, recipe.seed)
     merged = Merged(
         recipe=recipe,
@@ -37,6 +38,7 @@ def build(
         reserved_ids=selector.reserved_ids,
         bins=tuple(selector.bins_R.tolist()),
         ranking_head=selector.ranking_head,
+        adapter=adapter,
         training=training,
         calibration=held_out if calibration is None else calibration,
         provenance=provenance,

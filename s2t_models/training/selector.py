@@ -16,11 +16,13 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from s2t_models.artifact import Adapter
 from s2t_models.loading import load_config
 from s2t_models.output_head import OutputHead
 from s2t_models.recipe import RecipeError
@@ -93,6 +95,9 @@ class Selector(nn.Module):
         self._attention = model.config._attn_implementation
         use_tree_attention(model)
         self.adapted = get_peft_model(model, config)
+        for module in self.adapted.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = model.dtype == torch.float32  # type: ignore[assignment]  # see `forward`
         self.output = OutputHead(self.model)
 
     @property
@@ -107,8 +112,13 @@ class Selector(nn.Module):
 
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The tuned model's hidden states after the last norm, [B, L, H]; takes the arguments of
-        `tree_attention.decode`."""
-        return decode(self.model, **inputs)
+        `tree_attention.decode`.
+
+        In half precision the LoRA factors, which are float32, are computed with in the model's: casting their inputs up
+        would keep a second copy of nearly every activation."""
+        device, dtype = self.rows_RH.device.type, self.model.dtype
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            return decode(self.model, **inputs)
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
@@ -157,6 +167,16 @@ class Selector(nn.Module):
             for name, value in self.named_parameters():
                 if value.requires_grad:
                     value.copy_(tensors[name])
+
+    def adapter(self, base: str) -> Adapter:
+        """The LoRA as plain peft loads it on the model called `base`; the R rows are not part of it."""
+        config = self.adapted.peft_config["default"]
+        config.base_model_name_or_path, config.inference_mode = base, True
+        tensors = {
+            name: value.cpu()
+            for name, value in get_peft_model_state_dict(self.adapted, save_embedding_layers=False).items()
+        }
+        return Adapter(config.to_dict(), tensors)
 
     def merge(self) -> PreTrainedModel:
         """Fold LoRA and reserved rows into a plain transformers model, which is returned; the selector is used up."""

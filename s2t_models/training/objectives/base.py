@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -49,24 +50,28 @@ class Outputs:
 
         return per_state(drift, self.vocabulary, self.tuned_SH, self.base_SH)
 
+    def at(self, state_G: torch.Tensor, function: Callable[..., torch.Tensor], *given_G: torch.Tensor) -> torch.Tensor:
+        """`function(logits, *given)` of the tuned model's text logits at some of the states, one number each, [G];
+        `given_G` has a row for each of them. A gradient flows back to the model."""
+
+        def of_hidden(tuned_GH: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+            return function(self.text_logits(tuned_GH), *given)
+
+        return per_state(of_hidden, self.vocabulary, self.tuned_SH[state_G], *given_G)
+
     def surprisal(self, state_G: torch.Tensor, token_G: torch.Tensor) -> torch.Tensor:
         """-log p of a token under the tuned model at some of the states, [G], in nats."""
-
-        def surprisal(tuned_GH: torch.Tensor, token_G: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(self.text_logits(tuned_GH), token_G, reduction="none")
-
-        return per_state(surprisal, self.vocabulary, self.tuned_SH[state_G], token_G)
+        return self.at(state_G, partial(F.cross_entropy, reduction="none"), token_G)
 
     @torch.no_grad()
     def text_choice(self, state_G: torch.Tensor, candidates_GK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tuned model's logits of the candidates at some of the states, [G, K], and its likeliest token, [G]."""
 
-        def choice(tuned_GH: torch.Tensor, candidates_GK: torch.Tensor) -> torch.Tensor:
-            text_GV = self.text_logits(tuned_GH)
+        def choice(text_GV: torch.Tensor, candidates_GK: torch.Tensor) -> torch.Tensor:
             best_G1 = text_GV.argmax(-1, keepdim=True)
             return torch.cat([text_GV.gather(1, candidates_GK).double(), best_G1.double()], dim=1)
 
-        both = per_state(choice, self.vocabulary, self.tuned_SH[state_G], candidates_GK.clamp(min=0))
+        both = self.at(state_G, choice, candidates_GK.clamp(min=0))
         return both[:, :-1].float(), both[:, -1].long()
 
 

@@ -1,0 +1,58 @@
+"""`s2t export ARTIFACT OUT`: an artifact as a folder that transformers, peft and others load.
+
+    s2t export runs/demo/artifact runs/demo/exported --recipe runs/demo/recipe.yaml \\
+        --results runs/demo/benchmark/results.parquet
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from s2t_models.commands import run_command
+from s2t_models.recipe import load_recipe
+from s2t_models.settings import CandidateSettings, TriggerSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parse(argv)
+
+    def work() -> None:
+        from s2t_models.artifact import Artifact
+        from s2t_models.export.package import Decoding, export
+
+        artifact = Artifact.load(options.artifact)
+        recipe = load_recipe(options.recipe, options.set) if options.recipe else None
+        trained_for = recipe.budget if recipe else artifact.card.provenance.settings.get("budget", 0.01)
+        decoding = Decoding(
+            candidates=recipe.candidates if recipe else CandidateSettings(),
+            warmup=recipe.trigger.warmup if recipe else TriggerSettings().warmup,
+            budget=trained_for if options.budget is None else options.budget,
+        )
+        export(artifact, options.output, decoding, _measured(options.results) if options.results else None)
+        print(f"exported     {options.artifact}, budget {decoding.budget:g}\nwritten to   {options.output}")
+
+    return run_command("export", work, resumes=False)
+
+
+def _measured(results: Path) -> str:
+    from pipelines.results.summary import comparisons, markdown, read_results, summarise
+
+    frame, _ = read_results(results)
+    return markdown(summarise(frame), comparisons(frame)[0]).strip()
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="s2t export", description="An artifact for transformers, peft and others.")
+    parser.add_argument("artifact", type=Path, help="folder of a trained S2T-Local model")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--recipe", help="where candidates, warm-up and budget come from; else the defaults")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
+    parser.add_argument("--budget", type=float, help="the budget it decodes with by default")
+    parser.add_argument("--results", type=Path, help="results.parquet of a benchmark, for the model card")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""`s2t export`: from an artifact to a folder that other tools load.
+
+model.safetensors, config.json, tokenizer...   the merged model, for AutoModelForCausalLM
+generation_config.json                         reserved rows are suppressed in plain decoding
+s2t.json, trigger_head.safetensors             what S2T-Local decoding needs beside the model
+ranking_head.safetensors                       the same, where the model has no reserved rows
+custom_generate/generate.py                    that decoding, on transformers alone
+adapter/                                       the LoRA before it was merged, for peft on the base model
+README.md                                      the model card
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from s2t_models.artifact import ADAPTER, ADAPTER_CONFIG, HEAD, MODEL, RANKING_HEAD, Artifact, ArtifactError, replacing
+from s2t_models.settings import CandidateSettings
+
+SETTINGS, MODEL_CARD, FORMAT = "s2t.json", "README.md", "s2t-export/1"
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the exported model selects, where the artifact does not say: candidates, steps that never trigger, budget."""
+
+    candidates: CandidateSettings
+    warmup: int
+    budget: float
+
+
+def export(artifact: Artifact, output: Path, decoding: Decoding, measured: str | None = None) -> None:
+    """Write the folder `output`, whole; an earlier export there is replaced. `measured` is a table for the model card,
+    in Markdown. Raises ArtifactError where `output` holds something else, or there is no threshold for the budget."""
+    thresholds = artifact.card.thresholds["head"]
+    if decoding.budget not in thresholds:
+        known = ", ".join(f"{budget:g}" for budget in sorted(thresholds))
+        raise ArtifactError(
+            f"{artifact.folder}: has no threshold for a budget of {decoding.budget:g}; it has {known}: give one with "
+            "--budget"
+        )
+    with replacing(output, SETTINGS) as part:
+        shutil.copytree(artifact.folder / MODEL, part, dirs_exist_ok=True)
+        for name in (HEAD, RANKING_HEAD):
+            if (artifact.folder / name).is_file():
+                shutil.copy(artifact.folder / name, part)
+        if (artifact.folder / ADAPTER).is_dir():
+            shutil.copytree(artifact.folder / ADAPTER, part / ADAPTER)
+        _suppress(part / "generation_config.json", artifact.card.reserved_ids)
+        (part / SETTINGS).write_text(json.dumps(_settings(artifact, decoding), indent=2) + "\n")
+        (part / "custom_generate").mkdir()
+        source = files("s2t_models.export") / "generate.py"
+        (part / "custom_generate" / "generate.py").write_text(source.read_text())
+        (part / MODEL_CARD).write_text(_model_card(artifact, decoding, output.name, measured))
+
+
+def _settings(artifact: Artifact, decoding: Decoding) -> dict[str, Any]:
+    card = artifact.card
+    return {
+        "format": FORMAT,
+        "reserved_ids": card.reserved_ids,
+        "bins": card.bins,
+        "temperature": card.temperature,
+        "prior_weight": card.prior_weight,
+        "candidates": decoding.candidates.model_dump(),
+        "warmup": decoding.warmup,
+        "budget": decoding.budget,
+        "thresholds": card.thresholds["head"],
+        # The hashes of thousands of training rows are the artifact's: here it is enough which splits they are of.
+        "provenance": card.provenance.model_dump(mode="json", exclude={"rows"})
+        | {"splits": sorted(card.provenance.rows)},
+    }
+
+
+def _suppress(path: Path, reserved_ids: tuple[int, ...]) -> None:
+    """Keep reserved rows out of what plain `generate` writes."""
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    if reserved_ids:
+        config["suppress_tokens"] = sorted({*(config.get("suppress_tokens") or ()), *reserved_ids})
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _base(artifact: Artifact) -> str | None:
+    """What the adapter calls the model it belongs to, where that is a name on the hub."""
+    path = artifact.folder / ADAPTER / ADAPTER_CONFIG
+    name = json.loads(path.read_text())["base_model_name_or_path"] if path.is_file() else None
+    return name if name and name.count("/") == 1 and not name.startswith((".", "/", "~")) else None
+
+
+def _model_card(artifact: Artifact, decoding: Decoding, name: str, measured: str | None) -> str:
+    card, made = artifact.card, artifact.card.provenance
+    base = _base(artifact)
+    front = ["---", "library_name: transformers", *([f"base_model: {base}"] if base else [])]
+    front += ["pipeline_tag: text-generation", "tags: [select-to-think, s2t-local]", "---"]
+    scores = "reserved rows of its vocabulary" if card.reserved_ids else "a ranking head beside its vocabulary"
+    figures = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(made.validation.items()))
+    budget, k = decoding.budget, decoding.candidates.k
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "A small language model"
+    about = textwrap.fill(
+        f"{origin} that selects among its own next tokens, distilled from a teacher's choices: *S2T-Local* of "
+        "[Select to Think](https://arxiv.org/abs/2604.26940). A trigger head reads the hidden state. Where it fires, "
+        f"the model's {k} candidates are scored with {scores}, and the best one is written. No teacher is needed.",
+        120,
+    )
+    budgets = ", ".join(f"{share:g}" for share in sorted(card.thresholds["head"]))
+    held_out = "On held-out prompts of the training collection:\n\n| figure | value |\n|---|---:|\n" + figures
+    shards = "\n".join(f"| {role} shards | `{digest}` |" for role, digest in made.shards.items())
+    kept = ("reserved rows", "model.safetensors") if card.reserved_ids else ("ranking head", RANKING_HEAD)
+    return (
+        "\n".join(front)
+        + f"""
+
+# {name}
+
+{about}
+
+## Use
+
+As S2T-Local (runs the code in `custom_generate/generate.py`, which is short; read it first):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
+chat = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add_generation_prompt=True,
+                                     return_tensors="pt", return_dict=True)
+ids = model.generate(**chat, custom_generate=FOLDER, trust_remote_code=True, max_new_tokens=512)
+```
+
+`budget=` takes another share of steps that may trigger: {budgets}; {budget:g} unless said. Without
+`custom_generate` the merged model decodes as usual. The LoRA alone, on the base model:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER + "/adapter")
+```
+
+It holds no {kept[0]}: see `{kept[1]}` for those.
+
+## Measured
+
+{measured or held_out}
+
+## Made from
+
+| what | sha256, or value |
+|---|---|
+| base weights | `{made.base_weights}` |
+| teacher's weights | `{made.teacher_weights}` |
+| recipe | `{made.recipe}` |
+{shards}
+| splits | {", ".join(sorted(made.rows)) or "not recorded"} |
+| training steps | {made.settings.get("distil.steps", "not recorded")} |
+"""
+    )
