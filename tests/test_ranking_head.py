@@ -173,9 +173,7 @@ def test_an_artifact_is_not_taken_for_the_other_kind(recipe: Recipe, artifact: A
         (other / "artifact.json").write_text(artifact.card.model_copy(update=changes).model_dump_json())
         return other
 
-    with pytest.raises(
-        ArtifactError, match=r"from the reserved rows .* or from ranking_head.*, not from both"
-    ):
+    with pytest.raises(ArtifactError, match=r"from the reserved rows .* or from ranking_head.*, not from both"):
         Artifact.load(changed(reserved_ids=tuple(range(R))))
     with pytest.raises(ArtifactError, match="2 reserved_ids, but 6 bins"):
         Artifact.load(changed(reserved_ids=(3, 4)))
