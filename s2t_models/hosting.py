@@ -14,7 +14,7 @@ from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
 from s2t_models.calibration import Calibration, CalibrationError
 from s2t_models.recipe import Recipe, RecipeError
-from s2t_models.reserved import masked_rows
+from s2t_models.reserved import describe, masked_rows, reserved_rows
 from s2t_models.router import SETTINGS, WEIGHTS
 from s2t_models.settings import ModelSettings
 
@@ -141,6 +141,11 @@ def _artifact(recipe: Recipe) -> Artifact:
                 f"artifact: {artifact.folder} was made for {key} = {trained:g}, the recipe says {here:g}; "
                 f"set {key}={trained:g} (a policy's name takes another prior weight, as in s2t-local-w0)"
             )
+    if card.reserved_ids != (reserved := reserved_rows(recipe)):
+        raise RecipeError(
+            f"artifact: {artifact.folder} scores with {describe(card.reserved_ids)}, the recipe says "
+            f"{describe(reserved)}; set reserved as it was for the artifact, or distil again"
+        )
     return artifact
 
 

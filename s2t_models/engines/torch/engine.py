@@ -89,7 +89,8 @@ class TorchEngine:
         bias = getattr(embedding, "bias", None)
         self._reserved_rows = embedding.weight[self._reserved], None if bias is None else bias[self._reserved]
         self._ranking_head = None if ranking_head is None else ranking_head.to(model.device).float()
-        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.masked_ids))
+        rows = card.masked_ids if ranking_head is None else ranking_head
+        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(rows))
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
