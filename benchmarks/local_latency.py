@@ -67,7 +67,7 @@ def _engine(recipe: Recipe, artifact: Path) -> TorchEngine:
         torch.manual_seed(0)
         head = TriggerHead(model.config.hidden_size, recipe.trigger_head.hidden)
         ranking_head = None if reserved else torch.randn(recipe.reserved.count, model.config.hidden_size)
-        engine = TorchEngine(model, card, settings.slots, head, ranking_head=ranking_head)
+        engine = TorchEngine(model, card, settings.slots, head, reserved, ranking_head=ranking_head)
         print(f"engine: the SLM with an untrained head ({artifact} is not there)")
     # Texts that end early would be compared by their luck: nothing ends a text here.
     engine._card = replace(engine._card, end_ids=())

@@ -27,9 +27,9 @@ LOCAL = "s2t-local"
 
 @dataclass(frozen=True)
 class Hosted:
-    """One engine: a model with the ids it must not generate, or the S2T-Local artifact in a folder (which
-    knows its own), on the device and slots of `settings`; `router` is the folder of R2R's router, which runs beside the
-    SLM."""
+    """One engine, on the device and slots of `settings`: a model, or the S2T-Local artifact in a folder; it never
+    generates the masked ids, nor an artifact its own reserved ones. `router` is the folder of R2R's router, which runs
+    beside the SLM."""
 
     name: str
     settings: ModelSettings
@@ -79,7 +79,7 @@ def host(recipe: Recipe) -> Hosting:
         _check_tokenizer(engines[name], recipe)
     artifact = _artifact(recipe) if recipe.artifact else None
     if artifact:
-        engines[LOCAL] = Hosted(LOCAL, slm.settings, artifact=artifact.folder.resolve())
+        engines[LOCAL] = replace(slm, name=LOCAL, artifact=artifact.folder.resolve())
     if recipe.router.path is not None:
         engines["slm"] = replace(slm, router=_router(recipe, Path(recipe.router.path)))
     return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe, artifact))

@@ -53,7 +53,7 @@ class RouterLabels:
             {"slm": slm, "teacher": teacher}, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), encode
         )
         by_teacher = recipe.router.judge == "teacher"
-        self.judge = r2r_labels.ask(teacher, encode) if by_teacher else r2r_labels.numbers_differ
+        self.judge = r2r_labels.ask(teacher, tokenizer) if by_teacher else r2r_labels.numbers_differ
         self.settings = recipe.router
         self.loop = asyncio.new_event_loop()
 
