@@ -3,7 +3,8 @@
     python -m benchmarks.training_memory [--model DIR] [--dtype bfloat16] [--trajectories 8] [--tokens 350]
 
 Trajectories are made up: random tokens, with groups of candidates spread over the answer, as `distil` would train on
-them. Each line is a process of its own, so that its peak is its own. All lines do the same work: their losses agree.
+them. Each line is a process of its own, so that its peak is its own. All lines do the same work: their losses after
+the last step agree.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ def _measure(args: argparse.Namespace, objective: str, micro_batch: int, checkpo
     trainer = Trainer(recipe, objective, made_up_trajectories(args))
     tokens = sum(trainer._length(item) for item in trainer.training)
     for _ in range(WARM_UP):
-        figures = trainer.advance()
+        trainer.advance()
     began = time.perf_counter()
     for _ in range(STEPS):
-        trainer.advance()
+        figures = trainer.advance()
     seconds = (time.perf_counter() - began) / STEPS
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"peak": peak, "seconds": seconds, "tokens": tokens, "loss": figures["loss"]}

@@ -13,6 +13,7 @@ COMMANDS = {
     ),
     "benchmark": ("pipelines.benchmark.__main__", "policies x tasks x seeds over an endpoint, graded, into MLflow"),
     "analyse": ("pipelines.analyse.__main__", "the paper's curves and tables from shards or results"),
+    "plan": ("pipelines.plan.__main__", "what a recipe needs, stage by stage, and whether its cards hold it"),
     "grade": ("pipelines.grade", "grade recorded responses"),
     "serve": ("serving.app", "the OpenAI endpoint: every policy is a model"),
     "export": ("pipelines.export", "an artifact as a folder that transformers, peft and others load"),

@@ -23,17 +23,21 @@ def resolve(settings: ModelSettings) -> Path:
 
     Raises RecipeError where there is no such folder or it holds no safetensors.
     """
-    if settings.path.startswith("embedded:"):
-        folder = Path(str(files("s2t_models.embedded") / "weights" / settings.path.removeprefix("embedded:")))
-    elif Path(settings.path).is_dir():
-        folder = Path(settings.path)
-    elif settings.path.startswith((".", "/", "~")) or settings.path.count("/") != 1:
-        raise RecipeError(f"{settings.path}: no such model folder")
-    else:
-        folder = _download(settings)
+    folder = _local(settings) or _download(settings)
     if not list(folder.glob("*.safetensors")):
         raise RecipeError(f"{folder}: holds no *.safetensors weights; other formats are not loaded")
     return folder
+
+
+def _local(settings: ModelSettings) -> Path | None:
+    """The folder that `path` names; None where it names a repository of the hub."""
+    if settings.path.startswith("embedded:"):
+        return Path(str(files("s2t_models.embedded") / "weights" / settings.path.removeprefix("embedded:")))
+    if Path(settings.path).is_dir():
+        return Path(settings.path)
+    if settings.path.startswith((".", "/", "~")) or settings.path.count("/") != 1:
+        raise RecipeError(f"{settings.path}: no such model folder")
+    return None
 
 
 def _download(settings: ModelSettings) -> Path:
@@ -43,9 +47,11 @@ def _download(settings: ModelSettings) -> Path:
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
         return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
     except Exception as error:
-        raise RecipeError(
-            f"{settings.path}: neither a folder here nor to be had from the hub: {one_line(error, 200)}"
-        ) from None
+        raise _not_to_be_had(settings, error) from None
+
+
+def _not_to_be_had(settings: ModelSettings, error: Exception) -> RecipeError:
+    return RecipeError(f"{settings.path}: neither a folder here nor to be had from the hub: {one_line(error, 200)}")
 
 
 def device_of(settings: ModelSettings) -> str:
@@ -58,14 +64,19 @@ def device_of(settings: ModelSettings) -> str:
 
 
 def load_config(settings: ModelSettings) -> PreTrainedConfig:
-    """The model's configuration. Raises RecipeError where it is not that of a decoder-only language model that
-    transformers has."""
+    """The model's configuration; of a repository of the hub nothing else is downloaded. Raises RecipeError where it is
+    not that of a decoder-only language model that transformers has."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    folder = _local(settings)
     try:
-        config = AutoConfig.from_pretrained(resolve(settings), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(
+            folder or settings.path, revision=settings.revision, trust_remote_code=False
+        )
     except (ValueError, OSError) as error:
+        if folder is None and isinstance(error, OSError):
+            raise _not_to_be_had(settings, error) from None
         raise RecipeError(f"{settings.path}: its config.json cannot be used: {one_line(error, 200)}") from None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
         raise RecipeError(f"{settings.path}: {config.model_type} is no decoder-only language model of transformers'")

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -33,8 +34,8 @@ from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
 from s2t_models.settings import DivergenceSettings, ModelSettings
 from s2t_models.training import losses
-from s2t_models.training.batches import BatchOrder, collate, drop_narrow_margins, split_by_prompt, trajectories
-from s2t_models.training.trainer import Trainer
+from s2t_models.training.batches import BatchOrder, collate, drop_narrow_margins, pieces, split_by_prompt, trajectories
+from s2t_models.training.trainer import BaseStates, Trainer
 
 SETTINGS = [
     "distil.batch=4",
@@ -149,26 +150,49 @@ def test_training_learns_and_goes_on_where_it_stopped(recipe: Recipe, table: pa.
 
 @pytest.mark.parametrize("objective", ["selector", "kd"])
 def test_the_gradient_is_the_batch_mean_however_it_is_spread(recipe: Recipe, table: pa.Table, objective: str):
-    """Two workers' gradients, averaged as DDP does, are one worker's; their trajectories have unlike numbers of
-    groups."""
+    """Two workers' gradients, averaged as DDP does, are one worker's, and so is that of a trajectory at a time with
+    activations computed again and no room for the base's states; the trajectories have unlike numbers of groups."""
     data = [
         item.with_groups(np.arange(len(item.by_kl_G)) % (2 + i) == 0)
         for i, item in enumerate(trajectories(table.to_pylist())[:8])
     ]
     settings = recipe.distil.model_copy(update={"batch": 4, "validation": 0.3, "min_teacher_margin": 0.0})
-    recipe = recipe.model_copy(update={"distil": settings})
 
-    def gradient(rank: int, world: int) -> tuple[torch.Tensor, float]:
-        trainer = Trainer(recipe, objective, data, rank, world)
+    def gradient(rank: int = 0, world: int = 1, **changes: Any) -> tuple[torch.Tensor, float]:
+        cut = recipe.model_copy(update={"distil": settings.model_copy(update=changes)})
+        trainer = Trainer(cut, objective, data, rank, world)
         parts = trainer.advance()
         flat = torch.cat([value.grad.flatten() for value in trainer.parameters])
         return flat * max(parts["gradient_norm"], 1.0), parts["loss"]  # as it was before it was clipped
 
-    whole, loss = gradient(0, 1)
+    whole, loss = gradient()
     (left, left_loss), (right, right_loss) = gradient(0, 2), gradient(1, 2)
+    alone, alone_loss = gradient(micro_batch=1, gradient_checkpointing=True, base_cache_gb=0.0)
     assert left_loss != pytest.approx(right_loss, rel=0.05)
     assert (left_loss + right_loss) / 2 == pytest.approx(loss, rel=1e-4)
-    torch.testing.assert_close((left + right) / 2, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-3)
+    assert alone_loss == pytest.approx(loss, rel=1e-4)
+    for found in ((left + right) / 2, alone):
+        torch.testing.assert_close(found, whole, atol=1e-5 * whole.abs().max().item(), rtol=1e-3)
+
+
+def test_forwards_are_filled_up_to_the_limit_with_padding_counted():
+    lengths = [9, 5, 5, 5, 30, 2, 2]
+    cut = [lengths[piece] for piece in pieces(lengths, 20)]
+    assert cut == [[9, 5], [5, 5], [30], [2, 2]]  # 9 + 5 + 5 would be 27 with padding; 30 goes alone
+    assert list(pieces([], 20)) == []
+
+
+def test_the_bases_states_are_kept_while_there_is_room(table: pa.Table):
+    first, second, *_ = trajectories(table.to_pylist())
+    states_SH = torch.randn(len(first.kl_T) + len(second.kl_T), 4, dtype=torch.bfloat16)
+    room = len(first.kl_T) * 4 * 2
+    kept = BaseStates(room)
+    kept.keep([first, second], states_SH)
+    assert torch.equal(kept.of([first]), states_SH[: len(first.kl_T)])
+    assert kept.of([first, second]) is None
+    nothing = BaseStates(room - 1)
+    nothing.keep([first], states_SH[: len(first.kl_T)])
+    assert nothing.of([first]) is None
 
 
 def test_validation_figures_equal_a_forward_a_candidate(recipe: Recipe, table: pa.Table):

@@ -198,7 +198,7 @@ def test_the_adapter_loads_in_plain_peft_and_the_card_says_what_was_measured(tmp
     torch.testing.assert_close(adapted(ids).logits[..., text], merged(ids).logits[..., text], atol=1e-4, rtol=0)
     assert load_file(exported / "adapter" / "adapter_model.safetensors")
     card = (exported / "README.md").read_text()
-    assert "default 0.1" in card
+    assert "0.1 unless said" in card
     assert "license: apache-2.0" in card.split("---")[1]
     assert provenance().base_weights in card
     assert str(tmp_path) not in card.replace(recipe.slm.path, "")  # no folder of this machine but the base's own name
@@ -212,7 +212,7 @@ def test_a_recipe_fixes_the_threshold_and_may_not_contradict_the_artifact(
     assert main([*asked, "trigger.head_threshold=0.75"]) == 0
     assert json.loads((tmp_path / "out" / "s2t.json").read_text())["threshold"] == pytest.approx(np.log(3))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "default the recipe's fixed threshold" in card
+    assert "the recipe's fixed threshold unless said" in card
     assert "adapter" not in card  # this artifact has none
     assert main([*asked, "policies.local.prior_weight=0.25"]) == 2
     assert "the recipe says 0.25" in capsys.readouterr().err

@@ -126,6 +126,24 @@ def test_merging_keeps_logits_and_scores(base):
     torch.testing.assert_close(score(logits[..., list(block)], bins(8)), scores, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_merging_into_bfloat16_rounds_once(base):
+    """The merged weights are the float32 sum of base and LoRA, rounded; the factors stay float32 while they are
+    trained."""
+    before = {name: value.float() for name, value in base.bfloat16().state_dict().items()}
+    selector = Selector(base, BLOCKS["last rows"], LORA)
+    with torch.enable_grad():
+        train_a_little(selector)
+    factors = {name: value for name, value in selector.trained().items() if name != ROWS}
+    assert {value.dtype for value in factors.values()} == {torch.float32}
+    merged = selector.merge().state_dict()
+    for name, a_factor in factors.items():
+        if ".lora_A." in name:
+            delta = LORA.alpha / LORA.rank * factors[name.replace(".lora_A.", ".lora_B.")] @ a_factor
+            weight = name.removeprefix("adapted.base_model.model.").replace(".lora_A.default", "")
+            assert torch.equal(merged[weight], (before[weight] + delta).bfloat16()), weight
+
+
 def test_trained_tensors_carry_the_whole_training(base):
     other = copy.deepcopy(base)
     selector = Selector(base, BLOCKS["last rows"], LORA)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -131,14 +132,24 @@ def _model_card(artifact: Artifact, decoding: Decoding, name: str, measured: str
     figures = "\n".join(f"| {key} | {value:.4g} |" for key, value in sorted(made.validation.items()))
     k = decoding.candidates.k
     default = f"{decoding.budget:g}" if decoding.threshold is None else "the recipe's fixed threshold"
-    return f"""{chr(10).join(front)}
+    origin = f"[{base}](https://huggingface.co/{base})" if base else "A small language model"
+    about = textwrap.fill(
+        f"{origin} that selects among its own next tokens, distilled from a teacher's choices: *S2T-Local* of "
+        "[Select to Think](https://arxiv.org/abs/2604.26940). A trigger head reads the hidden state. Where it fires, "
+        f"the model's {k} candidates are scored with {scores}, and the best one is written. No teacher is needed.",
+        120,
+    )
+    budgets = ", ".join(f"{share:g}" for share in sorted(card.thresholds["head"]))
+    held_out = "On held-out prompts of the training collection:\n\n| figure | value |\n|---|---:|\n" + figures
+    shards = "\n".join(f"| {role} shards | `{digest}` |" for role, digest in made.shards.items())
+    adapter = _adapter_use(card) if (artifact.folder / ADAPTER).is_dir() else ""
+    return (
+        "\n".join(front)
+        + f"""
 
 # {name}
 
-{f"[{base}](https://huggingface.co/{base})" if base else "A small language model"} that selects among its own next
-tokens, distilled from a teacher's choices: *S2T-Local* of [Select to Think](https://arxiv.org/abs/2604.26940). A
-trigger head reads the hidden state. Where it fires, the model's {k} candidates are scored with {scores}, and the best
-one is written. No teacher is needed.
+{about}
 
 ## Use
 
@@ -153,26 +164,16 @@ chat = tokenizer.apply_chat_template([{{"role": "user", "content": "..."}}], add
 ids = model.generate(**chat, custom_generate=FOLDER, trust_remote_code=True, max_new_tokens=512)
 ```
 
-`budget=` takes another share of steps that may trigger ({", ".join(f"{b:g}" for b in sorted(card.thresholds["head"]))};
-default {default}). As the plain merged model, greedily:
+`budget=` takes another share of steps that may trigger: {budgets}; {default} unless said.
+As the plain merged model, greedily:
 
 ```python
 ids = model.generate(**chat, max_new_tokens=512)
 ```
-{_adapter_use(card) if (artifact.folder / ADAPTER).is_dir() else ""}
+{adapter}
 ## Measured
 
-{
-        measured
-        or "On held-out prompts of the training collection:"
-        + chr(10)
-        + chr(10)
-        + "| figure | value |"
-        + chr(10)
-        + "|---|---:|"
-        + chr(10)
-        + figures
-    }
+{measured or held_out}
 
 ## Made from
 
@@ -181,10 +182,11 @@ ids = model.generate(**chat, max_new_tokens=512)
 | base weights | `{made.base_weights}` |
 | teacher's weights | `{made.teacher_weights}` |
 | recipe | `{made.recipe}` |
-{chr(10).join(f"| {role} shards | `{digest}` |" for role, digest in made.shards.items())}
-| splits | {", ".join(sorted(made.rows)) or "unknown"} |
-| training steps | {made.settings.get("distil.steps", "unknown")} |
+{shards}
+| splits | {", ".join(sorted(made.rows)) or "not recorded"} |
+| training steps | {made.settings.get("distil.steps", "not recorded")} |
 """
+    )
 
 
 def _adapter_use(card: Card) -> str:

@@ -21,9 +21,6 @@ from s2t_models.training.batches import Trajectory, collate, pieces
 from s2t_models.training.tree_attention import decode, use_tree_attention
 from s2t_models.training.trigger_head import train_head
 
-#: Packed tokens in one forward when hidden states are read.
-TOKENS = 4096
-
 
 @dataclass(frozen=True)
 class Merged:
@@ -55,13 +52,14 @@ def save_artifact(merged: Merged, output: Path) -> Provenance:
     thresholds are percentiles over the calibration trajectories.
     """
     recipe, model = merged.recipe, merged.model
-    hidden_MH, trajectory_M = hidden_states(model, merged.training)
+    hidden_MH, trajectory_M = hidden_states(model, merged.training, recipe.distil.micro_batch)
     kl_M = np.concatenate([item.kl_T for item in merged.training])
     share = recipe.trigger_head.positives
     positive_M = torch.from_numpy(kl_M >= calibrate(kl_M, [share])[share]).to(hidden_MH.device)
     head, figures = train_head(hidden_MH, positive_M, trajectory_M, recipe.trigger_head)
     with torch.no_grad():
-        logits_M = head(hidden_states(model, merged.calibration)[0]).cpu().numpy()
+        calibration_MH, _ = hidden_states(model, merged.calibration, recipe.distil.micro_batch)
+        logits_M = head(calibration_MH).cpu().numpy()
     values = {
         "head": logits_M,
         "kl": np.concatenate([item.kl_T for item in merged.calibration]),
@@ -82,12 +80,15 @@ def save_artifact(merged: Merged, output: Path) -> Provenance:
 
 
 @torch.no_grad()
-def hidden_states(model: PreTrainedModel, items: Sequence[Trajectory]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden state after the last norm at each output step, [M, H], and its trajectory's number, [M]; in order."""
+def hidden_states(
+    model: PreTrainedModel, items: Sequence[Trajectory], micro_batch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The hidden state after the last norm at each output step, [M, H], and its trajectory's number, [M]; in order.
+    `micro_batch` tokens go through the model at once."""
     use_tree_attention(model)
     by_length = sorted(range(len(items)), key=lambda i: len(items[i].tree.tokens))
     states: dict[int, torch.Tensor] = {}
-    for piece in pieces([len(items[i].tree.tokens) for i in by_length], TOKENS):
+    for piece in pieces([len(items[i].tree.tokens) for i in by_length], micro_batch):
         numbers = by_length[piece]
         packed = collate([items[i] for i in numbers], model.device, leaves=False).packed
         hidden_BLH = decode(model, **packed.inputs())

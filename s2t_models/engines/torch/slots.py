@@ -87,26 +87,29 @@ class _Plan:
     place_T: torch.Tensor | None
 
 
+def cache_shape(config: Any, count: int, length: int) -> tuple[int, ...]:
+    """[layers, keys and values, slots, KV heads, positions, head]: sliding layers keep the whole context too."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, 2, count, heads, length + LEAF_ROOM, head_dim
+
+
 class Slots:
     """A static KV cache of `count` slots of `length` tokens, and what token each position holds.
 
     Which models it can hold, `families` checks."""
 
     def __init__(self, model: PreTrainedModel, count: int, length: int) -> None:
-        config: Any = model.config
         self.model = model
         self.decoder = model.get_decoder()
         self.length = length
         self.device = model.device
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, count, heads, length + LEAF_ROOM, head_dim)
-        self.cache = torch.zeros(shape, dtype=model.dtype, device=self.device)
+        self.cache = torch.zeros(cache_shape(model.config, count, length), dtype=model.dtype, device=self.device)
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         #: Each layer's sliding window, as its attention last asked for it.
         self.windows: dict[int, int | None] = {}
         # Classes with kinds of layers look a mask up for each; the others make none where they are given none.
-        kinds = getattr(config, "layer_types", None)
+        kinds = getattr(model.config, "layer_types", None)
         self._masks = dict.fromkeys({*kinds, "full_attention"}) if kinds else None
         model.set_attn_implementation(ATTENTION)
         self._plan: _Plan | None = None

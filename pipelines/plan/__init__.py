@@ -1,0 +1,1 @@
+"""Plan: what a recipe needs, from its settings and its models' configurations alone."""

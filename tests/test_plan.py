@@ -1,0 +1,169 @@
+"""`s2t plan`: parameters against published totals, memory against what is allocated, and advice that makes it fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipelines.cli import main
+from pipelines.plan.card import CARDS, GIB, card
+from pipelines.plan.stages import Plan
+from s2t_models.costs import ModelCost, training_cost
+from s2t_models.engines.torch.slots import Slots
+from s2t_models.loading import load_model
+from s2t_models.recipe import Recipe
+from s2t_models.settings import LoraSettings, ModelSettings
+from s2t_models.training.selector import Selector
+from s2t_models.training.tree_attention import Sight
+
+#: model_type, vocabulary, hidden, intermediate, layers, heads, KV heads, then what else its config.json says.
+PUBLISHED = {
+    "qwen2.5-0.5b": ("qwen2", 151936, 896, 4864, 24, 14, 2, {"tie_word_embeddings": True}, 0.49403e9),
+    "qwen2.5-1.5b": ("qwen2", 151936, 1536, 8960, 28, 12, 2, {"tie_word_embeddings": True}, 1.54371e9),
+    "qwen2.5-32b": ("qwen2", 152064, 5120, 27648, 64, 40, 8, {"tie_word_embeddings": False}, 32.764e9),
+    "llama-3.2-1b": ("llama", 128256, 2048, 8192, 16, 32, 8, {"tie_word_embeddings": True, "head_dim": 64}, 1.23581e9),
+    "llama-3.1-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, {"tie_word_embeddings": False}, 8.03026e9),
+    "phi-3-mini": ("phi3", 32064, 3072, 8192, 32, 32, 32, {"tie_word_embeddings": False}, 3.82108e9),
+    "phi-3-medium": ("phi3", 32064, 5120, 17920, 40, 40, 10, {"tie_word_embeddings": False}, 13.96024e9),
+    "gemma-2-2b": ("gemma2", 256000, 2304, 9216, 26, 8, 4, {"head_dim": 256, "sliding_window": 4096}, 2.61434e9),
+    "gemma-2-27b": ("gemma2", 256000, 4608, 36864, 46, 32, 16, {"head_dim": 128, "sliding_window": 4096}, 27.22713e9),
+}
+PAIRS = [
+    ("qwen2.5-0.5b", "qwen2.5-32b"),
+    ("qwen2.5-1.5b", "qwen2.5-32b"),
+    ("llama-3.2-1b", "llama-3.1-8b"),
+    ("phi-3-mini", "phi-3-medium"),
+    ("gemma-2-2b", "gemma-2-27b"),
+]
+
+
+def folder(tmp_path, name):
+    """A model folder that holds nothing but config.json."""
+    kind, vocabulary, hidden, inner, layers, heads, kv_heads, more, _ = PUBLISHED[name]
+    path = tmp_path / name
+    path.mkdir(exist_ok=True)
+    sizes = {"vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
+    content = {"model_type": kind, **sizes, "num_attention_heads": heads, "num_key_value_heads": kv_heads, **more}
+    (path / "config.json").write_text(json.dumps(content | {"max_position_embeddings": 4096, "pad_token_id": 0}))
+    return str(path)
+
+
+def recipe(tmp_path, small, large, **sections):
+    models = {"slm": {"path": folder(tmp_path, small)}, "teacher": {"path": folder(tmp_path, large)}}
+    for name, model in models.items():
+        model |= {"num_gpus": 1} | sections.pop(name, {})
+    collect = {"rollout": {"num_gpus": 1}, "label": {"num_gpus": 1}} | sections.pop("collect", {})
+    distil = {"num_gpus": 1} | sections.pop("distil", {})
+    return Recipe.model_validate({"name": small, **models, "collect": collect, "distil": distil, **sections})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_that_are_published(tmp_path, name):
+    cost = ModelCost(ModelSettings(path=folder(tmp_path, name)))
+    assert cost.parameters == pytest.approx(PUBLISHED[name][-1], rel=1e-3)
+    assert 0 < cost.body < cost.parameters
+
+
+def test_weights_and_cache_are_what_the_engine_allocates():
+    settings = ModelSettings(path="embedded:slm", dtype="float32", device="cpu", context=100)
+    cost, model = ModelCost(settings), load_model(settings)
+    assert cost.weights == sum(value.nbytes for value in model.parameters())
+    assert cost.cache(3) == Slots(model, 3, 100).cache.nbytes
+
+
+def test_activations_are_what_autograd_keeps_in_a_real_forward():
+    settings, lora, length = ModelSettings(path="embedded:slm", dtype="float32", device="cpu"), LoraSettings(rank=4), 64
+    cost = training_cost(ModelCost(settings), lora, 16, length)
+    rows = ModelCost(settings).vocabulary
+    selector = Selector(load_model(settings), tuple(range(rows - 16, rows)), lora).train()
+    assert cost.trained == sum(value.numel() for value in selector.parameters() if value.requires_grad)
+    own = {value.untyped_storage()._cdata for value in [*selector.parameters(), *selector.buffers()]}
+    kept = {}
+
+    def keep(value):
+        kept[value.untyped_storage()._cdata] = value
+        return value
+
+    ids = torch.randint(0, 50, (1, length))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        selector(input_ids=ids, sight=Sight.causal(ids))
+    real = sum(value.untyped_storage().nbytes() for place, value in kept.items() if place not in own)
+    assert cost.activations * length == pytest.approx(real, rel=0.05)
+
+
+def test_flops_are_those_that_torch_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    settings = ModelSettings(path="embedded:slm", dtype="float32", device="cpu")
+    cost, model = ModelCost(settings), load_model(settings, "eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, 64, dtype=torch.long), use_cache=False)
+    assert cost.flops(64, 64) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(("slm", "teacher"), PAIRS)
+def test_each_pair_of_the_paper_can_be_planned(tmp_path, slm, teacher):
+    stages = Plan(recipe(tmp_path, slm, teacher), CARDS["h100"]).stages()
+    assert [stage.name for stage in stages] == ["collect", "distil selector", "distil kd", "serve", "benchmark"]
+    assert all(stage.seconds > 0 for stage in stages if stage.name != "serve")
+
+
+def test_too_many_slots_are_named_and_the_number_proposed_is_the_most_that_fit(tmp_path):
+    wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-32b", teacher={"slots": 64, "context": 4096})
+    (change,) = Plan(wanted, CARDS["h100"]).collect().changes(CARDS["h100"])
+    assert change.startswith("teacher.slots 64 -> ")
+    fitting = int(change.rsplit(" ", 1)[1])
+
+    def changes(slots):
+        teacher = wanted.teacher.model_copy(update={"slots": slots})
+        return Plan(wanted.model_copy(update={"teacher": teacher}), CARDS["h100"]).collect().changes(CARDS["h100"])
+
+    assert 1 <= fitting < 64
+    assert not changes(fitting)
+    assert changes(fitting + 1)
+
+
+@pytest.mark.parametrize("memory", [24, 10])
+def test_training_that_does_not_fit_is_cut_or_checkpointed_until_it_does(tmp_path, memory):
+    small = replace(CARDS["h100"], memory=memory * GIB)
+    wanted = recipe(tmp_path, "qwen2.5-1.5b", "qwen2.5-32b", distil={"micro_batch": 16384})
+    (change,) = Plan(wanted, small).distil("selector").changes(small)
+    update = {}
+    for part in change.split(", "):
+        key, _, value = part.removeprefix("distil.").partition(" ")
+        update[key] = json.loads(value.rsplit(" ", 1)[1])
+    assert set(update) == ({"micro_batch"} if memory == 24 else {"gradient_checkpointing", "micro_batch"} & set(update))
+    changed = wanted.model_copy(update={"distil": wanted.distil.model_copy(update=update)})
+    assert not Plan(changed, small).distil("selector").changes(small)
+
+
+def test_a_process_without_a_gpu_is_not_held_to_fit_on_one(tmp_path):
+    wanted = recipe(
+        tmp_path, "qwen2.5-0.5b", "qwen2.5-1.5b", collect={"label": {"num_gpus": 0}, "rollout": {"num_gpus": 1}}
+    )
+    (change,) = Plan(wanted, CARDS["h100"]).collect().changes(CARDS["h100"])
+    assert change.startswith("collect.label.num_gpus 0 -> 1")
+
+
+def test_the_command_says_what_fits_and_its_status_says_so_too(tmp_path, capsys):
+    assert main(["plan", "embedded", "--memory", "16"]) == 0
+    shown = capsys.readouterr().out
+    assert "== distil selector" in shown
+    assert shown.splitlines()[-1].startswith("every stage fits; about ")
+    assert main(["plan", "embedded", "--memory", "1"]) == 1
+    assert "does not fit: " in capsys.readouterr().out.splitlines()[-1]
+    assert main(["plan", "embedded", "--card", "abacus"]) == 2
+    assert "no card 'abacus'; there are: h200, h100" in capsys.readouterr().err
+
+
+def test_figures_of_ones_own_replace_those_of_a_card():
+    mine = card("a100", memory=40, tflops=200, bandwidth=1500)
+    assert (mine.memory, mine.flops, mine.bandwidth) == (40 * GIB, 200e12, 1500e9)
+
+
+def test_all_problems_of_a_task_take_time_too(tmp_path):
+    wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-1.5b", benchmark={"items": 0, "task": ["gsm8k"]})
+    assert Plan(wanted, CARDS["h100"]).benchmark().seconds > 0
