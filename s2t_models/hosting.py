@@ -132,6 +132,18 @@ def _artifact(recipe: Recipe) -> Artifact:
         raise RecipeError(f"artifact: {error}") from None
     card = artifact.card
     _same_weights("artifact", artifact.folder, "SLM", card.provenance.base_weights, recipe.slm)
+    check_decoding(artifact, recipe)
+    if card.reserved_ids != (reserved := reserved_rows(recipe)):
+        raise RecipeError(
+            f"artifact: {artifact.folder} scores with {describe(card.reserved_ids)}, the recipe says "
+            f"{describe(reserved)}; set reserved as it was for the artifact, or distil again"
+        )
+    return artifact
+
+
+def check_decoding(artifact: Artifact, recipe: Recipe) -> None:
+    """Raise RecipeError where the artifact was made to decode with other settings than the recipe's."""
+    card = artifact.card
     for key, trained, here in (
         ("distil.temperature", card.temperature, recipe.distil.temperature),
         ("policies.local.prior_weight", card.prior_weight, recipe.policies.local.prior_weight),
@@ -141,12 +153,6 @@ def _artifact(recipe: Recipe) -> Artifact:
                 f"artifact: {artifact.folder} was made for {key} = {trained:g}, the recipe says {here:g}; "
                 f"set {key}={trained:g} (a policy's name takes another prior weight, as in s2t-local-w0)"
             )
-    if card.reserved_ids != (reserved := reserved_rows(recipe)):
-        raise RecipeError(
-            f"artifact: {artifact.folder} scores with {describe(card.reserved_ids)}, the recipe says "
-            f"{describe(reserved)}; set reserved as it was for the artifact, or distil again"
-        )
-    return artifact
 
 
 def calibration(path: Path) -> Calibration:
