@@ -20,8 +20,8 @@ from serving import http
 
 STORE = "sqlite:///runs/mlflow.db"
 EXPERIMENT = "s2t"
-#: What the page of the experiment opens with: runs and models. Left to itself MLflow may open an overview of traces,
-#: of which there are none here.
+#: The experiment's kind: runs and models, not traces. MLflow 3.17's own page goes by a switch of the browser first,
+#: which links set (`pipelines.runtime.tracking.link`).
 KIND = ("mlflow.experimentKind", "custom_model_development")
 _PROBE_S = 10
 _DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}

@@ -181,9 +181,10 @@ def _track_policy(
             metrics |= {f"difference{end}": pair[f"{name}"] for end, name in _DIFFERENCE.items()}
     answered = dict.fromkeys(digest for models in rows["models"].unique() for digest in _weights(models))
     used = [versions[digest] for digest in answered if digest in versions]
+    tags = {"s2t.stage": "policy"}
     if used:
-        params["models"] = ", ".join(version.uri for version in used)
-    with store.start_run(f"{summary.policy} on {summary.task}", params, {"s2t.stage": "policy"}) as run:
+        tags["s2t.models"] = ", ".join(version.uri for version in used)
+    with store.start_run(f"{summary.policy} on {summary.task}", params, tags) as run:
         if dataset:
             store.log_dataset(dataset, "test")
         for version in used:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Where `mlflow ui` shows a store that no server does.
 _LOCAL_UI = "http://127.0.0.1:5000"
+#: What makes MLflow's pages those of runs and models; a browser that has not chosen yet gets those of traces.
+_VIEW = "workflowType=machine_learning"
 #: The longest digest that MLflow keeps of a data set.
 _DIGEST = 36
 
@@ -156,7 +158,7 @@ def link(runs: Sequence[str]) -> str:
         page = f"/experiments/{experiment}/runs/{runs[0]}"
     else:
         page = f"/compare-runs?runs={_quoted(runs)}&experiments={_quoted([experiment])}"
-    url = f"{_address(store) if served else _LOCAL_UI}/#{page}"
+    url = f"{_address(store) if served else _LOCAL_UI}/#{page}{'&' if '?' in page else '?'}{_VIEW}"
     if served:
         return url
     tool = os.path.join(os.path.relpath(Path(sys.executable).parent), "mlflow")
