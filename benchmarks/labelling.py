@@ -109,7 +109,7 @@ def main() -> None:
     tokens = sum(len(row["output_ids"]) for row in labelled)
 
     models = [loading.load_model(settings) for settings in (recipe.slm, recipe.teacher)]
-    masked = torch.tensor(reserved_rows(recipe))
+    masked = torch.tensor(reserved_rows(recipe), dtype=torch.long)
 
     def log_probabilities(model: PreTrainedModel, ids: list[int], cache: DynamicCache) -> torch.Tensor:
         logits_V = model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0, -1]

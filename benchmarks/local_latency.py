@@ -60,12 +60,14 @@ def _engine(recipe: Recipe, artifact: Path) -> TorchEngine:
         print(f"engine: {artifact}")
     else:
         model = loading.load_model(settings)
-        base = load(Hosted("slm", settings, reserved_rows(recipe)))
+        reserved = reserved_rows(recipe)
+        base = load(Hosted("slm", settings, reserved))
         card = asyncio.run(base.card())
         base.close()
         torch.manual_seed(0)
         head = TriggerHead(model.config.hidden_size, recipe.trigger_head.hidden)
-        engine = TorchEngine(model, card, settings.slots, head)
+        ranking_head = None if reserved else torch.randn(recipe.reserved.count, model.config.hidden_size)
+        engine = TorchEngine(model, card, settings.slots, head, reserved, ranking_head=ranking_head)
         print(f"engine: the SLM with an untrained head ({artifact} is not there)")
     # Texts that end early would be compared by their luck: nothing ends a text here.
     engine._card = replace(engine._card, end_ids=())

@@ -21,17 +21,23 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         from s2t_models.artifact import Artifact
         from s2t_models.export.package import Decoding, export
+        from s2t_models.hosting import check_decoding
+        from s2t_models.policies.triggers import fixed_threshold
 
         artifact = Artifact.load(options.artifact)
         recipe = load_recipe(options.recipe, options.set) if options.recipe else None
+        if recipe:
+            check_decoding(artifact, recipe)
         trained_for = recipe.budget if recipe else artifact.card.provenance.settings.get("budget", 0.01)
         decoding = Decoding(
             candidates=recipe.candidates if recipe else CandidateSettings(),
             warmup=recipe.trigger.warmup if recipe else TriggerSettings().warmup,
             budget=trained_for if options.budget is None else options.budget,
+            threshold=fixed_threshold("head", recipe) if recipe and options.budget is None else None,
         )
         export(artifact, options.output, decoding, _measured(options.results) if options.results else None)
-        print(f"exported     {options.artifact}, budget {decoding.budget:g}\nwritten to   {options.output}")
+        triggers = f"budget {decoding.budget:g}" if decoding.threshold is None else "the recipe's fixed threshold"
+        print(f"exported     {options.artifact}, {triggers}\nwritten to   {options.output}")
 
     return run_command("export", work, resumes=False)
 

@@ -61,13 +61,13 @@ def loop(recipe: Recipe, output: Path, data: Path | None = None) -> Recipe:
         recipe = recipe.model_copy(update={"budget": budget})
     _write_recipe(recipe, output / SERVABLE_RECIPE)
     with _stage(output, "benchmark"):
-        _compare(recipe, calibration, output, data)
+        seen = _compare(recipe, calibration, output, data)
     _analyse(calibration, output)
     tools = os.path.relpath(Path(sys.executable).parent)
     print(
         f"\nfinished in {(time.monotonic() - began) / 60:.1f} minutes; the figures are in {output / SUMMARY}\n"
-        f"compare in MLflow   {tools}/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db   opens http://127.0.0.1:5000\n"
-        f"serve it            {tools}/s2t serve --recipe {output / SERVABLE_RECIPE}"
+        f"serve it: {tools}/s2t serve --recipe {output / SERVABLE_RECIPE}\n"
+        f"side by side in MLflow: {seen}"
     )
     return recipe
 
@@ -121,19 +121,21 @@ def _choose_budget(recipe: Recipe, task: str, folder: Path, data: Path | None) -
     return smallest
 
 
-def _compare(recipe: Recipe, calibration: Path, output: Path, data: Path | None) -> None:
+def _compare(recipe: Recipe, calibration: Path, output: Path, data: Path | None) -> str:
+    """Benchmark, and write and print the summary; returns where MLflow shows the runs."""
     from pipelines.benchmark.job import Options, benchmark
     from pipelines.results.summary import loop_summary, read_results
 
     policies, tasks = ", ".join(recipe.benchmark.policies), ", ".join(recipe.benchmark.task)
     _say(f"benchmark {policies} on {recipe.benchmark.items} problems of {tasks} through the endpoint")
     folder = output / "benchmark"
-    tables = benchmark(recipe, folder, Options(data=data))
+    tables, seen = benchmark(recipe, folder, Options(data=data))
     frame, metadata = read_results(folder / RESULTS)
     hits = {int(k): hit for k, hit in json.loads((calibration / COLLECTED).read_text())["hit"].items()}
     summary = loop_summary(frame, hits, recipe.budget, json.loads(metadata["s2t.splits"]))
     (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\n{tables}\n{_against(summary)}\n")
+    return seen
 
 
 def _against(summary: dict[str, Any]) -> str:

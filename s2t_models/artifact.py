@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from s2t_models.errors import UserError, first_problem
 from s2t_models.files import whole
@@ -63,6 +63,12 @@ class Card(BaseModel):
     thresholds: dict[str, dict[float, float]]
     provenance: Provenance
 
+    @model_validator(mode="after")
+    def _one_bin_a_row(self) -> Card:
+        if self.reserved_ids and len(self.reserved_ids) != len(self.bins):
+            raise ValueError(f"{len(self.reserved_ids)} reserved_ids, but {len(self.bins)} bins")
+        return self
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -101,8 +107,14 @@ class Artifact:
             card = Card.model_validate_json((folder / CARD).read_text())
         except ValidationError as error:
             raise ArtifactError(f"{folder / CARD}: {first_problem(error)}") from None
-        if not card.reserved_ids and not (folder / RANKING_HEAD).exists():
-            raise ArtifactError(f"{folder}: not an S2T-Local artifact, {RANKING_HEAD} is missing")
+        has_head = (folder / RANKING_HEAD).exists()
+        if not card.reserved_ids and not has_head:
+            raise ArtifactError(f"{folder}: {CARD} names no reserved rows, and {RANKING_HEAD} is missing")
+        if card.reserved_ids and has_head:
+            raise ArtifactError(
+                f"{folder}: scores are read from the reserved rows that {CARD} names or from {RANKING_HEAD}, not from "
+                "both; distil it again"
+            )
         return cls(folder, card)
 
     def model(self, base: ModelSettings) -> ModelSettings:

@@ -53,6 +53,18 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False)
     return tokenizer.encode(text, add_special_tokens=special and not begun)
 
 
+def follow_up(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """What comes behind an answer under way where the user asks `question` next, as text: the end of the answer's turn,
+    the user's turn, and the beginning of the next answer. Raises ChatError where the template refuses that, or leaves
+    earlier answers out."""
+    answer = "An answer under way."
+    turns = [("user", "Hello"), ("assistant", answer), ("user", question)]
+    _, shown, behind = render(tokenizer, [{"role": role, "content": text} for role, text in turns]).partition(answer)
+    if not shown:
+        raise ChatError("the chat template leaves earlier answers out")
+    return behind
+
+
 @lru_cache(maxsize=8)
 def _takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template has a place for a system message, found out by trying."""

@@ -14,7 +14,7 @@ from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
 from s2t_models.calibration import Calibration, CalibrationError
 from s2t_models.recipe import Recipe, RecipeError
-from s2t_models.reserved import masked_rows
+from s2t_models.reserved import describe, masked_rows, reserved_rows
 from s2t_models.router import SETTINGS, WEIGHTS
 from s2t_models.settings import ModelSettings
 
@@ -27,9 +27,9 @@ LOCAL = "s2t-local"
 
 @dataclass(frozen=True)
 class Hosted:
-    """One engine: a model with the ids it must not generate, or the S2T-Local artifact in a folder (which
-    knows its own), on the device and slots of `settings`; `router` is the folder of R2R's router, which runs beside the
-    SLM."""
+    """One engine, on the device and slots of `settings`: a model, or the S2T-Local artifact in a folder; it never
+    generates the masked ids, nor an artifact its own reserved ones. `router` is the folder of R2R's router, which runs
+    beside the SLM."""
 
     name: str
     settings: ModelSettings
@@ -79,7 +79,7 @@ def host(recipe: Recipe) -> Hosting:
         _check_tokenizer(engines[name], recipe)
     artifact = _artifact(recipe) if recipe.artifact else None
     if artifact:
-        engines[LOCAL] = Hosted(LOCAL, slm.settings, artifact=artifact.folder.resolve())
+        engines[LOCAL] = replace(slm, name=LOCAL, artifact=artifact.folder.resolve())
     if recipe.router.path is not None:
         engines["slm"] = replace(slm, router=_router(recipe, Path(recipe.router.path)))
     return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe, artifact))
@@ -132,6 +132,18 @@ def _artifact(recipe: Recipe) -> Artifact:
         raise RecipeError(f"artifact: {error}") from None
     card = artifact.card
     _same_weights("artifact", artifact.folder, "SLM", card.provenance.base_weights, recipe.slm)
+    check_decoding(artifact, recipe)
+    if card.reserved_ids != (reserved := reserved_rows(recipe)):
+        raise RecipeError(
+            f"artifact: {artifact.folder} scores with {describe(card.reserved_ids)}, the recipe says "
+            f"{describe(reserved)}; set reserved as it was for the artifact, or distil again"
+        )
+    return artifact
+
+
+def check_decoding(artifact: Artifact, recipe: Recipe) -> None:
+    """Raise RecipeError where the artifact was made to decode with other settings than the recipe's."""
+    card = artifact.card
     for key, trained, here in (
         ("distil.temperature", card.temperature, recipe.distil.temperature),
         ("policies.local.prior_weight", card.prior_weight, recipe.policies.local.prior_weight),
@@ -141,7 +153,6 @@ def _artifact(recipe: Recipe) -> Artifact:
                 f"artifact: {artifact.folder} was made for {key} = {trained:g}, the recipe says {here:g}; "
                 f"set {key}={trained:g} (a policy's name takes another prior weight, as in s2t-local-w0)"
             )
-    return artifact
 
 
 def calibration(path: Path) -> Calibration:

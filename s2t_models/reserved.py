@@ -34,9 +34,14 @@ def reserved_ids(free: tuple[int, ...], settings: ReservedSettings) -> tuple[int
     """The ids of the R reserved rows among the `free` ones: the block from `first` on, or the highest R. None at all
     where an auxiliary head takes their place.
 
-    Raises RecipeError where the block is not free, or `rows` are asked for and there are too few."""
+    Raises RecipeError where the block is not free, `rows` are asked for and there are too few, or a head is asked for
+    and a block."""
     count, first = settings.count, settings.first
     if settings.kind == "head":
+        if first is not None:
+            raise RecipeError(
+                f"reserved.first = {first}: a ranking head (reserved.kind = head) takes no rows; set one or the other"
+            )
         return ()
     if first is None:
         if len(free) >= count:
@@ -55,6 +60,13 @@ def reserved_ids(free: tuple[int, ...], settings: ReservedSettings) -> tuple[int
             "leave reserved.first out"
         )
     return block
+
+
+def describe(reserved: tuple[int, ...]) -> str:
+    """Where scores are read from, in words; of no reserved rows, an auxiliary head."""
+    if not reserved:
+        return "a ranking head beside the vocabulary"
+    return f"{len(reserved)} reserved rows ({reserved[0]} to {reserved[-1]})"
 
 
 def reserved_rows(recipe: Recipe) -> tuple[int, ...]:

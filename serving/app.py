@@ -1,6 +1,7 @@
 """Serve a recipe: its engines and the gateway, on a running Ray cluster or one started here.
 
     python -m serving.app --recipe cluster/recipes/embedded.yaml --set serving.port=8080
+    python -m serving.app models:/embedded-selector/1
 
 `app` is the builder for Serve configuration files and KubeRay's RayService. A recipe that cannot be served is refused
 before anything is deployed. Training and benchmarks are not known here.
@@ -72,10 +73,23 @@ def build(hosting: Hosting, board: Any = None) -> Application:
 
 
 def app(args: dict[str, Any]) -> Application:
-    """`serve run serving.app:app recipe=FILE`, or `import_path: serving.app:app` with `args: {recipe, set}`."""
+    """`serve run serving.app:app recipe=FILE`, or `import_path: serving.app:app` with `args: {recipe, model, set}`;
+    see `chosen`."""
     from s2t_models.hosting import host
 
-    return build(host(load_recipe(args["recipe"], args.get("set", ()))))
+    return build(host(chosen(args.get("model"), args.get("recipe"), args.get("set", ()))))
+
+
+def chosen(model: str | None, recipe: str | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe to serve: the one given, with the registered version `model` (models:/NAME/VERSION) in it, or that
+    version's own. Raises RecipeError, and for a version RegistryError or StoreError."""
+    if model is not None:
+        from serving.registry import recipe_of
+
+        return recipe_of(model, recipe, overrides)
+    if recipe is None:
+        raise RecipeError("nothing to serve: give --recipe FILE, or models:/NAME/VERSION of a registered model")
+    return load_recipe(recipe, overrides)
 
 
 def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = None) -> str:
@@ -122,14 +136,17 @@ def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="s2t serve", description="Serve a recipe's policies behind the OpenAI API.")
-    parser.add_argument("--recipe", required=True, help="recipe: a YAML file, or a shipped name")
+    parser.add_argument(
+        "model", nargs="?", help="a registered model with its recipe: models:/NAME/VERSION or models:/NAME@ALIAS"
+    )
+    parser.add_argument("--recipe", help="a YAML file, or a shipped name; beside a model, instead of its own")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     options = parser.parse_args(arguments)
 
     def work() -> None:
         from s2t_models.hosting import host
 
-        run(host(load_recipe(options.recipe, options.set)))
+        run(host(chosen(options.model, options.recipe, options.set)))
 
     return run_command("serve", work, resumes=False)
 

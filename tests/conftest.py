@@ -16,6 +16,16 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The store of every job that is given no other, and of the processes that tests start; the user's is left
+    alone."""
+    store = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", store)
+        yield store
+
+
 @pytest.fixture(scope="session")
 def recipe_path() -> Path:
     return REPOSITORY / "cluster" / "recipes" / "embedded.yaml"

@@ -47,9 +47,9 @@ def decision(rng: np.random.Generator, policy: str, agrees: bool) -> dict[str, A
     return row
 
 
-def recorded_results(path: Path, renamed: Mapping[str, str] | None = None, **metadata: str) -> Path:
+def recorded_results(path: Path, renamed: Mapping[str, str] | None = None, weights: str = "w", **metadata: str) -> Path:
     """A results file of six policies on 40 items with two seeds; answers are right where every decision
-    agreed, mostly."""
+    agreed, mostly. `weights` is the hash of what s2t-local was answered by."""
     recipe = Recipe.model_validate_json(metadata["s2t.recipe"]) if "s2t.recipe" in metadata else load_recipe(RECIPE)
     rng = np.random.default_rng(0)
     hardness = rng.random(ITEMS)
@@ -84,12 +84,16 @@ def recorded_results(path: Path, renamed: Mapping[str, str] | None = None, **met
                         "tokens": 40,
                         "usage": json.dumps(dict.fromkeys(engines, cost)),
                         "decisions": json.dumps(decisions),
-                        "models": json.dumps(dict.fromkeys(engines, "w")),
+                        "models": json.dumps(
+                            {"s2t-local": weights} if policy == "s2t-local" else dict.fromkeys(engines, "w")
+                        ),
                         "seconds": 0.5 + len(engines),
                         "client_seconds": 1.0 + len(engines),
                     }
                 )
-    write_results(path, rows, {"s2t.recipe": recipe.model_dump_json(), "s2t.splits": '{"test": "abc"}'} | metadata)
+    write_results(
+        path, rows, {"s2t.recipe": recipe.model_dump_json(), "s2t.splits": '{"test (embedded)": "abc"}'} | metadata
+    )
     return path
 
 

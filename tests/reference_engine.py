@@ -232,7 +232,7 @@ class ReferenceEngine:
         return Selected(scores_K, Usage(leaves=len(candidates_K), forwards=1))
 
     def _score(self, prefix: list[int], candidate: int) -> float:
-        z_R = self.after([*prefix, candidate])[1][list(self._card.masked_ids)]
+        z_R = self.after([*prefix, candidate])[1][list(RESERVED)]
         return float(z_R.softmax(-1) @ torch.linspace(0, 1, len(z_R)))
 
     async def route(self, tokens: list[int], start: int) -> Routed:
@@ -288,7 +288,7 @@ def torch_engines(pair: TinyPair, slots: int = 8) -> Iterator[Engines]:
         "slm": TorchEngine(copy.deepcopy(pair.slm), card("slm"), slots),
         "teacher": TorchEngine(copy.deepcopy(pair.teacher), card("teacher"), slots),
         "s2t-local": TorchEngine(
-            copy.deepcopy(pair.slm), card("s2t-local", "select", "fused_select"), slots, pair.head
+            copy.deepcopy(pair.slm), card("s2t-local", "select", "fused_select"), slots, pair.head, RESERVED
         ),
     }
     try:

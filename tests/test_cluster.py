@@ -17,8 +17,7 @@ import httpx
 import pytest
 from processes import REPOSITORY
 
-from pipelines.runtime import http, tracking
-from serving import cluster
+from serving import cluster, http, store
 
 ADDRESS = "127.0.0.1:{}"
 
@@ -58,7 +57,7 @@ def grpc_server(code: grpc.StatusCode) -> Iterator[int]:
 @pytest.fixture(autouse=True)
 def no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setattr(tracking, "_PROBE_S", 1)
+    monkeypatch.setattr(store, "_PROBE_S", 1)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "no-such-host.invalid:6379"])
@@ -97,15 +96,15 @@ def test_a_cluster_that_is_there(ray_cluster: str, monkeypatch: pytest.MonkeyPat
 
 def test_a_store_that_is_not_there() -> None:
     for uri in ("http://127.0.0.1:9", "postgresql://user@127.0.0.1:9/mlflow", "http://127.0.0.1:port"):
-        with pytest.raises(tracking.TrackingError, match=f"MLflow store {uri}: cannot be used") as refused:
-            tracking.use_store(uri)
+        with pytest.raises(store.StoreError, match=f"MLflow store {uri}: cannot be used") as refused:
+            store.use_store(uri)
         assert "\n" not in str(refused.value)
 
 
 def test_a_store_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
-    with listener() as port, pytest.raises(tracking.TrackingError, match="cannot be used"):
-        tracking.use_store(f"http://127.0.0.1:{port}")
+    with listener() as port, pytest.raises(store.StoreError, match="cannot be used"):
+        store.use_store(f"http://127.0.0.1:{port}")
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77", "its own patience again"
     assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
 

@@ -34,6 +34,7 @@ from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
+from serving.store import use_store
 
 GOOD = 44
 SETTINGS = [
@@ -257,6 +258,24 @@ def test_finished_collection_is_left_alone(
     assert said.err.startswith(f"collect: 2 of {GOOD + 2} rows errored (the first: empty prompt: ")
 
 
+def test_a_store_that_is_not_there_is_said_before_any_work_and_costs_no_finished_row(
+    collection: Path,
+    recipe_path: Path,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr("pipelines.collect.job._run", lambda *_: pytest.fail("it began"))
+    assert _main(recipe_path, tmp_path / "new", prompts) == 2
+    assert capsys.readouterr().err.startswith("collect: MLflow store http://127.0.0.1:9: cannot be used: ")
+    assert _main(recipe_path, collection, prompts) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines()[0].startswith("not logged to MLflow: MLflow store http://127.0.0.1:9: cannot be used")
+    assert f"{GOOD + 2} rows" in said.out
+
+
 def test_a_collection_in_which_every_row_errored_ends_with_1_and_the_reason(
     ray_cluster: None, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -265,6 +284,20 @@ def test_a_collection_in_which_every_row_errored_ends_with_1_and_the_reason(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("collect: all 2 rows errored, and there is nothing to publish (the first: empty prompt: ")
     assert line.endswith(f"delete {tmp_path / 'out' / 'work'} to collect again")
+
+
+def test_a_finished_collection_is_one_run(collection: Path, mlflow_store: str) -> None:
+    import mlflow
+
+    use_store()
+    runs = mlflow.search_runs(filter_string="tags.`s2t.stage` = 'collect'", output_format="list")
+    (run,) = [run for run in runs if run.data.params["folder"] == str(collection.resolve())]
+    summary = json.loads((collection / "collect.json").read_text())
+    assert run.data.metrics["hit_1"] == summary["hit"]["1"]
+    assert run.data.metrics["errors"] == 2
+    assert run.data.metrics["teacher_prefill"] == sum(
+        len(row["prompt_ids"] + row["output_ids"]) for row in _whole(collection)
+    )
 
 
 def test_other_recipe_into_the_same_folder_is_refused(

@@ -340,6 +340,15 @@ def test_two_workers_survive_a_killed_one_and_leave_an_artifact(
     assert seen >= {4, 80}
     for name in ("train/selection_loss", "validation/spearman", "validation/kl_to_base", "trigger/auc"):
         assert name in runs[0].data.metrics
+    assert {
+        used.dataset.name: used.tags[0].value for used in client.get_run(runs[0].info.run_id).inputs.dataset_inputs
+    } == {
+        "embedded-train": "training",
+        "embedded-calibration": "calibration",
+    }
+    (version,) = client.search_model_versions("name = 'embedded-selector'")
+    assert version.tags["s2t.weights"] == weights_hash(artifact.model(recipe.slm))
+    assert version.tags["s2t.calibration"] == provenance.shards["calibration"]
 
 
 def test_the_same_command_goes_on_after_the_job_failed(

@@ -13,7 +13,7 @@ from s2t_models.candidates import propose
 from s2t_models.divergence import divergence
 from s2t_models.noise import uniforms
 from s2t_models.recipe import RecipeError
-from s2t_models.reserved import bins, reserved_ids
+from s2t_models.reserved import bins, free_rows, reserved_ids
 from s2t_models.settings import ReservedSettings
 
 
@@ -97,6 +97,64 @@ def test_multinomial_with_k_of_the_whole_support_is_the_support():
     logprobs_N = np.log([0.9999999, 1e-7, 1e-9, 1e-12])
     for seed in range(50):
         assert propose(logprobs_N, 4, "multinomial", uniforms_K=uniforms(seed, 0, 4)).tolist() == [0, 1, 2, 3]
+
+
+class Vocabulary:
+    """As much of a tokenizer as the search for free rows reads: tokens by name behind `ordinary` others."""
+
+    def __init__(self, ordinary: int, tokens: dict[str, int]) -> None:
+        taken = set(tokens.values())
+        self.tokens = {f"t{row}": row for row in range(ordinary) if row not in taken} | tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.tokens
+
+
+#: The published layouts: the model's rows, its tokenizer, and the rows that no text uses.
+LAYOUTS = {
+    "qwen2.5-0.5b": (151936, Vocabulary(151665, {}), range(151665, 151936)),
+    "llama-3.1": (
+        128256,
+        Vocabulary(
+            128000,
+            {"<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|finetune_right_pad_id|>": 128004}
+            | {f"<|reserved_special_token_{n}|>": row for n, row in enumerate((128002, 128003, 128005))}
+            | {"<|start_header_id|>": 128006, "<|end_header_id|>": 128007}
+            | {"<|eom_id|>": 128008, "<|eot_id|>": 128009, "<|python_tag|>": 128010}
+            | {f"<|reserved_special_token_{n}|>": 128008 + n for n in range(3, 248)},
+        ),
+        (128002, 128003, 128005, *range(128011, 128256)),
+    ),
+    "phi-3-mini": (
+        32064,
+        Vocabulary(
+            32000,
+            {"<|endoftext|>": 32000, "<|assistant|>": 32001, "<|system|>": 32006, "<|end|>": 32007, "<|user|>": 32010}
+            | {f"<|placeholder{n}|>": row for n, row in enumerate((32002, 32003, 32004, 32005, 32008, 32009), 1)},
+        ),
+        (*range(32002, 32006), 32008, 32009, *range(32011, 32064)),
+    ),
+    "gemma-2": (
+        256000,
+        Vocabulary(256000, {f"<unused{n}>": 7 + n for n in range(99)} | {"<unused99>": 255999}),
+        (*range(7, 106), 255999),
+    ),
+    "gemma-3": (
+        262144,
+        Vocabulary(256001, {f"<unused{n}>": (6 if n < 99 else 255902) + n for n in range(6242)}),
+        (*range(6, 105), *range(256001, 262144)),
+    ),
+    "mistral-v0.3": (32768, Vocabulary(32768, {f"[control_{n}]": 2 + n for n in range(8, 769)}), range(10, 771)),
+    "smollm2": (49152, Vocabulary(49152, {"<repo_name>": 3, "<reponame>": 4, "<file_sep>": 5}), ()),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_free_rows_are_found_in_the_published_layouts(name: str) -> None:
+    rows, tokenizer, expected = LAYOUTS[name]
+    free = free_rows(rows, tokenizer)  # type: ignore[arg-type]
+    assert free == tuple(expected)
+    assert reserved_ids(free, ReservedSettings()) == free[-16:]
 
 
 def test_reserved_rows_are_the_highest_free_ones_or_the_block_that_is_asked_for():

@@ -119,11 +119,9 @@ def tiny(config: Any) -> Any:
 
 
 @contextmanager
-def running(
-    model: Any, context: int = ORIGINAL, name: str = "slm", head: torch.nn.Module | None = None, **more: Any
-) -> Iterator[TorchEngine]:
-    card = ModelCard(name, "weights", "tokenizer", VOCABULARY, context, (2,), **more)
-    engine = TorchEngine(copy.deepcopy(model), card, slots=4, head=head)
+def running(model: Any, context: int = ORIGINAL, name: str = "slm", **more: Any) -> Iterator[TorchEngine]:
+    card = ModelCard(name, "weights", "tokenizer", VOCABULARY, context, (2,))
+    engine = TorchEngine(copy.deepcopy(model), card, slots=4, **more)
     try:
         yield engine
     finally:
@@ -165,7 +163,7 @@ def test_reserved_rows_are_scaled_and_capped_like_all_others(name: str) -> None:
     model, prefix, candidates_K = tiny(SERVED[name]), prompts()[1], [5, 17, 41]
     ids_KT = torch.tensor([[*prefix, candidate] for candidate in candidates_K])
     own_KV = model(ids_KT, use_cache=False).logits[:, -1]
-    with running(model, head=torch.nn.Identity(), masked_ids=RESERVED) as engine:
+    with running(model, head=torch.nn.Identity(), reserved_ids=RESERVED) as engine:
         (selected,) = run(engine.select(prefix, candidates_K))
     own_K = score(own_KV[:, RESERVED], bins(len(RESERVED)))
     np.testing.assert_allclose(selected.scores_K, own_K, atol=1e-5)

@@ -14,7 +14,7 @@ from pipelines.plan.stages import Plan
 from s2t_models.costs import ModelCost, training_cost
 from s2t_models.engines.torch.slots import Slots
 from s2t_models.loading import load_model
-from s2t_models.recipe import Recipe
+from s2t_models.recipe import Recipe, load_recipe, shipped_recipes
 from s2t_models.settings import LoraSettings, ModelSettings
 from s2t_models.training.selector import Selector
 from s2t_models.training.tree_attention import Sight
@@ -31,13 +31,14 @@ PUBLISHED = {
     "gemma-2-2b": ("gemma2", 256000, 2304, 9216, 26, 8, 4, {"head_dim": 256, "sliding_window": 4096}, 2.61434e9),
     "gemma-2-27b": ("gemma2", 256000, 4608, 36864, 46, 32, 16, {"head_dim": 128, "sliding_window": 4096}, 27.22713e9),
 }
-PAIRS = [
-    ("qwen2.5-0.5b", "qwen2.5-32b"),
-    ("qwen2.5-1.5b", "qwen2.5-32b"),
-    ("llama-3.2-1b", "llama-3.1-8b"),
-    ("phi-3-mini", "phi-3-medium"),
-    ("gemma-2-2b", "gemma-2-27b"),
-]
+#: A shipped recipe, and its models.
+PAIRS = {
+    "paper/qwen2.5-0.5b-32b": ("qwen2.5-0.5b", "qwen2.5-32b"),
+    "paper/qwen2.5-1.5b-32b": ("qwen2.5-1.5b", "qwen2.5-32b"),
+    "paper/llama-3.2-1b-8b": ("llama-3.2-1b", "llama-3.1-8b"),
+    "paper/phi-3-mini-medium": ("phi-3-mini", "phi-3-medium"),
+    "paper/gemma-2-2b-27b": ("gemma-2-2b", "gemma-2-27b"),
+}
 
 
 def folder(tmp_path, name):
@@ -104,11 +105,15 @@ def test_flops_are_those_that_torch_counts():
     assert cost.flops(64, 64) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-@pytest.mark.parametrize(("slm", "teacher"), PAIRS)
-def test_each_pair_of_the_paper_can_be_planned(tmp_path, slm, teacher):
-    stages = Plan(recipe(tmp_path, slm, teacher), CARDS["h100"]).stages()
+@pytest.mark.parametrize("name", PAIRS)
+def test_each_recipe_of_the_paper_fits_the_cards_it_names(tmp_path, name):
+    assert PAIRS.keys() == {shipped for shipped in shipped_recipes() if shipped.startswith("paper/")}
+    slm, teacher = (folder(tmp_path, model) for model in PAIRS[name])
+    plan = Plan(load_recipe(name, [f"slm.path={slm}", f"teacher.path={teacher}"]), CARDS["h100"])
+    stages = plan.stages()
     assert [stage.name for stage in stages] == ["collect", "distil selector", "distil kd", "serve", "benchmark"]
     assert all(stage.seconds > 0 for stage in stages if stage.name != "serve")
+    assert not [change for stage in stages for change in stage.changes(CARDS["h100"])]
 
 
 def test_too_many_slots_are_named_and_the_number_proposed_is_the_most_that_fit(tmp_path):

@@ -7,6 +7,7 @@ import copy
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,11 +24,14 @@ from reference_engine import (
     tiny_pair,
     torch_engines,
 )
+from tiny_families import FAMILIES, family_tokenizer, write_pair
 
+from s2t_models import chat, loading
 from s2t_models.answers.final_answer import boxed
 from s2t_models.answers.voting import vote
 from s2t_models.engines.contract import Draft, Sampling, Scores, Usage
 from s2t_models.engines.torch.engine import TorchEngine
+from s2t_models.hosting import Hosted, Hosting
 from s2t_models.policies.base import Engines, Request
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.majority import Majority
@@ -37,7 +41,8 @@ from s2t_models.policies.r2r_labels import ask, label, numbers_differ
 from s2t_models.policies.scorers import TeacherScorer
 from s2t_models.policies.segments import generate_segment
 from s2t_models.policies.single import SingleModel
-from s2t_models.policies.specreason import Digits, SpecReason
+from s2t_models.policies.specreason import QUESTION, Digits, SpecReason, build
+from s2t_models.recipe import Recipe
 from s2t_models.router import (
     Router,
     RouterConfig,
@@ -158,7 +163,7 @@ class Scripted:
 
 
 def specreason(slm: Scripted, teacher: Scripted, **settings):
-    policy = SpecReason("specreason", SpecReasonSettings(delimiter=".", **settings), verify="|", chunk=4)
+    policy = SpecReason("specreason", "|", SpecReasonSettings(delimiter=".", **settings), chunk=4)
     return run(policy, Engines({"slm": slm, "teacher": teacher}, decode, encode), Request(encode("Q?"), 200))
 
 
@@ -202,7 +207,7 @@ def test_the_digits_are_found_with_and_without_a_leading_space():
 
 
 def test_specreason_expected_digit(reference):
-    policy = SpecReason("specreason", SpecReasonSettings(score="expected", delimiter=" ", step_tokens=8), verify="?")
+    policy = SpecReason("specreason", "?", SpecReasonSettings(score="expected", delimiter=" ", step_tokens=8))
     decoded = run(policy, reference, Request(PROMPT, 20, seed=1))
     first = decoded.decisions[0]
     step = asyncio.run(
@@ -300,10 +305,40 @@ def test_numbers_decide_for_generated_arithmetic():
 
 
 def test_a_model_judges_by_its_digits(reference):
-    judge = ask(reference["teacher"], encode, template="{context}{reference}{alternative}")
-    logprobs = reference["teacher"].logprobs(encode("abc"))
-    expected = bool(logprobs[encode("1")[0]] > logprobs[encode("0")[0]])
-    assert asyncio.run(judge("a", "b", "c")) == expected
+    """Over the question in the pair's own chat template."""
+    tokenizer: Any = family_tokenizer(FAMILIES["gemma2"])
+    asked: list[list[int]] = []
+
+    class Teacher(Scripted):
+        async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
+            asked.append(tokens)
+            assert ids_TN.tolist() == [tokenizer.convert_tokens_to_ids(["0", "1"])]
+            return Scores(np.log([[1 - p, p]]), np.array([0]), Usage())
+
+    for p in (0.2, 0.7):
+        assert asyncio.run(ask(Teacher({}, []), tokenizer)("aba", "bab", "abb")) == (p > 0.5)
+    text = tokenizer.decode(asked[0])
+    assert text.startswith("<bos><start_of_turn>user\nTwo sentences go on")
+    assert "Text: aba\n\nSentence 1: bab\n\nSentence 2: abb\n\nReply 1" in text
+    assert text.endswith("wording only.<end_of_turn>\n<start_of_turn>model\n")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_specreason_asks_in_the_chat_template_of_the_pair(name: str, tmp_path: Path) -> None:
+    write_pair(FAMILIES[name], tmp_path)
+    model = {"path": str(tmp_path / "slm")}
+    recipe = Recipe.model_validate({"name": name, "slm": model, "teacher": model})
+    tokenizer = loading.load_tokenizer(recipe.slm)
+    policy = build("specreason", Hosting(recipe, "digest", Hosted("slm", recipe.slm), {}))
+    turns = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "It is 5."}]
+    whole = chat.render(tokenizer, [*turns, {"role": "user", "content": QUESTION}])
+    assert isinstance(policy, SpecReason)
+    assert f"{whole}Score: ".endswith("It is 5." + policy.verify)
+    assert policy.verify.startswith(FAMILIES[name].end)
+    assert policy.verify.count(QUESTION) == 1
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(chat.ChatError, match="leaves earlier answers out"):
+        chat.follow_up(tokenizer, QUESTION)
 
 
 def test_router_learns_and_is_saved_with_its_threshold(tmp_path):

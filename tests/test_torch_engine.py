@@ -66,6 +66,7 @@ def local(reserved) -> Iterator[TorchEngine]:
         replace(base._card, capabilities=base._card.capabilities | {"select", "fused_select"}),
         8,
         FirstHidden(),
+        reserved,
     )
     base.close()
     yield engine

@@ -11,6 +11,7 @@ from recorded import recorded_results
 
 from pipelines.results.report import report
 from pipelines.runtime import tracking
+from serving.store import EXPERIMENT, use_store
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def store(tmp_path: Path) -> str:
 
 
 def test_nested_runs_parameters_and_tables(store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracking.use_store(store)
+    use_store(store)
     with tracking.start_run("job", {"recipe": {"name": "pair", "seeds": [0, 1]}}) as parent:
         with tracking.start_run("child", {"policy": "greedy"}, {"kind": "policy"}) as child:
             tracking.log_metrics({"accuracy": 0.5, "deviation": None})
@@ -36,10 +37,31 @@ def test_nested_runs_parameters_and_tables(store: str, tmp_path: Path, capsys: p
     assert capsys.readouterr().err == ""
 
 
+def test_a_store_that_fails_at_the_end_costs_one_line(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_store(store)
+    (tmp_path / "runs" / "mlflow.db").write_text("no longer a database\n")
+    with tracking.costs_nothing("runs/train is whole, and the same command logs it"):
+        use_store(store)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("not logged to MLflow: MLflow store sqlite:")
+    assert line.endswith("; runs/train is whole, and the same command logs it")
+
+
+def test_links_name_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "experiment_id", lambda: "7")
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "https://me:secret@host/mlflow/")
+    assert tracking.link(["a"]) == "https://host/mlflow/#/experiments/7/runs/a?workflowType=machine_learning"
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: "postgresql://me:secret@host/mlflow")
+    assert "secret" not in tracking.link(["a", "b"])
+    assert "--backend-store-uri postgresql://me@host/mlflow" in tracking.link(["a", "b"])
+
+
 def test_a_job_is_a_parent_run_with_a_child_for_each_policy_and_task(store: str, tmp_path: Path) -> None:
     results = recorded_results(tmp_path / "results.parquet")
-    tables = report(results, tmp_path, store)
-    runs = mlflow.search_runs(experiment_names=[tracking.EXPERIMENT])
+    tables, _ = report(results, tmp_path, store)
+    runs = mlflow.search_runs(experiment_names=[EXPERIMENT])
     parent = runs[runs["tags.s2t.stage"] == "benchmark"].iloc[0]
     children = runs[runs["tags.mlflow.parentRunId"] == parent["run_id"]].set_index("params.policy")
     assert sorted(children.index) == sorted(["greedy", "s2t", "s2t@0.05", "s2t-local", "takeover", "llm"])

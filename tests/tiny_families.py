@@ -38,7 +38,8 @@ PHI3 = (
 )
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not "
-    "supported') }}{% endif %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "supported') }}{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 MISTRAL = (
@@ -125,7 +126,7 @@ FAMILIES = {
 def write_pair(family: Family, folder: Path, teacher_rows: int = 0) -> dict[str, Any]:
     """`folder`/slm and `folder`/teacher as model folders with one tokenizer; returns the models, in float32. The
     teacher has `teacher_rows` vocabulary rows more."""
-    tokenizer = _tokenizer(family)
+    tokenizer = family_tokenizer(family)
     models: dict[str, Any] = {}
     for name, more_rows, seed in (("slm", 0, 1), ("teacher", teacher_rows, 2)):
         config = family.config(
@@ -146,7 +147,7 @@ def write_pair(family: Family, folder: Path, teacher_rows: int = 0) -> dict[str,
     return models
 
 
-def _tokenizer(family: Family) -> hf.PreTrainedTokenizerFast:
+def family_tokenizer(family: Family) -> hf.PreTrainedTokenizerFast:
     """One token a character, behind the family's special tokens."""
     texts = [*family.special, *string.ascii_letters, *string.digits, *string.punctuation, " ", "\n"]
     backend = Tokenizer(models.BPE({token: number for number, token in enumerate(texts)}, []))

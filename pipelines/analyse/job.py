@@ -30,6 +30,7 @@ from pipelines.results.summary import markdown_table, read_results
 from pipelines.runtime import tracking as store
 from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.recipe import Recipe
+from serving.store import use_store
 
 
 class AnalysisError(UserError):
@@ -107,7 +108,7 @@ def _write(output: Path, tables: dict[str, list[dict[str, Any]]], figures: dict[
 def _track(
     inputs: list[Path], tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure], tracking: str | None
 ) -> None:
-    store.use_store(tracking)
+    use_store(tracking)
     names = " ".join(path.name if path.is_dir() else path.parent.name for path in inputs)
     with store.start_run(
         f"analyse {names}", {"inputs": json.dumps([str(i) for i in inputs])}, {"s2t.stage": "analyse"}

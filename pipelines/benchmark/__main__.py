@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         from pipelines.data.layout import RESULTS
 
         recipe = load_recipe(options.recipe, [*options.set, *_overrides(options)])
-        tables = benchmark(
+        tables, seen = benchmark(
             recipe,
             options.output,
             Options(
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
                 options.allow_unsandboxed,
             ),
         )
-        print(f"\n{tables}\nresults: {options.output / RESULTS}")
+        print(f"\n{tables}\nresults: {options.output / RESULTS}\nside by side in MLflow: {seen}")
         return 0
 
     return run_command("benchmark", work, options.output)

@@ -21,8 +21,8 @@ from ray.data import ActorPoolStrategy
 
 from pipelines.benchmark.answer_log import Answer, AnswerLog, Question
 from pipelines.benchmark.endpoint import LONGEST_REPLY, EndpointError, Reply, merge, read_error, read_reply
-from pipelines.runtime.http import base_url, is_near
 from s2t_models.errors import one_line
+from serving.http import base_url, is_near
 
 ATTEMPTS = 8
 FIRST_DELAY_S = 0.25

@@ -16,9 +16,9 @@ import httpx
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from pipelines.data.text import encodable
-from pipelines.runtime import http
-from pipelines.runtime.http import base_url
 from s2t_models.errors import UserError, one_line
+from serving import http
+from serving.http import base_url
 
 #: A longer reply is refused: an endpoint must not fill the memory. Ten thousand decisions take a few MiB.
 LONGEST_REPLY = 64 * 1024**2

@@ -36,7 +36,6 @@ from pipelines.data.layout import ANSWERS, JUDGEMENTS, RESULTS
 from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
 from pipelines.results.summary import write_results
-from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from pipelines.tasks import Item, Task
 from s2t_models.errors import NothingDone, UserError, one_line
@@ -46,6 +45,7 @@ from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
 from serving import cluster
 from serving.app import run
+from serving.store import use_store
 from serving.written import new_board, total
 
 #: How many tokens the engines have written so far; None where that is not known.
@@ -71,15 +71,15 @@ class Options:
     unsandboxed: bool = False
 
 
-def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
-    """Run or finish the job in `output`; returns its tables as Markdown.
+def benchmark(recipe: Recipe, output: Path, options: Options) -> tuple[str, str]:
+    """Run or finish the job in `output`; returns its tables as Markdown, and where MLflow shows its runs.
 
     Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster
     is too small, the endpoint stopped answering, or (NothingDone) every row errored."""
     with locked(output):
         chosen = [(task.prepared(options.unsandboxed), items) for task, items in load_items(recipe, options.data)]
         splits = check_splits(recipe, chosen, options.data)
-        tracking.use_store(options.tracking)  # before the first question: a store that is not there must not cost them
+        use_store(options.tracking)  # before the first question: a store that is not there must not cost them
         cluster.start()
         with _endpoint(recipe, chosen, options, output) as (url, written):
             # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.
@@ -98,7 +98,7 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
             "s2t.splits": json.dumps(splits),
         }
         write_results(output / RESULTS, graded, metadata)
-        tables = report.report(output / RESULTS, output, options.tracking)
+        tables, seen = report.report(output / RESULTS, output, options.tracking)
     _say_what_errored(graded, len(unanswered), output)
     if shortened := sum(row["shortened"] for row in graded):
         print(
@@ -106,7 +106,7 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> str:
             "prompt beside it; set a longer slm.context and teacher.context, or a smaller benchmark.max_new_tokens",
             file=sys.stderr,
         )
-    return tables
+    return tables, seen
 
 
 def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, output: Path) -> None:

@@ -29,9 +29,11 @@ from ray.data.checkpoint import CheckpointConfig
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import PROMPT, Labels, Rollouts
 from pipelines.collect.publish import publish, write_json
+from pipelines.collect.runs import log_collection
 from pipelines.collect.sink import ArrowSink, committed
 from pipelines.data.layout import COLLECTED, RECORD, SHARDS
 from pipelines.data.shards import shard_metadata
+from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from s2t_models import loading
 from s2t_models.engines.load import check
@@ -41,6 +43,7 @@ from s2t_models.hosting import Hosted, pair
 from s2t_models.recipe import Recipe
 from s2t_models.settings import ActorPool
 from serving import cluster
+from serving.store import use_store
 from serving.written import new_board, total
 
 
@@ -52,7 +55,7 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     """Run or finish the collection in `output`; returns its summary, as in `collect.json`.
 
     Prompts come from the file `prompts` or, without one, from the recipe's task. Raises RecipeError,
-    PromptError, ShardError, ClusterError, CollectError or, where every row errored, NothingDone.
+    PromptError, ShardError, ClusterError, StoreError, CollectError or, where every row errored, NothingDone.
     """
     task = f"file:{prompts.name}" if prompts else recipe.collect.task
     chosen = sources.from_file(prompts) if prompts else sources.from_task(task, data, recipe)
@@ -61,6 +64,7 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     with locked(output):
         metadata = _claim(recipe, output, task, rows)
         if not (output / SHARDS).is_dir():
+            use_store()  # before the first rollout: one that is not there must be said now
             work = output / "work"
             files = _run(recipe, engines, work, rows)
             try:
@@ -69,6 +73,8 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
                 raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
             shutil.rmtree(work)
         summary = json.loads((output / COLLECTED).read_text())
+        with tracking.costs_nothing(f"{output} is whole, and the same command logs it"):
+            log_collection(recipe, output, metadata, summary)
     if errored := sum(summary["errors"].values()):
         first = one_line(summary["first_error"])
         print(f"collect: {errored} of {summary['rows']} rows errored (the first: {first})", file=sys.stderr)

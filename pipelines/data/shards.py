@@ -7,6 +7,7 @@ are used for.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -72,6 +73,15 @@ def read_shards(collection: str | Path) -> tuple[pa.Table, dict[str, str]]:
         twice = next(uid for uid in uids if uids.count(uid) > 1)
         raise ShardError(f"{folder}: row {twice} occurs twice; delete {collection} and collect again")
     return rows, metadata
+
+
+def shards_digest(collection: Path) -> str:
+    """The sha256 of a collection's shard files, which is what a collection is known by."""
+    digest = hashlib.sha256()
+    for path in sorted((collection / SHARDS).iterdir()):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def questions(table: pa.Table) -> list[str]:

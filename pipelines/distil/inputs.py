@@ -3,7 +3,6 @@ record."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.data.layout import SHARDS
-from pipelines.data.shards import ShardError, check_pair, questions, read_shards
+from pipelines.data.shards import ShardError, check_pair, questions, read_shards, shards_digest
 from pipelines.tasks import TASKS
 from pipelines.tasks.splits import refuse_overlap
 from s2t_models import loading
@@ -71,7 +69,8 @@ def check_inputs(
         if folder is None:
             continue
         table, metadata = read_training(recipe, folder)
-        digests[role] = _digest(folder, table)
+        _require_a_labelled_step(folder, table)
+        digests[role] = shards_digest(folder)
         divergences[role] = metadata["s2t.divergence"]
         rows[f"{role} ({metadata['s2t.task']})"] = questions(table)
     if len(set(divergences.values())) > 1:
@@ -95,12 +94,6 @@ def check_inputs(
     )
 
 
-def _digest(folder: Path, table: pa.Table) -> str:
-    """The sha256 of a collection's shard files. Raises ShardError where none of its rows has a step to learn from."""
+def _require_a_labelled_step(folder: Path, table: pa.Table) -> None:
     if not pc.sum(pc.list_value_length(table["kept"])).as_py():
         raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
-    digest = hashlib.sha256()
-    for path in sorted((folder / SHARDS).iterdir()):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

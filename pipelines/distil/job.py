@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.distil.curves import Follower
 from pipelines.distil.inputs import DistilError, check_inputs, read_trajectories, training_folder
+from pipelines.distil.runs import log_if_missing, log_trained, show_link, training_run
 from pipelines.distil.worker import read_state, train
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
@@ -38,6 +39,7 @@ from s2t_models.training import objectives
 from s2t_models.training.build import build
 from s2t_models.training.selector import check_targets
 from serving import cluster
+from serving.store import use_store
 
 #: Worker groups that may die before the job gives up.
 MAX_FAILURES = 3
@@ -53,7 +55,7 @@ def distil(
     """Train, or finish training, and write `output`; returns its provenance. An output of the same inputs and settings
     is left as it is.
 
-    Raises RecipeError, ShardError, ClusterError, ArtifactError or DistilError.
+    Raises RecipeError, ShardError, ClusterError, StoreError, ArtifactError or DistilError.
     """
     settings = recipe.distil
     if settings.batch % settings.workers:
@@ -62,7 +64,10 @@ def distil(
     refuse_foreign(output, objectives.objective(objective, settings).mark)
     provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe))
     known = read_provenance(output)
+    collections = {"training": shards} | ({"calibration": calibration} if calibration else {})
     if known is not None and known.has_inputs_of(provenance):
+        with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
+            log_if_missing(recipe, known, output, collections)
         return known
     training = training_folder(output)
     cluster.start()
@@ -72,16 +77,15 @@ def distil(
         f"{recipe.name}: distil with {settings.workers} workers",
     )
     with locked(training):
-        tracking.use_store()
-        parameters = {"recipe": recipe.model_dump(), "objective": objective}
-        with tracking.start_run(f"distil-{objective}", params=parameters) as run:
+        use_store()
+        with training_run(recipe, provenance, collections) as run:
             trained, outcome = _train(recipe, shards.resolve(), training, provenance, run)
             begun = provenance.model_copy(update=outcome)
             done = _build(recipe, trained, shards, calibration, begun, output.resolve())
-            best = {f"best/{name}": value for name, value in done.validation.items()}
-            tracking.log_metrics(best | {f"trigger/{name}": value for name, value in done.trigger_head.items()})
-            tracking.log_text(done.model_dump_json(indent=2), "provenance.json")
+            with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
+                log_trained(recipe, done, output)
         shutil.rmtree(training)
+        show_link(run, done)
     return done
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 
 from pipelines.distil.inputs import DistilError, check_inputs, read_training, training_folder
+from pipelines.distil.runs import log_trained, show_link, training_run
 from pipelines.runtime import tracking
 from s2t_models import chat, loading
 from s2t_models.artifact import refuse_foreign, replacing
@@ -31,6 +32,7 @@ from s2t_models.router import SETTINGS, RouterConfig, save_router
 from s2t_models.threads import use_threads
 from s2t_models.training.router import train_router
 from serving import cluster
+from serving.store import use_store
 
 #: One prompt's labelled steps, laid end to end; `error` where the row failed, which costs no other row.
 LABELLED = pa.schema(
@@ -53,7 +55,7 @@ class RouterLabels:
             {"slm": slm, "teacher": teacher}, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), encode
         )
         by_teacher = recipe.router.judge == "teacher"
-        self.judge = r2r_labels.ask(teacher, encode) if by_teacher else r2r_labels.numbers_differ
+        self.judge = r2r_labels.ask(teacher, tokenizer) if by_teacher else r2r_labels.numbers_differ
         self.settings = recipe.router
         self.loop = asyncio.new_event_loop()
 
@@ -75,14 +77,19 @@ class RouterLabels:
 def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
     """Label the first `router.prompts` prompts of the shards, train the router, write it to `output`; returns a report.
 
-    Raises ShardError, ClusterError, ArtifactError or DistilError, each with one line."""
+    Raises ShardError, ClusterError, StoreError, ArtifactError or DistilError, each with one line."""
     refuse_foreign(output, SETTINGS)
     settings = {f"router.{key}": value for key, value in recipe.router.model_dump(mode="json").items()}
     provenance = check_inputs(recipe, "router", shards, None, {"router": recipe.router.seed}, settings)
     training = training_folder(output)
     with locked(training):
-        report = _label_and_train(recipe, read_training(recipe, shards)[0], output.resolve(), provenance)
+        use_store()  # before the labels: one that is not there must not cost them
+        with training_run(recipe, provenance, {"training": shards}) as run:
+            report = _label_and_train(recipe, read_training(recipe, shards)[0], output.resolve(), provenance)
+            with tracking.costs_nothing(f"{output} is whole"):
+                log_trained(recipe, provenance, output)
     shutil.rmtree(training)
+    show_link(run, provenance)
     return f"{report}\nwritten to   {output}"
 
 
@@ -107,12 +114,11 @@ def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: 
     inputs_TF = whole["inputs"].combine_chunks().flatten().to_numpy().reshape(-1, 2 * hidden + recipe.router.support)
     labels_T = whole["labels"].combine_chunks().flatten().to_numpy()
     train = ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus)(_train)
-    tracking.use_store()
-    with tracking.start_run("distil-router", params={"recipe": recipe.model_dump(), "objective": "router"}):
-        try:
-            history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, provenance))
-        except ray.exceptions.RayTaskError as error:
-            raise DistilError(" ".join(str(error.cause).split())) from error
+    try:
+        history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, provenance))
+    except ray.exceptions.RayTaskError as error:
+        raise DistilError(" ".join(str(error.cause).split())) from error
+    with tracking.costs_nothing(f"{output} is whole"):
         for metrics in history:
             tracking.log_metrics({f"router/{name}": value for name, value in metrics.items()}, int(metrics["epoch"]))
         tracking.log_metrics({"router/threshold": threshold, "router/divergent": float(labels_T.mean())})

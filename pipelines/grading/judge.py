@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import httpx
 
-from pipelines.runtime import http
 from s2t_models.errors import one_line
+from serving import http
 
 Ask = Callable[[list[dict[str, str]]], str]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,11 +22,16 @@ from pipelines.results.figures import Point
 from pipelines.results.summary import Summary, as_rows, comparisons, markdown, read_results, summarise
 from pipelines.runtime import tracking as store
 from s2t_models.recipe import Recipe
+from serving.registry import Version, registered
+from serving.store import use_store
+
+if TYPE_CHECKING:
+    from mlflow.data.dataset import Dataset
 
 
-def report(results: Path, output: Path, tracking: str | None) -> str:
+def report(results: Path, output: Path, tracking: str | None) -> tuple[str, str]:
     """Write tables.md, CSV files and figures to `output`, log all of it to the MLflow store `tracking`, and
-    return the tables. Raises ResultsError."""
+    return the tables, and where MLflow shows the policies side by side. Raises ResultsError."""
     frame, metadata = read_results(results)
     recipe = Recipe.model_validate_json(metadata["s2t.recipe"])
     summaries = summarise(frame)
@@ -41,8 +46,9 @@ def report(results: Path, output: Path, tracking: str | None) -> str:
     (output / FIGURES).mkdir(exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(output / FIGURES / name)
-    _track(tracking, frame, metadata, recipe, summaries, averages, pairs, flips, tables, figures, results)
-    return tables
+    return tables, _track(
+        tracking, frame, metadata, recipe, summaries, averages, pairs, flips, tables, figures, results
+    )
 
 
 def draw(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
@@ -104,8 +110,15 @@ def _track(
     tables: str,
     figures: Mapping[str, Figure],
     results: Path,
-) -> None:
-    store.use_store(tracking)
+) -> str:
+    use_store(tracking)
+    splits = json.loads(metadata.get("s2t.splits", "{}"))
+    datasets = {
+        task: store.dataset(task, splits[name])
+        for task in dict.fromkeys(frame["task"])
+        if (name := f"test ({task})") in splits
+    }
+    versions = registered(dict.fromkeys(digest for models in frame["models"].unique() for digest in _weights(models)))
     job = {
         "recipe": recipe.name,
         "recipe_digest": recipe.digest(),
@@ -125,16 +138,33 @@ def _track(
         store.log_file(results)
         for name, figure in figures.items():
             store.log_figure(figure, f"{FIGURES}/{name}")
-        for summary in summaries:
-            _track_policy(frame, recipe, summary, pairs)
+        for rows in datasets.values():
+            store.log_dataset(rows, "test")
+        runs = [
+            _track_policy(frame, recipe, summary, pairs, datasets.get(summary.task), versions) for summary in summaries
+        ]
         for average in averages:
             params = {"policy": average.policy, "task": "maths average", "recipe": recipe.name}
             with store.start_run(f"{average.policy}, maths average", params, {"s2t.stage": "average"}):
                 metrics = {"maths_average": average.accuracy, "relative_gain": average.gain}
                 store.log_metrics(metrics | {"accuracy_low": average.low, "accuracy_high": average.high})
+    return store.link(runs)
 
 
-def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: Sequence[Mapping[str, Any]]) -> None:
+def _weights(models: str | None) -> list[str]:
+    """The sha256 of the weights that an answer's `models` names."""
+    return list(json.loads(models or "{}").values())
+
+
+def _track_policy(
+    frame: pd.DataFrame,
+    recipe: Recipe,
+    summary: Summary,
+    pairs: Sequence[Mapping[str, Any]],
+    dataset: Dataset | None,
+    versions: Mapping[str, Version],
+) -> str:
+    """A run of the policy, whose inputs are the task's rows and the registered models that answered; returns its id."""
     rows = frame[(frame["task"] == summary.task) & (frame["policy"] == summary.policy)]
     params = {"policy": summary.policy, "task": summary.task, "recipe": recipe.name, "items": summary.items}
     params |= {name: value for name in ("budget", "k") if (value := getattr(summary, name)) is not None}
@@ -160,10 +190,20 @@ def _track_policy(frame: pd.DataFrame, recipe: Recipe, summary: Summary, pairs: 
     for pair in pairs:
         if pair["task"] == summary.task and pair["a"] == summary.policy and pair["b"] == frame["policy"].iloc[0]:
             metrics |= {f"difference{end}": pair[f"{name}"] for end, name in _DIFFERENCE.items()}
-    with store.start_run(f"{summary.policy} on {summary.task}", params, {"s2t.stage": "policy"}):
-        store.log_metrics(metrics)
+    answered = dict.fromkeys(digest for models in rows["models"].unique() for digest in _weights(models))
+    used = [versions[digest] for digest in answered if digest in versions]
+    tags = {"s2t.stage": "policy"}
+    if used:
+        tags["s2t.models"] = ", ".join(version.uri for version in used)
+    with store.start_run(f"{summary.policy} on {summary.task}", params, tags) as run:
+        if dataset:
+            store.log_dataset(dataset, "test")
+        for version in used:
+            store.log_model_input(version.model_id)
+        store.log_metrics(metrics, model_id=used[0].model_id if used else None, rows=dataset)
         columns = ["item", "seed", "repeat", "verdict", "extracted", "answer", "tokens", "seconds", "error", "output"]
         store.log_table(rows[columns].to_dict("records"), "tables/results.json")
+    return run
 
 
 #: Suffix of the metric -> column of the comparison with the task's first policy.

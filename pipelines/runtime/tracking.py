@@ -1,89 +1,34 @@
-"""MLflow, quietly: a parent run a job, and under it a child run a (policy, task).
+"""What jobs write to the MLflow store: a parent run a job, and under it a child run a (policy, task); the data and
+models that a run began with; and where to see it.
 
-The store is a database file by default, with artifacts in a folder beside it; any MLflow URI works instead.
-Nothing here knows what is tracked.
+Nothing here knows what is tracked. The store itself is `serving.store`.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import os
-import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
-from pipelines.runtime import http
 from s2t_models.errors import UserError, one_line
+from serving.store import experiment_id, without_password
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from mlflow.data.dataset import Dataset
+    from mlflow.data.dataset_source import DatasetSource
 
-STORE = "sqlite:///runs/mlflow.db"
-EXPERIMENT = "s2t"
-_PROBE_S = 10
-_DATABASE_PORTS = {"postgresql": 5432, "postgres": 5432, "mysql": 3306, "mssql": 1433}
-
-
-class TrackingError(UserError):
-    """An MLflow store that cannot be used."""
-
-
-def use_store(uri: str | None = None) -> str:
-    """Point MLflow at `uri` (default: $MLFLOW_TRACKING_URI, then STORE), make the experiment where it is
-    missing, and return the URI. Raises TrackingError where there is no such store."""
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or STORE
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    location = None
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).resolve().parent
-        folder.mkdir(parents=True, exist_ok=True)
-        location = (folder / "mlartifacts").as_uri()
-    try:
-        _probe(uri)
-        mlflow.set_tracking_uri(uri)
-        with _impatient():
-            if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-                mlflow.create_experiment(EXPERIMENT, artifact_location=location)
-        mlflow.set_experiment(EXPERIMENT)
-    except (mlflow.exceptions.MlflowException, OSError, ValueError) as error:
-        raise TrackingError(f"MLflow store {uri}: cannot be used: {one_line(error)}") from None
-    return uri
-
-
-def _probe(uri: str) -> None:
-    """Reach a near server directly, and see that a database answers. Raises OSError where it does not."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("http", "https"):
-        if http.is_near(uri):
-            known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-            os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [known, parts.hostname]))
-    elif parts.hostname and (port := parts.port or _DATABASE_PORTS.get(parts.scheme.partition("+")[0])):
-        socket.create_connection((parts.hostname, port), timeout=_PROBE_S).close()
-
-
-@contextmanager
-def _impatient() -> Iterator[None]:
-    """One attempt of a few seconds: MLflow's own patience, minutes of it without a word, is for a store that has
-    answered before."""
-    few = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_PROBE_S)}
-    before = {name: os.environ.get(name) for name in few}
-    os.environ.update(few)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+#: Where `mlflow ui` shows a store that no server does.
+_LOCAL_UI = "http://127.0.0.1:5000"
+#: What makes MLflow's pages those of runs and models; a browser that has not chosen yet gets those of traces.
+_VIEW = "workflowType=machine_learning"
+#: The longest digest that MLflow keeps of a data set.
+_DIGEST = 36
 
 
 @contextmanager
@@ -99,6 +44,58 @@ def start_run(
         yield run.info.run_id
 
 
+@contextmanager
+def costs_nothing(what: str) -> Iterator[None]:
+    """Where the store fails in the block, say so in one line on stderr and go on: `what` says what is safe all the
+    same, and how to log it after all."""
+    import mlflow
+
+    try:
+        yield
+    except (mlflow.exceptions.MlflowException, OSError, UserError) as error:
+        print(f"not logged to MLflow: {one_line(error)}; {what}", file=sys.stderr)
+
+
+def find_runs(tag: str, value: str, most: int = 8) -> list[str]:
+    """The ids of finished runs of the experiment in use whose tag has this value, the latest first."""
+    import mlflow
+
+    runs = mlflow.search_runs(
+        filter_string=f"tags.`{tag}` = '{value}' AND attributes.status = 'FINISHED'",
+        max_results=most,
+        output_format="list",
+    )
+    return [run.info.run_id for run in runs]
+
+
+def dataset(name: str, digest: str, source: Path | None = None) -> Dataset:
+    """Rows that a run reads or writes, known by name and digest (a sha256, cut to what MLflow keeps); `source` is their
+    folder, where they have one."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.dataset_source_registry import get_dataset_source_from_json
+    from mlflow.data.meta_dataset import MetaDataset
+
+    place: DatasetSource = CodeDatasetSource({"s2t.task": name})
+    if source is not None:
+        place = get_dataset_source_from_json(json.dumps({"uri": str(source.resolve())}), source_type="local")
+    return MetaDataset(place, name, digest[:_DIGEST])  # type: ignore[abstract]  # `profile` it does without
+
+
+def log_dataset(rows: Dataset, context: str) -> None:
+    """Rows that the active run has to do with; `context` says how: collected, training, calibration, test."""
+    import mlflow
+
+    mlflow.log_input(rows, context=context)
+
+
+def log_model_input(model_id: str) -> None:
+    """A logged model that the active run uses."""
+    import mlflow
+    from mlflow.entities import LoggedModelInput
+
+    mlflow.log_input(model=LoggedModelInput(model_id))
+
+
 def log_params(params: Mapping[str, Any]) -> None:
     """Parameters, nested mappings as dotted names, values cut to what MLflow keeps."""
     import mlflow
@@ -109,11 +106,18 @@ def log_params(params: Mapping[str, Any]) -> None:
         mlflow.log_params({key: flat[key] for key in keys[start : start + 100]})
 
 
-def log_metrics(metrics: Mapping[str, float | None], step: int | None = None) -> None:
-    """Metrics; those that are None are left out."""
+def log_metrics(
+    metrics: Mapping[str, float | None],
+    step: int | None = None,
+    model_id: str | None = None,
+    rows: Dataset | None = None,
+) -> None:
+    """Metrics; those that are None are left out. They are those of the logged model `model_id` too, measured on
+    `rows`, where these are given."""
     import mlflow
 
-    mlflow.log_metrics({key: float(value) for key, value in metrics.items() if value is not None}, step=step)
+    known = {key: float(value) for key, value in metrics.items() if value is not None}
+    mlflow.log_metrics(known, step=step, model_id=model_id, dataset=rows)
 
 
 def log_table(rows: Sequence[Mapping[str, Any]], name: str) -> None:
@@ -140,6 +144,35 @@ def log_figure(figure: Figure, name: str) -> None:
     import mlflow
 
     mlflow.log_figure(figure, name)
+
+
+def link(runs: Sequence[str]) -> str:
+    """Where the runs are seen: one run's page, or several side by side; and for a store that no server shows, the
+    command that does."""
+    import mlflow
+
+    store = mlflow.get_tracking_uri()
+    served = urlsplit(store).scheme in ("http", "https")
+    experiment = experiment_id()
+    if len(runs) == 1:
+        page = f"/experiments/{experiment}/runs/{runs[0]}"
+    else:
+        page = f"/compare-runs?runs={_quoted(runs)}&experiments={_quoted([experiment])}"
+    url = f"{_address(store) if served else _LOCAL_UI}/#{page}{'&' if '?' in page else '?'}{_VIEW}"
+    if served:
+        return url
+    tool = os.path.join(os.path.relpath(Path(sys.executable).parent), "mlflow")
+    return f"{url}\nonce this runs: {tool} ui --backend-store-uri {without_password(store)} --port 5000"
+
+
+def _address(uri: str) -> str:
+    """The server's address without user and password."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+
+
+def _quoted(values: Sequence[str]) -> str:
+    return quote(json.dumps(list(values), separators=(",", ":")), safe="")
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,12 +26,10 @@ from transformers.utils import cached_file
 #: Candidates that are drawn come from this many of the likeliest tokens.
 SUPPORT = 64
 CANDIDATES_STREAM = 1
-#: What `generate` passes on although nothing was asked for.
-WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "do_sample": (False, None),
-    "num_beams": (1, None),
-    "temperature": (1.0, 0.0, None),
-}
+#: Arguments of `generate` that ask for what happens anyway, beside None, False and the empty list.
+WITHOUT_EFFECT: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True}
+#: Tokenizers return it, and no causal language model decodes differently for it.
+IGNORED = {"token_type_ids"}
 
 
 @torch.inference_mode()
@@ -43,6 +41,8 @@ def generate(
     generation_config: Any = None,
     streamer: Any = None,
     max_new_tokens: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
     budget: float | None = None,
     threshold: float | None = None,
     prior_weight: float | None = None,
@@ -53,25 +53,40 @@ def generate(
 
     `budget` is the share of steps that may trigger, one of those in s2t.json (default: the recipe's); `threshold`, on
     the trigger head's logit, takes its place. `prior_weight` is that of the model's own ranking beside the score.
-    `seed` is for candidates that are drawn. Raises ValueError for arguments of `generate` that this decoding has not.
+    `seed` is for candidates that are drawn. `streamer` is given the prompt, then token by token, of one prompt alone.
+    Raises ValueError for arguments of `generate` that this decoding has not.
     """
     _refuse(others)
+    if generation_config is not None:
+        _refuse({name: getattr(generation_config, name, None) for name in ("do_sample", "num_beams")})
     ids = input_ids if input_ids is not None else inputs
     if ids is None:
         raise ValueError("give input_ids")
+    if streamer is not None and len(ids) > 1:
+        raise ValueError("streamer: works with one prompt at a time")
     mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    config = generation_config or model.generation_config
-    limit = max_new_tokens or config.max_new_tokens or 256
+
+    def setting(name: str, given: Any) -> Any:
+        """What was given, else what the generation config given says, else what the model's does."""
+        configs = (getattr(config, name, None) for config in (generation_config, model.generation_config))
+        return next((value for value in (given, *configs) if value is not None), None)
+
+    limit = setting("max_new_tokens", max_new_tokens)
+    limit = 256 if limit is None else limit
+    if limit < 1:
+        raise ValueError(f"max_new_tokens = {limit}: at least 1")
     parts = _load(model)
     if threshold is None:
-        threshold = _threshold(parts, parts.budget if budget is None else budget)
+        threshold = _threshold(parts, budget)
     weight = parts.prior_weight if prior_weight is None else prior_weight
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end = setting("eos_token_id", eos_token_id)
+    ends = end if isinstance(end, list) else [end]
     texts = []
     for row_ids, row_mask in zip(ids, mask):  # noqa: B905  # one length each
         prompt = row_ids[row_mask.bool()]
         texts.append(_decode(model, parts, prompt, limit, threshold, weight, seed, ends, streamer))
-    pad = config.pad_token_id if config.pad_token_id is not None else ends[0] or 0
+    pad = setting("pad_token_id", pad_token_id)
+    pad = (ends[0] or 0) if pad is None else pad
     longest = max(len(text) for text in texts)
     padded = [text + [pad] * (longest - len(text)) for text in texts]
     return torch.cat([ids, torch.tensor(padded, dtype=ids.dtype, device=ids.device)], dim=1)
@@ -92,6 +107,8 @@ def _decode(
     cache = DynamicCache(config=model.config)
     hidden_H, logits_V, _ = _forward(model, parts, prompt[None], cache)
     written: list[int] = []
+    if streamer is not None:  # which may skip what it is given first
+        streamer.put(prompt.cpu())
     while True:
         token, following = int(logits_V.argmax()), None
         if len(written) >= parts.warmup and float(parts.trigger(hidden_H)) >= threshold:
@@ -166,14 +183,14 @@ def _draw(weights_N: np.ndarray, noise_K: np.ndarray) -> np.ndarray:
 
 
 def _load(model: Any) -> Any:
-    """What s2t.json and the two heads' files say, on the model's device; read once a model."""
-    known = getattr(model, "_s2t_parts", None)
-    if known is not None:
-        return known
+    """What s2t.json and the two heads' files say, on the model's device; read once a model and device."""
     device = model.device
+    known = getattr(model, "_s2t_parts", None)
+    if known is not None and known.device == device:
+        return known
 
     def beside(name: str) -> str:
-        return str(cached_file(model.name_or_path, name))
+        return str(cached_file(model.name_or_path, name, revision=getattr(model.config, "_commit_hash", None)))
 
     with open(beside("s2t.json"), encoding="utf-8") as file:
         settings = json.load(file)
@@ -185,6 +202,7 @@ def _load(model: Any) -> Any:
         return torch.nn.functional.linear(first, head["second.weight"], head["second.bias"])
 
     model._s2t_parts = SimpleNamespace(
+        device=device,
         trigger=trigger,
         ranking_head_RH=None if ranking is None else ranking.float().to(device),
         reserved=torch.tensor(settings["reserved_ids"], dtype=torch.long, device=device),
@@ -194,12 +212,17 @@ def _load(model: Any) -> Any:
         candidates=settings["candidates"],
         warmup=settings["warmup"],
         budget=settings["budget"],
+        threshold=settings["threshold"],
         thresholds={float(share): value for share, value in settings["thresholds"].items()},
     )
     return model._s2t_parts
 
 
-def _threshold(parts: Any, budget: float) -> float:
+def _threshold(parts: Any, budget: float | None) -> float:
+    """The one calibrated for the budget; without one, the recipe's fixed threshold or the one of its budget."""
+    if budget is None and parts.threshold is not None:
+        return float(parts.threshold)
+    budget = parts.budget if budget is None else budget
     if budget not in parts.thresholds:
         known = ", ".join(f"{share:g}" for share in sorted(parts.thresholds))
         raise ValueError(f"budget = {budget}: thresholds are known for {known}; give one of them, or `threshold`")
@@ -208,8 +231,7 @@ def _threshold(parts: Any, budget: float) -> float:
 
 def _refuse(others: dict[str, Any]) -> None:
     for name, value in others.items():
-        allowed = WITHOUT_EFFECT.get(name, (None, False))
-        if isinstance(value, (list, tuple)) and not len(value):
-            continue
-        if not any(value is one or value == one for one in allowed):
+        empty = value is None or value is False or (isinstance(value, (list, tuple)) and not value)
+        asks_nothing = name in WITHOUT_EFFECT and isinstance(value, int) and value == WITHOUT_EFFECT[name]
+        if not (empty or asks_nothing or name in IGNORED):
             raise ValueError(f"{name}: S2T-Local decoding has no such setting; leave it out")

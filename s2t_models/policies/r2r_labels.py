@@ -11,22 +11,27 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from s2t_models import chat
 from s2t_models.engines.contract import Engine, Sampling
 from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r import FeatureEngine
 from s2t_models.policies.segments import generate_segment
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 #: (text before, the teacher's sentence, the sentence that goes on from the SLM's token) -> diverged?
 Judge = Callable[[str, str, str], Awaitable[bool]]
 
 SENTENCE_ENDS = (". ", ".\n", "! ", "!\n", "? ", "?\n", "\n")
-JUDGE = (
-    "<|im_start|>user\nTwo sentences go on from the same text.\n\nText: {context}\n\nSentence 1: {reference}\n\n"
+QUESTION = (
+    "Two sentences go on from the same text.\n\nText: {context}\n\nSentence 1: {reference}\n\n"
     "Sentence 2: {alternative}\n\nReply 1 if they differ in meaning, in the result of a calculation or in the "
-    "path of the reasoning, and 0 if they differ in wording only.<|im_end|>\n<|im_start|>assistant\n"
+    "path of the reasoning, and 0 if they differ in wording only."
 )
 
 
@@ -46,12 +51,14 @@ async def numbers_differ(context: str, reference: str, alternative: str) -> bool
     return tokens.findall(reference) != tokens.findall(alternative)
 
 
-def ask(engine: Engine, encode: Callable[[str], list[int]], template: str = JUDGE) -> Judge:
-    """A judge that asks a model and compares its probabilities of the tokens 1 and 0."""
+def ask(engine: Engine, tokenizer: PreTrainedTokenizerBase) -> Judge:
+    """A judge that asks a model, in its chat template, and compares its probabilities of the tokens 1 and 0. Raises
+    ChatError where the template refuses the question."""
+    answers_N = np.array([chat.encode(tokenizer, digit)[-1] for digit in "01"])
 
     async def judge(context: str, reference: str, alternative: str) -> bool:
-        tokens = encode(template.format(context=context, reference=reference, alternative=alternative))
-        answers_N = np.array([encode("0")[-1], encode("1")[-1]])
+        question = QUESTION.format(context=context, reference=reference, alternative=alternative)
+        tokens = chat.prompt_ids(tokenizer, [{"role": "user", "content": question}])
         scores = await engine.score(tokens, len(tokens), answers_N[None])
         return bool(scores.logprobs_TN[0, 1] > scores.logprobs_TN[0, 0])
 

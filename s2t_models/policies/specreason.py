@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from s2t_models import chat, loading
 from s2t_models.answers.final_answer import boxed
 from s2t_models.engines.contract import ContextOverflow, Decision, Engine, Finish, Sampling, Usage
 from s2t_models.hosting import Hosting
@@ -25,15 +26,16 @@ from s2t_models.policies.base import (
     check_fits,
     sampling,
 )
+from s2t_models.policies.errors import PolicyError
 from s2t_models.policies.segments import generate_segment
 from s2t_models.settings import SpecReasonSettings
 
-#: What follows the text so far when the teacher is asked; the next token is the score.
-VERIFY = (
-    "<|im_end|>\n<|im_start|>user\nRate the last step of the reasoning above from 0 to 9. Judge only whether it is "
-    "correct and follows from what came before; ignore its style. Reply with one digit.<|im_end|>\n"
-    "<|im_start|>assistant\nScore: "
+#: What the teacher is asked about the text so far, and how its reply begins; the next token is the score.
+QUESTION = (
+    "Rate the last step of the reasoning above from 0 to 9. Judge only whether it is correct and follows from what "
+    "came before; ignore its style. Reply with one digit."
 )
+REPLY = "Score: "
 #: The teacher's own draws, independent of those of the step it rejected.
 TEACHER_SEED = 1 << 32
 
@@ -66,11 +68,12 @@ class Digits:
 
 @dataclass(frozen=True)
 class SpecReason(Policy):
-    """Steps of the SLM, accepted or written again by the teacher; see the settings. `verify` asks for the score."""
+    """Steps of the SLM, accepted or written again by the teacher; see the settings. `verify` is the text that follows
+    the text so far to ask for the score, in the pair's own chat template."""
 
     name: str
+    verify: str
     settings: SpecReasonSettings = field(default_factory=SpecReasonSettings)
-    verify: str = VERIFY
     chunk: int = 16
 
     @property
@@ -135,5 +138,11 @@ def names(hosting: Hosting) -> list[str]:
 
 
 def build(name: str, hosting: Hosting) -> Policy | None:
+    if name != "specreason":
+        return None
+    try:
+        question = chat.follow_up(loading.load_tokenizer(hosting.tokenizer), QUESTION)
+    except chat.ChatError as error:
+        raise PolicyError(f"{name}: {error}") from None
     settings = hosting.recipe.policies
-    return SpecReason(name, settings.specreason, chunk=settings.chunk) if name == "specreason" else None
+    return SpecReason(name, question + REPLY, settings.specreason, settings.chunk)

@@ -62,9 +62,9 @@ class _Call:
 
 
 class TorchEngine:
-    """The contract over one transformers model. `head` is the trigger head of an S2T-Local artifact, `bins` the values
-    of the rows that score, by default uniform (Eq. 5), `ranking_head` [R, H] those rows where they are not reserved
-    rows of the vocabulary (D.1); `router` is R2R's router.
+    """The contract over one transformers model; the card's masked ids are never generated. Of an S2T-Local artifact,
+    `head` is the trigger head, `reserved_ids` are the rows of the vocabulary that score, `bins` their values, by
+    default uniform (Eq. 5), and `ranking_head` [R, H] rows that score in their place (D.1); `router` is R2R's router.
 
     It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the
     model, or the card's context, cannot be served exactly."""
@@ -75,21 +75,23 @@ class TorchEngine:
         card: ModelCard,
         slots: int = 32,
         head: torch.nn.Module | None = None,
+        reserved_ids: Sequence[int] = (),
         bins: Sequence[float] = (),
-        router: Router | None = None,
         ranking_head: torch.Tensor | None = None,
+        router: Router | None = None,
     ) -> None:
         self._card = card
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
         self._router = router.to(model.device).eval() if router is not None else None
         self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name))
-        self._reserved = torch.tensor(card.masked_ids, dtype=torch.long, device=model.device)
+        self._masked = torch.tensor(card.masked_ids, dtype=torch.long, device=model.device)
         embedding: Any = model.get_output_embeddings()
-        bias = getattr(embedding, "bias", None)
-        self._reserved_rows = embedding.weight[self._reserved], None if bias is None else bias[self._reserved]
+        bias, reserved = getattr(embedding, "bias", None), list(reserved_ids)
+        self._reserved_rows = embedding.weight[reserved], None if bias is None else bias[reserved]
         self._ranking_head = None if ranking_head is None else ranking_head.to(model.device).float()
-        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(card.masked_ids))
+        rows = reserved if ranking_head is None else ranking_head
+        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(rows))
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
@@ -378,10 +380,10 @@ class TorchEngine:
         return self._output.rows(hidden_KH, *self._reserved_rows)
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Text logits: the reserved rows are masked, so they are never generated."""
+        """Text logits: what is masked is never generated."""
         logits_TV = self._output(hidden_TH)
-        if len(self._reserved):
-            logits_TV[:, self._reserved] = -torch.inf
+        if len(self._masked):
+            logits_TV[:, self._masked] = -torch.inf
         return logits_TV
 
     def _embed(self, ids: list[int]) -> torch.Tensor:

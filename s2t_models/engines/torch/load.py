@@ -21,9 +21,9 @@ def load(hosted: Hosted) -> TorchEngine:
     artifact = Artifact.load(hosted.artifact) if hosted.artifact else None
     settings = artifact.model(hosted.settings) if artifact else hosted.settings
     model = loading.load_model(settings)
-    # A further checkpoint may have fewer rows than the pair's SLM.
-    masked = artifact.card.reserved_ids if artifact else hosted.masked_ids
-    masked = tuple(row for row in masked if row < model.config.vocab_size)
+    reserved = artifact.card.reserved_ids if artifact else ()
+    # A model need not have all rows that are masked in its pair.
+    masked = tuple(sorted(row for row in {*hosted.masked_ids, *reserved} if row < model.config.vocab_size))
     end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
     card = ModelCard(
         name=hosted.name,
@@ -41,7 +41,7 @@ def load(hosted: Hosted) -> TorchEngine:
     if artifact is None:
         return TorchEngine(model, card, settings.slots, router=router)
     return TorchEngine(
-        model, card, settings.slots, artifact.head(), artifact.card.bins, router, artifact.ranking_head()
+        model, card, settings.slots, artifact.head(), reserved, artifact.card.bins, artifact.ranking_head(), router
     )
 
 
