@@ -259,7 +259,7 @@ def test_bad_calls_end_in_one_line(recipe_path: Path, tmp_path: Path, capsys: py
         (["--recipe", str(tmp_path / "none.yaml")], "no such recipe file"),
         (["--recipe", str(recipe_path), "--task", "nonesuch"], "there is no task 'nonesuch'"),
         (["--recipe", str(recipe_path), "--set", "benchmark.seed=1"], "unknown key benchmark.seed"),
-        (["--recipe", str(recipe_path), "--items", "0"], "benchmark.items"),
+        (["--recipe", str(recipe_path), "--items", "-1"], "benchmark.items"),
         (["--recipe", str(recipe_path), "--seeds", ""], "benchmark.seeds"),
         (["--recipe", str(recipe_path), "--tracking", "nonesuch://x"], "MLflow store nonesuch://x"),
         (["--recipe", str(recipe_path), "--output", str(recipe_path)], "not a folder to write to"),
