@@ -326,7 +326,7 @@ def test_models_that_do_not_belong_together_are_refused(
     tokenizer["added_tokens"][0]["content"] = "<|other|>"
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert "teacher: the tokenizers of" in refusal(capsys, recipe_path, f"teacher.path={folder}")
-    assert "x: the tokenizer of" in refusal(capsys, recipe_path, f"checkpoints.x={folder}")
+    assert "x: the tokenizers of" in refusal(capsys, recipe_path, f"checkpoints.x={folder}")
     error = refusal(capsys, recipe_path, f"artifact={untrained_artifact}", "slm.path=embedded:teacher")
     assert "was made with another SLM than embedded:teacher" in error
     assert "no such artifact directory" in refusal(capsys, recipe_path, f"artifact={tmp_path / 'none'}")
