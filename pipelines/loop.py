@@ -4,8 +4,8 @@
 
 Each stage is the pipeline of its name, as a user would run it. What is there already, made with the same settings, is
 not made again, so a loop that was killed goes on where it was. The output folder ends with `recipe.yaml` (the recipe
-with its artifact, control and chosen budget, ready to serve), `summary.json` (the figures of the table) and
-`stages.json` (the seconds each stage has taken).
+with its artifact, control and chosen budget, ready to serve), `summary.json` (the figures of the table; of several
+tasks by their names, under `tasks`) and `stages.json` (the seconds each stage has taken).
 """
 
 from __future__ import annotations
@@ -59,14 +59,15 @@ def loop(recipe: Recipe, output: Path, data: Path | None = None) -> Recipe:
         with _stage(output, "choose the budget"):
             budget = _choose_budget(recipe, recipe.validation.task, output / "validation", data)
         recipe = recipe.model_copy(update={"budget": budget})
-    _write_recipe(recipe, output / SERVABLE_RECIPE)
+    servable = output / SERVABLE_RECIPE
+    servable.write_text(f"# Written by `s2t loop`:  s2t serve --recipe {servable}\n{recipe.as_yaml()}")
     with _stage(output, "benchmark"):
         seen = _compare(recipe, calibration, output, data)
     _analyse(calibration, output)
     tools = os.path.relpath(Path(sys.executable).parent)
     print(
         f"\nfinished in {(time.monotonic() - began) / 60:.1f} minutes; the figures are in {output / SUMMARY}\n"
-        f"serve it: {tools}/s2t serve --recipe {output / SERVABLE_RECIPE}\n"
+        f"serve it: {tools}/s2t serve --recipe {servable}\n"
         f"side by side in MLflow: {seen}"
     )
     return recipe
@@ -127,25 +128,30 @@ def _compare(recipe: Recipe, calibration: Path, output: Path, data: Path | None)
     from pipelines.results.summary import loop_summary, read_results
 
     policies, tasks = ", ".join(recipe.benchmark.policies), ", ".join(recipe.benchmark.task)
-    _say(f"benchmark {policies} on {recipe.benchmark.items} problems of {tasks} through the endpoint")
+    _say(f"benchmark {policies} on {recipe.benchmark.items or 'all'} problems of {tasks} through the endpoint")
     folder = output / "benchmark"
     tables, seen = benchmark(recipe, folder, Options(data=data))
     frame, metadata = read_results(folder / RESULTS)
     hits = {int(k): hit for k, hit in json.loads((calibration / COLLECTED).read_text())["hit"].items()}
-    summary = loop_summary(frame, hits, recipe.budget, json.loads(metadata["s2t.splits"]))
-    (output / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{tables}\n{_against(summary)}\n")
+    splits = json.loads(metadata["s2t.splits"])
+    summaries = {
+        task: loop_summary(rows, hits, recipe.budget, splits) for task, rows in frame.groupby("task", sort=False)
+    }
+    whole = {"tasks": summaries} if len(summaries) > 1 else next(iter(summaries.values()))
+    (output / SUMMARY).write_text(json.dumps(whole, indent=2) + "\n")
+    against = "\n".join(_against(task, summary) for task, summary in summaries.items())
+    print(f"\n{tables}\n{against}\n")
     return seen
 
 
-def _against(summary: dict[str, Any]) -> str:
-    """S2T-Local's paired differences from every other policy, in points."""
+def _against(task: str, summary: dict[str, Any]) -> str:
+    """S2T-Local's paired differences from every other policy on a task, in points."""
     pairs = []
     for name in summary["policies"]:
         if pair := summary["paired"].get(f"s2t-local-{name}"):
             low, high = (100 * end for end in pair["interval"])
             pairs.append(f"  {name:<16} {100 * pair['difference']:+6.1f}  [{low:+.1f}, {high:+.1f}]")
-    return "\n".join(["s2t-local against, in points on the same problems:", *pairs])
+    return "\n".join([f"s2t-local against, in points on the same problems of {task}:", *pairs])
 
 
 def _analyse(calibration: Path, output: Path) -> None:
@@ -168,15 +174,6 @@ def _is_done(recipe: Recipe, results: Path) -> bool:
     weights = loading.weights_hash(Artifact.load(str(recipe.artifact)).model(recipe.slm))
     is_whole = not (frame["verdict"] == "errored").any()
     return is_whole and metadata["s2t.recipe"] == recipe.model_dump_json() and weights in frame["models"].iloc[0]
-
-
-def _write_recipe(recipe: Recipe, path: Path) -> None:
-    import yaml
-
-    path.write_text(
-        f"# Written by `s2t loop`:  s2t serve --recipe {path}\n"
-        + yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    )
 
 
 def _say(what: str) -> None:

@@ -47,9 +47,8 @@ class Card(BaseModel):
     """What artifact.json holds.
 
     `bins` are the values v of the R rows that score (Eq. 5); `reserved_ids` is empty where these are an auxiliary
-    head's. `temperature` and `prior_weight` are those of decoding,
-    `trained_prior_weight` the one of training. `thresholds` maps a trigger ("head", on its logit; "kl" and "entropy",
-    in nats) to budget -> threshold.
+    head's. `temperature` and `prior_weight` are those of decoding, `trained_prior_weight` the one of training.
+    `thresholds` maps a trigger ("head", on its logit; "kl" and "entropy", in nats) to budget -> threshold.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -13,14 +13,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from s2t_models.engines.torch.attention import Layer, register
 from s2t_models.engines.torch.families import default_context
-from s2t_models.engines.torch.slots import cache_shape, capped_attention
+from s2t_models.engines.torch.slots import cache_shape
 from s2t_models.loading import load_config
 from s2t_models.settings import LoraSettings, ModelSettings
 from s2t_models.training.selector import Selector
-from s2t_models.training.tree_attention import Sight, decode
+from s2t_models.training.tree_attention import Sight, capped, decode
 
 ATTENTION = "s2t_shapes"
 
@@ -138,27 +139,10 @@ class _Fused(torch.autograd.Function):
         return out
 
 
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float = 1.0,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    sight: Sight | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    if softcap is None:
-        out = _Fused.apply(query, key, value)
-    else:
-        assert sight is not None
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-        mask = sight.mask(sliding_window, query.dtype)
-        out = capped_attention(query, key, value, mask, scaling, softcap)
-    return out.transpose(1, 2).contiguous(), None
+def _attend(sight: Sight, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    fused = layer.cap is None
+    out = _Fused.apply(query, key, value) if fused else capped(sight, layer, query, key, value)
+    return out.transpose(1, 2).contiguous()
 
 
-AttentionInterface.register(ATTENTION, _attention)
+register(ATTENTION, "sight", _attend)

@@ -5,7 +5,6 @@ It reads folders and hashes; it knows nothing of engines' code, policies, Ray or
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from s2t_models.artifact import Artifact, ArtifactError, read_provenance
 from s2t_models.calibration import Calibration, CalibrationError
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.reserved import describe, masked_rows, reserved_rows
-from s2t_models.router import SETTINGS, WEIGHTS
+from s2t_models.router import SETTINGS, weights_hash
 from s2t_models.settings import ModelSettings
 
 #: What triggers compare with ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of
@@ -40,10 +39,7 @@ class Hosted:
     @property
     def router_hash(self) -> str | None:
         """sha256 of the router's weights, where there is a router."""
-        if self.router is None:
-            return None
-        with (self.router / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return None if self.router is None else weights_hash(self.router)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ class Recipe(Settings):
         chosen = {"task": self.calibration.task, "prompts": self.calibration.prompts, "sampled": 0.0}
         return self.model_copy(update={"collect": self.collect.model_copy(update=chosen)})
 
+    def as_yaml(self) -> str:
+        """The text that `load_recipe` reads it from."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
     def digest(self) -> str:
         """sha256 of the whole recipe, recorded with every result."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -6,6 +6,7 @@ by `training.router` and knows nothing of engines. Axes: _T step, _F feature, _H
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 SETTINGS, WEIGHTS = "router.json", "router.safetensors"
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 of the weights of the router in `folder`."""
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

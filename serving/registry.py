@@ -14,7 +14,6 @@ benchmark finds the version it was answered by, wherever that was served.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -32,7 +31,7 @@ from s2t_models.errors import UserError, one_line
 from s2t_models.files import whole
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, load_recipe
-from s2t_models.router import SETTINGS, WEIGHTS
+from s2t_models.router import SETTINGS, weights_hash
 from serving.store import open_store
 
 if TYPE_CHECKING:
@@ -109,8 +108,7 @@ def weights_of(folder: Path, recipe: Recipe) -> str:
     if (folder / CARD).is_file():
         return loading.weights_hash(Artifact.load(folder).model(recipe.slm))
     if (folder / SETTINGS).is_file():
-        with (folder / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return weights_hash(folder)
     return loading.weights_hash(recipe.slm.model_copy(update={"path": str(folder), "revision": None}))
 
 
@@ -134,7 +132,6 @@ def recipe_of(uri: str, recipe: str | None = None, overrides: Iterable[str] = ()
 
 def _keep(model: LoggedModel, recipe: Recipe, folder: Path) -> None:
     import mlflow
-    import yaml
 
     # What else the recipe names lies on this machine, and may be gone when the version is served.
     alone = recipe.model_copy(
@@ -145,7 +142,7 @@ def _keep(model: LoggedModel, recipe: Recipe, folder: Path) -> None:
             "trigger": recipe.trigger.model_copy(update={"calibration": None}),
         }
     )
-    text = yaml.safe_dump(alone.model_dump(mode="json"), sort_keys=False)
+    text = alone.as_yaml()
     if kept := _local(model.artifact_location):
         shutil.copytree(folder, kept / TRAINED, copy_function=_link)
         (kept / RECIPE).write_text(text)

@@ -55,11 +55,11 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
     """The embedded SLM as an S2T-Local artifact nobody trained: its rows and its head are drawn at random, which is all
     that plumbing and exactness need. The recipe's budget triggers often."""
     import torch
-    from made_up import provenance
+    from made_up import card
 
     from s2t_models import artifact, loading
     from s2t_models.recipe import load_recipe
-    from s2t_models.reserved import bins, reserved_rows
+    from s2t_models.reserved import reserved_rows
     from s2t_models.trigger import TriggerHead
 
     recipe = load_recipe(recipe_path)
@@ -69,21 +69,9 @@ def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFacto
     with torch.no_grad():
         model.get_output_embeddings().weight[list(reserved)] = torch.randn(len(reserved), model.config.hidden_size)
     budget = recipe.budget
-    card = artifact.Card(
-        reserved_ids=reserved,
-        bins=tuple(bins(len(reserved)).tolist()),
-        temperature=recipe.distil.temperature,
-        prior_weight=recipe.policies.local.prior_weight,
-        trained_prior_weight=recipe.distil.prior_weight,
-        thresholds={"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}},
-        provenance=provenance(
-            base_weights=loading.weights_hash(recipe.slm),
-            teacher_weights=loading.weights_hash(recipe.teacher),
-            divergence=str(recipe.divergence),
-        ),
-    )
+    made = card(recipe, {"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}})
     head = TriggerHead(model.config.hidden_size, 16).eval()
-    return artifact.save(tmp_path_factory.mktemp("artifact") / "untrained", model, tokenizer, head, card).folder
+    return artifact.save(tmp_path_factory.mktemp("artifact") / "untrained", model, tokenizer, head, made).folder
 
 
 @pytest.fixture(scope="session")

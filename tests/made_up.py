@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from s2t_models.artifact import Card
 from s2t_models.calibration import Calibration
+from s2t_models.loading import weights_hash
 from s2t_models.provenance import Provenance
+from s2t_models.recipe import Recipe
+from s2t_models.reserved import bins, reserved_rows
 
 
 def provenance(**changes: Any) -> Provenance:
@@ -23,6 +27,24 @@ def provenance(**changes: Any) -> Provenance:
         "settings": {"distil.steps": 20},
     }
     return Provenance(**record | changes)
+
+
+def card(recipe: Recipe, thresholds: dict[str, dict[float, float]]) -> Card:
+    """Of an artifact of the recipe that nobody trained."""
+    reserved = reserved_rows(recipe)
+    return Card(
+        reserved_ids=reserved,
+        bins=tuple(bins(len(reserved)).tolist()),
+        temperature=recipe.distil.temperature,
+        prior_weight=recipe.policies.local.prior_weight,
+        trained_prior_weight=recipe.distil.prior_weight,
+        thresholds=thresholds,
+        provenance=provenance(
+            base_weights=weights_hash(recipe.slm),
+            teacher_weights=weights_hash(recipe.teacher),
+            divergence=str(recipe.divergence),
+        ),
+    )
 
 
 def calibration(**changes: Any) -> Calibration:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_up import provenance
+from made_up import card
 from tiny_families import FAMILIES, write_pair
 
 from pipelines.analyse.audit import judge
@@ -22,7 +22,7 @@ from s2t_models.policies import policy
 from s2t_models.policies.base import Decoded, Engines, Request, gather
 from s2t_models.policies.r2r_labels import label, numbers_differ
 from s2t_models.recipe import Recipe
-from s2t_models.reserved import bins, reserved_rows
+from s2t_models.reserved import reserved_rows
 from s2t_models.trigger import TriggerHead
 
 MORE_ROWS, TOKENS = 9, 16
@@ -58,22 +58,9 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> Recipe:
 
 
 def _save_artifact(recipe: Recipe, folder: Path) -> None:
-    reserved, model = reserved_rows(recipe), loading.load_model(recipe.slm)
-    card = artifact.Card(
-        reserved_ids=reserved,
-        bins=tuple(bins(len(reserved)).tolist()),
-        temperature=recipe.distil.temperature,
-        prior_weight=recipe.policies.local.prior_weight,
-        trained_prior_weight=recipe.distil.prior_weight,
-        thresholds={"head": {recipe.budget: -1e9}},
-        provenance=provenance(
-            base_weights=loading.weights_hash(recipe.slm),
-            teacher_weights=loading.weights_hash(recipe.teacher),
-            divergence=str(recipe.divergence),
-        ),
-    )
+    model, tokenizer = loading.load_model(recipe.slm), loading.load_tokenizer(recipe.slm)
     head = TriggerHead(model.config.hidden_size, 8)
-    artifact.save(folder, model, loading.load_tokenizer(recipe.slm), head, card)
+    artifact.save(folder, model, tokenizer, head, card(recipe, {"head": {recipe.budget: -1e9}}))
 
 
 def test_no_answer_holds_a_row_that_one_model_has_not_got(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""A results file and what it says: summaries, comparisons, flips, tables, and the demo's `summary.json`.
+"""A results file and what it says: summaries, comparisons, flips, tables, and the loop's `summary.json`.
 
 One row an answer (schema RESULT). Everything here is computed from the rows alone, so a results file can be
 read again anywhere. Nothing here knows how the rows came about.

@@ -46,21 +46,23 @@ def correct_maths(extracted: str, item: Item) -> bool:
 
 def choice_prompt(question: str, options: Sequence[str]) -> list[Message]:
     """Question, lettered options, and the phrase that the answer is to be given in."""
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
     text = (
-        f"{question}\n{listed}\n\nThink step by step and then finish your answer with "
+        f"{question}\n{_listed(options)}\n\nThink step by step and then finish your answer with "
         '"the answer is (X)" where X is the correct letter choice.'
     )
     return [{"role": "user", "content": text}]
 
 
+def _listed(options: Sequence[str]) -> str:
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
+
+
 def published_choice(item: Item) -> list[Message]:
     """In the words of the authors' code."""
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, item.options, strict=False))
     text = (
-        f"{item.question}\n{listed}\nPlease reason step by step to find the correct choice. At the end of your "
-        "response, strictly output your final answer in the exact format: 'The answer is (X)', where X is the letter "
-        "of the correct choice."
+        f"{item.question}\n{_listed(item.options)}\n"
+        "Please reason step by step to find the correct choice. At the end of your response, strictly output your "
+        "final answer in the exact format: 'The answer is (X)', where X is the letter of the correct choice."
     )
     system = "You are a helpful assistant. You are solving high-level academic problems."
     return [{"role": "system", "content": system}, {"role": "user", "content": text}]

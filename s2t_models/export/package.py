@@ -1,12 +1,14 @@
 """`s2t export`: from an artifact to a folder that other tools load.
 
-model.safetensors, config.json, tokenizer...   the merged model, for AutoModelForCausalLM
-generation_config.json                         plain decoding is greedy, and writes no reserved row
-s2t.json, trigger_head.safetensors             what S2T-Local decoding needs beside the model
-ranking_head.safetensors                       the same, where the model has no reserved rows
-custom_generate/generate.py                    that decoding, on transformers alone
-adapter/                                       the LoRA before it was merged, for peft on the base model
-README.md                                      the model card
+    model.safetensors, config.json, tokenizer...   the merged model, for AutoModelForCausalLM
+    generation_config.json                         plain decoding is greedy, and writes no reserved row
+    s2t.json, trigger_head.safetensors             what S2T-Local decoding needs beside the model
+    ranking_head.safetensors                       the same, where the model has no reserved rows
+    custom_generate/generate.py                    that decoding, on transformers alone
+    adapter/                                       the LoRA before it was merged, for peft on the base model
+    README.md                                      the model card
+
+The names are those that these tools look for.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ Axes: _B row, _L packed token.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from s2t_models.engines.torch.slots import UnsupportedAttention, capped_attention
+from s2t_models.engines.torch.attention import Layer, capped_attention, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,42 +77,28 @@ def decode(
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sight: Sight | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    if sight is None:
-        raise UnsupportedAttention("its class does not pass arguments on to its attention")
-    if s_aux is not None:
-        raise UnsupportedAttention("its attention has sinks")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mask = sight.mask(sliding_window, query.dtype)
-    if softcap is None:
-        grouped = query.shape[1] != key.shape[1]
+def capped(sight: Sight, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What a soft-capped layer computes, [B, heads, L, D]."""
+    assert layer.cap is not None
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
+    return capped_attention(query, key, value, sight.mask(layer.window, query.dtype), layer.scale, layer.cap)
+
+
+def _attend(sight: Sight, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if layer.cap is None:
         out = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=sight.mask(layer.window, query.dtype),
+            dropout_p=layer.dropout,
+            scale=layer.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
     else:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(repeats, dim=1) for states in (key, value))
-        out = capped_attention(query, key, value, mask, scale, softcap)
-    return out.transpose(1, 2).contiguous(), None
+        out = capped(sight, layer, query, key, value)
+    return out.transpose(1, 2).contiguous()
 
 
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-
-
-_register()
+register(ATTENTION, "sight", _attend)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from s2t_models.engines.torch.slots import Query, Slots, UnsupportedAttention
+from s2t_models.engines.torch.attention import UnsupportedAttention
+from s2t_models.engines.torch.slots import Query, Slots
 from s2t_models.errors import UserError, one_line
 from s2t_models.output_head import OutputHead
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from s2t_models.engines.torch.attention import Layer, capped_attention, register
 from s2t_models.settings import MOST_CANDIDATES
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 ATTENTION = "s2t_slots"
 #: Cache columns past the context where leaves are written before one of them is kept.
 LEAF_ROOM = MOST_CANDIDATES
-
-
-class UnsupportedAttention(Exception):
-    """The model's attention does something that the cache cannot express; the message says what."""
 
 
 @dataclass
@@ -253,40 +250,8 @@ def _grouped(queries: list[Query]) -> list[tuple[bool, list[int]]]:
     return [(leaves, sorted(members, key=lambda i: queries[i].slot)) for (_, leaves), members in groups.items()]
 
 
-def _attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    slots: Slots | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    if slots is None:
-        raise UnsupportedAttention("its class does not pass arguments on to its attention")
-    if s_aux is not None:
-        raise UnsupportedAttention("its attention has sinks")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    return slots.attend(layer, query, key, value, scale, sliding_window, softcap), None
+def _attend(slots: Slots, layer: Layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return slots.attend(layer.number, query, key, value, layer.scale, layer.window, layer.cap)
 
 
-def capped_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, cap: float
-) -> torch.Tensor:
-    """Attention whose logits are soft-capped before the mask (Gemma 2), which no fused kernel offers."""
-    logits = torch.tanh(query @ key.transpose(-1, -2) * scale / cap) * cap + mask
-    return logits.float().softmax(-1).to(value.dtype) @ value
-
-
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION, _attention)
-
-
-_register()
+register(ATTENTION, "slots", _attend)
