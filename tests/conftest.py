@@ -26,6 +26,18 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield store
 
 
+def _store_put_back(mlflow_store: str) -> Iterator[None]:
+    """A job that is given a store of its own points the environment at it, for its child processes: what comes after
+    goes by what was there before."""
+    before = os.environ["MLFLOW_TRACKING_URI"]
+    yield
+    os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+store_put_back_after_a_module = pytest.fixture(_store_put_back, scope="module", autouse=True)
+store_put_back_after_a_test = pytest.fixture(_store_put_back, autouse=True)
+
+
 @pytest.fixture(scope="session")
 def recipe_path() -> Path:
     return REPOSITORY / "cluster" / "recipes" / "embedded.yaml"
