@@ -107,6 +107,17 @@ def load_model(settings: ModelSettings, attention: str | None = None) -> PreTrai
     return model.to(device_of(settings)).eval()  # type: ignore[arg-type]  # its decorator hides the signature
 
 
+def end_ids(settings: ModelSettings) -> tuple[int, ...]:
+    """The tokens that end a text: those of the model's generation configuration, else of its configuration."""
+    from transformers import GenerationConfig
+
+    try:
+        end = GenerationConfig.from_pretrained(resolve(settings)).eos_token_id
+    except OSError:
+        end = load_config(settings).eos_token_id
+    return tuple(end) if isinstance(end, list) else (end,) if end is not None else ()
+
+
 def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     """The model's tokenizer with its chat template. Raises RecipeError where the folder holds none that can be used."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -7,9 +7,9 @@ numbers: nothing here knows of Ray.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -21,11 +21,28 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class VllmSettings(Settings):
+    """What vLLM needs beyond the model's own settings. One engine takes `tensor_parallel` times `pipeline_parallel`
+    GPUs. `max_num_seqs` requests run at once (None: `slots`). `extra` is passed to vLLM's engine arguments by
+    name."""
+
+    tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    quantisation: str | None = None
+    gpu_memory_utilisation: float = Field(0.9, gt=0, le=1)
+    max_num_seqs: Count | None = None
+    extra: dict[str, Any] = {}
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
 class ModelSettings(Settings):
-    """Where a model's weights are: a folder, a hub name with its revision, or `embedded:slm` / `embedded:teacher`."""
+    """Where a model's weights are: a folder, a hub name with its revision, or `embedded:slm` / `embedded:teacher`; and
+    the `engine` that runs it. The torch engine's GPUs are `num_gpus`; those of vLLM follow from its parallel sizes."""
 
     path: str
-    engine: str = "torch"
+    engine: Literal["torch", "vllm"] = "torch"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -34,6 +51,20 @@ class ModelSettings(Settings):
     num_replicas: Count = 1
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
+    vllm: VllmSettings = VllmSettings()
+
+    @model_validator(mode="after")
+    def _gpus_follow(self) -> ModelSettings:
+        if self.engine == "vllm" and self.num_gpus:
+            raise ValueError("num_gpus: leave it out with engine vllm, whose GPUs follow from its parallel sizes")
+        return self
+
+    @property
+    def gpus(self) -> float:
+        """GPUs that one engine takes."""
+        if self.engine == "torch":
+            return self.num_gpus
+        return 0 if self.device == "cpu" else self.vllm.tensor_parallel * self.vllm.pipeline_parallel
 
 
 class ReservedSettings(Settings):

@@ -200,6 +200,10 @@ class ContextOverflow(ValueError):
     """The prefix and what is to be generated do not fit the model's context."""
 
 
+class EngineDied(RuntimeError):
+    """The engine's processes have ended: this engine answers nothing any more, and has to be started again."""
+
+
 @runtime_checkable
 class Engine(Protocol):
     """A model that can be called from many coroutines at once. Raises `ContextOverflow` where a call does not fit."""
@@ -227,6 +231,15 @@ class CountsTokens(Protocol):
 
     @property
     def written(self) -> int: ...
+
+
+@runtime_checkable
+class HasHealth(Protocol):
+    """An engine that runs in processes of its own, which may end before it is closed."""
+
+    async def check_health(self) -> None:
+        """Raise EngineDied where they have ended."""
+        ...
 
 
 @runtime_checkable

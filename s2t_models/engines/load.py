@@ -33,6 +33,7 @@ ENGINES: dict[str, EngineKind] = {
         artifact=frozenset({"select", "fused_select"}),
         router=frozenset({"route"}),
     ),
+    "vllm": EngineKind("s2t_models.engines.vllm.load", plain=frozenset({"entropy", "seeded_noise"})),
 }
 
 

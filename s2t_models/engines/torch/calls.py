@@ -27,7 +27,7 @@ from s2t_models.engines.contract import (
     Triggered,
     Usage,
 )
-from s2t_models.engines.torch.sampling import top
+from s2t_models.engines.sampling import top
 from s2t_models.noise import uniforms
 from s2t_models.router import Router
 from s2t_models.settings import MultiplexSettings

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from s2t_models.engines.checks import Checks
 from s2t_models.engines.contract import (
-    ContextOverflow,
     Draft,
     ModelCard,
     Routed,
@@ -34,8 +34,8 @@ from s2t_models.engines.contract import (
 )
 from s2t_models.engines.torch import calls, families
 from s2t_models.engines.torch.calls import Feed, Procedure, Step
-from s2t_models.engines.torch.sampling import pick, support
-from s2t_models.engines.torch.slots import LEAF_ROOM, Query
+from s2t_models.engines.sampling import pick, support
+from s2t_models.engines.torch.slots import Query
 from s2t_models.noise import uniforms
 from s2t_models.reserved import bins as uniform_bins
 from s2t_models.settings import MultiplexSettings
@@ -81,6 +81,7 @@ class TorchEngine:
         router: Router | None = None,
     ) -> None:
         self._card = card
+        self._check = Checks(card, has_selector=head is not None)
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
         self._router = router.to(model.device).eval() if router is not None else None
@@ -106,12 +107,12 @@ class TorchEngine:
         return self._card
 
     async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
-        self._check_draft(prefix, sampling)
+        self._check.draft(prefix, sampling)
         return await self._call(prefix, lambda cached: calls.generate(cached, prefix, sampling, self._card.end_ids))
 
     async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
-        self._check_draft(prefix, sampling)
-        self._check_selector(selection.candidates.k)
+        self._check.draft(prefix, sampling)
+        self._check.selector(selection.candidates.k)
         return await self._call(
             prefix,
             lambda cached: calls.generate_selecting(
@@ -120,7 +121,7 @@ class TorchEngine:
         )
 
     async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft:
-        self._check_draft(prefix, sampling)
+        self._check.draft(prefix, sampling)
         return await self._call(
             prefix,
             lambda cached: calls.generate_multiplex(
@@ -129,27 +130,22 @@ class TorchEngine:
         )
 
     async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
-        self._check(tokens, 0)
-        if not 1 <= start <= start + len(ids_TN) - 1 <= len(tokens):
-            raise ValueError(f"score: {len(ids_TN)} rows from position {start} do not fit {len(tokens)} tokens")
-        self._check_ids(int(ids_TN.min(initial=0)), int(ids_TN.max(initial=0)))
+        self._check.scored(tokens, start, ids_TN)
         return await self._call(tokens, lambda cached: calls.score(cached, tokens, start, ids_TN))
 
     async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
-        self._check(prefix, 1)
-        self._check_selector(len(candidates_K))
-        self._check_ids(min(candidates_K), max(candidates_K))
+        self._check.candidates(prefix, candidates_K)
         return await self._call(prefix, lambda cached: calls.select(cached, prefix, candidates_K, self._bins_R))
 
     async def features(self, tokens: list[int], start: int, support: int) -> np.ndarray:
-        self._check_steps(tokens, start)
+        self._check.steps(tokens, start)
         return await self._call(tokens, lambda cached: calls.features(cached, tokens, start, support, self._embed))
 
     async def route(self, tokens: list[int], start: int) -> Routed:
         router = self._router
         if router is None:
             raise ValueError(f"{self._card.name} has no router; set router.path")
-        self._check_steps(tokens, start)
+        self._check.steps(tokens, start)
         return await self._call(tokens, lambda cached: calls.route(cached, tokens, start, router, self._embed))
 
     def close(self) -> None:
@@ -158,42 +154,6 @@ class TorchEngine:
             self._closed = True
             self._wake.notify()
         self._thread.join()
-
-    def _check(self, prefix: list[int], new: int) -> None:
-        if not prefix:
-            raise ValueError("the prefix is empty: an engine needs at least one token to go on from")
-        if len(prefix) + new > self._card.context:
-            raise ContextOverflow(
-                f"{len(prefix)} tokens and {new} to generate do not fit {self._card.name}'s context of "
-                f"{self._card.context}"
-            )
-        self._check_ids(min(prefix), max(prefix))
-
-    def _check_steps(self, tokens: list[int], start: int) -> None:
-        self._check(tokens, 0)
-        if not 1 <= start < len(tokens):
-            raise ValueError(f"no steps from position {start} in {len(tokens)} tokens")
-
-    def _check_draft(self, prefix: list[int], sampling: Sampling) -> None:
-        if sampling.max_tokens < 1:
-            raise ValueError(f"max_tokens = {sampling.max_tokens}: a draft has at least one token")
-        if sampling.trigger_threshold is not None and self._head is None:
-            raise ValueError(f"{self._card.name} has no trigger head: it is not an S2T-Local artifact")
-        self._check(prefix, sampling.max_tokens)
-
-    def _check_ids(self, lowest: int, highest: int) -> None:
-        """Here, because in the forward a wrong id would cost every call in it its answer, and a GPU its state."""
-        if lowest < 0 or highest >= self._card.vocabulary:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(
-                f"{self._card.name}: token id {wrong} lies outside the vocabulary, 0 to {self._card.vocabulary - 1}"
-            )
-
-    def _check_selector(self, k: int) -> None:
-        if self._head is None:
-            raise ValueError(f"{self._card.name} has no selector: it is not an S2T-Local artifact")
-        if k > LEAF_ROOM:
-            raise ValueError(f"{k} candidates: the engine scores at most {LEAF_ROOM} at a step")
 
     async def _call(self, tokens: list[int], begin: Callable[[int], Procedure]) -> Any:
         call = _Call(begin, tokens, Future())

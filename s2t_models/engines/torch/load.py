@@ -24,14 +24,13 @@ def load(hosted: Hosted) -> TorchEngine:
     reserved = artifact.card.reserved_ids if artifact else ()
     # A model need not have all rows that are masked in its pair.
     masked = tuple(sorted(row for row in {*hosted.masked_ids, *reserved} if row < model.config.vocab_size))
-    end = model.generation_config.eos_token_id if model.generation_config else model.config.eos_token_id
     card = ModelCard(
         name=hosted.name,
         weights=loading.weights_hash(settings),
         tokenizer=loading.tokenizer_hash(settings),
         vocabulary=int(model.config.vocab_size),
         context=settings.context or families.default_context(model),
-        end_ids=tuple(end) if isinstance(end, list) else (end,) if end is not None else (),
+        end_ids=loading.end_ids(settings),
         masked_ids=masked,
         dtype=settings.dtype,
         router=hosted.router_hash,

@@ -1,0 +1,203 @@
+"""The engine contract over vLLM's `AsyncLLM`.
+
+A call is a request, or several: vLLM batches them, keeps their prefixes in its paged cache, and reads a prefix that it
+has seen once. What is S2T's happens in the worker (`worker`, `sampler`); here calls become requests and their answers
+drafts, scores and selections.
+
+Axes: _T step, _N support, _K candidate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from vllm import SamplingParams, TokensPrompt
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from s2t_models.engines.checks import Checks
+from s2t_models.engines.contract import (
+    Draft,
+    EngineDied,
+    Finish,
+    ModelCard,
+    Sampling,
+    Scores,
+    Selected,
+    Support,
+    Triggered,
+    Usage,
+)
+from s2t_models.engines.vllm.requests import LEADING, Asked, Decoding, Labelling, Leaf, pack
+
+#: Tokens of a running request that come at once: often enough to show progress, seldom enough to cost nothing.
+TOKENS_AT_ONCE = 16
+
+
+@dataclass
+class _Answer:
+    """A finished request: its tokens, their columns (ids and values, [T, W] each, W 0 where none were asked for), and
+    for a labelling its rows."""
+
+    ids: list[int] = field(default_factory=list)
+    column_ids: list[int] = field(default_factory=list)
+    column_values: list[float] = field(default_factory=list)
+    cached: int = 0
+    finish: str | None = None
+    label: Any = None
+
+    def columns(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        ids_TW = np.array(self.column_ids, dtype=np.int64).reshape(-1, count)
+        return ids_TW, np.array(self.column_values, dtype=np.float32).reshape(-1, count)
+
+
+class VllmEngine:
+    """The contract over one vLLM model; the card's masked ids are never generated. `artifact` is the folder of the
+    S2T-Local artifact whose merged model this is. All calls raise EngineDied once vLLM's processes are gone."""
+
+    def __init__(self, llm: AsyncLLM, card: ModelCard, artifact: str | None = None) -> None:
+        self._llm, self._card = llm, card
+        self._check = Checks(card, has_selector=artifact is not None)
+        self._artifact = artifact
+        self._names = itertools.count()
+        self._prepared: asyncio.Future[Any] | None = None
+        self.written = 0
+
+    async def card(self) -> ModelCard:
+        return self._card
+
+    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
+        self._check.draft(prefix, sampling)
+        decoding = Decoding(
+            seed=sampling.seed,
+            first_step=sampling.first_step,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            support=sampling.support,
+            threshold=sampling.trigger_threshold,
+            warmup=sampling.trigger_warmup,
+            trigger_support=sampling.trigger_support,
+        )
+        return self._draft(await self._run(prefix, decoding, sampling.max_tokens), prefix, decoding)
+
+    def _draft(self, answer: _Answer, prefix: list[int], asked: Decoding) -> Draft:
+        prefill, forwards = len(prefix) - answer.cached, len(answer.ids)
+        ids, finish, triggered = answer.ids, _FINISH[answer.finish], None
+        column_ids, values = answer.columns(asked.columns) if asked.columns else (None, None)
+        if asked.threshold is not None and column_ids is not None and values is not None and column_ids[-1, 1]:
+            ids, finish = ids[:-1], "trigger"
+            shown = slice(LEADING, LEADING + asked.trigger_support)
+            triggered = Triggered(float(values[-1, 0]), column_ids[-1, shown], values[-1, shown])
+        support = None
+        if asked.support:
+            assert column_ids is not None and values is not None
+            shown = slice(LEADING, LEADING + asked.support)
+            steps = len(ids)
+            support = Support(column_ids[:steps, shown], values[:steps, shown], values[:steps, 1])
+        usage = Usage(prefill=prefill, decode=len(ids), forwards=forwards)
+        return Draft(ids, finish, usage, support, triggered)
+
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
+        self._check.scored(tokens, start, ids_TN)
+        asked = Labelling.of(start, ids_TN)
+        # What lies past the last row is not read.
+        prompt = tokens[: start + len(ids_TN) - 1]
+        answer = await self._run(prompt, asked, 1)
+        usage = Usage(prefill=len(prompt) - answer.cached, forwards=1)
+        argmax_T, logprobs_TN = _labelled(answer, ids_TN.shape)
+        if np.isnan(logprobs_TN).any():  # some of these positions were in the cache, where no hidden states are kept
+            answer = await self._run(prompt, asked, 1, reads_cache=False)
+            usage += Usage(prefill=len(prompt), forwards=1)
+            argmax_T, logprobs_TN = _labelled(answer, ids_TN.shape)
+        return Scores(logprobs_TN, argmax_T, usage)
+
+    async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
+        self._check.candidates(prefix, candidates_K)
+        answers = await asyncio.gather(*(self._run([*prefix, token], Leaf(), 1) for token in candidates_K))
+        scores_K = np.array([answer.column_values[0] for answer in answers])
+        read = sum(len(prefix) - answer.cached for answer in answers)
+        return Selected(scores_K, Usage(prefill=read, leaves=len(candidates_K), forwards=1))
+
+    async def check_health(self) -> None:
+        """Raise EngineDied where vLLM's processes are gone."""
+        try:
+            await self._llm.check_health()
+        except EngineDeadError as error:
+            raise self._died() from error
+
+    def close(self) -> None:
+        """End vLLM's processes; calls still running fail."""
+        self._llm.shutdown()
+
+    async def _run(self, prompt: list[int], asked: Asked, max_tokens: int, reads_cache: bool = True) -> _Answer:
+        """One request, to its end. Cancelled, it frees its blocks."""
+        await self._prepare()
+        answer = _Answer()
+        try:
+            async for output in self._llm.generate(
+                TokensPrompt(prompt_token_ids=prompt),
+                self._params(asked, max_tokens, reads_cache),
+                f"{self._card.name}-{next(self._names)}",
+            ):
+                self._add(answer, output)
+        except EngineDeadError as error:
+            raise self._died() from error
+        return answer
+
+    def _params(self, asked: Asked, max_tokens: int, reads_cache: bool) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0,  # the sampler in the worker goes by what is asked for, not by this
+            stop_token_ids=list(self._card.end_ids),
+            ignore_eos=True,
+            detokenize=False,
+            logprobs=asked.columns - 1 if asked.columns else None,
+            prompt_logprobs=asked.width if isinstance(asked, Labelling) else None,
+            skip_reading_prefix_cache=not reads_cache,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.DELTA,
+            stream_interval=TOKENS_AT_ONCE,
+            extra_args=pack(asked),
+        )
+
+    def _add(self, answer: _Answer, output: Any) -> None:
+        completion = output.outputs[0]
+        answer.ids += completion.token_ids
+        self.written += len(completion.token_ids)
+        if completion.logprobs is not None:
+            answer.column_ids += completion.logprobs.token_ids
+            answer.column_values += completion.logprobs.logprobs
+        answer.cached = max(answer.cached, output.num_cached_tokens or 0)
+        answer.label = output.prompt_logprobs or answer.label
+        answer.finish = completion.finish_reason or answer.finish
+
+    async def _prepare(self) -> None:
+        """Once, before the first request: put S2T's part into the workers."""
+        if self._prepared is None:
+            arguments = (list(self._card.masked_ids), self._card.end_ids[0], self._artifact)
+            self._prepared = asyncio.ensure_future(self._llm.collective_rpc("s2t_prepare", args=arguments))
+        try:
+            await asyncio.shield(self._prepared)
+        except EngineDeadError as error:
+            raise self._died() from error
+
+    def _died(self) -> EngineDied:
+        return EngineDied(f"{self._card.name}: vLLM's engine process has ended; it is started again")
+
+
+_FINISH: dict[str | None, Finish] = {"stop": "end", "length": "length"}
+
+
+def _labelled(answer: _Answer, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The argmax [T] and the log-probabilities [T, N] of a labelling."""
+    rows, ids = shape
+    columns = np.array(answer.label.logprobs, dtype=np.float32).reshape(rows, 1 + ids)
+    argmax_T = np.array(answer.label.token_ids, dtype=np.int64).reshape(rows, 1 + ids)[:, 0]
+    return argmax_T, columns[:, 1:]

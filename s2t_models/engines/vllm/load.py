@@ -1,0 +1,133 @@
+"""From what a recipe hosts to a running vLLM engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from typing import Any
+
+from s2t_models import loading
+from s2t_models.artifact import Artifact
+from s2t_models.engines.contract import Engine, ModelCard
+from s2t_models.engines.load import capabilities
+from s2t_models.errors import one_line
+from s2t_models.hosting import Hosted
+from s2t_models.recipe import RecipeError
+from s2t_models.settings import ModelSettings
+
+#: Tokens of a block of the paged cache on a CPU. vLLM's own default there, 128, is what a call reads again of a prefix
+#: that another has read: half of that on average, for each candidate that is scored.
+CPU_BLOCK = 32
+
+_ENVIRONMENT = {
+    # V2 cannot label along a prompt and name the argmax; see `worker`.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # A text that fills the context is read to its end, and one token more is drawn, which is not read.
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Engines of one machine share its cores; bound to the first ones, they would share only those.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def load(hosted: Hosted) -> Engine:
+    """An engine over a model, or over the merged model of an artifact with its trigger head. Raises RecipeError where
+    vLLM is not installed, or cannot load the model or hold its cache."""
+    check(hosted)
+    artifact = Artifact.load(hosted.artifact) if hosted.artifact else None
+    settings = artifact.model(hosted.settings) if artifact else hosted.settings
+    config = loading.load_config(settings)
+    context = settings.context or int(config.max_position_embeddings)
+    vocabulary = int(config.vocab_size)
+    reserved = artifact.card.reserved_ids if artifact else ()
+    os.environ.update(_ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if _on_cpu(settings):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(settings.num_cpus)))
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from s2t_models.engines.vllm.engine import VllmEngine
+
+    try:
+        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_arguments(settings, config, context)))
+    except Exception as error:  # of many kinds, from many places; what they say is what a user can act on
+        raise RecipeError(f"{hosted.name}: vLLM does not load {settings.path}: {one_line(error)}") from error
+    card = ModelCard(
+        name=hosted.name,
+        weights=loading.weights_hash(settings),
+        tokenizer=loading.tokenizer_hash(settings),
+        vocabulary=vocabulary,
+        context=context,
+        end_ids=loading.end_ids(settings),
+        masked_ids=tuple(sorted(row for row in {*hosted.masked_ids, *reserved} if row < vocabulary)),
+        dtype=settings.dtype,
+        engine="vllm",
+        capabilities=capabilities(hosted),
+    )
+    return VllmEngine(llm, card, str(artifact.folder) if artifact else None)
+
+
+def check(hosted: Hosted) -> None:
+    """Raise RecipeError where vLLM is not installed, has no such engine argument, or is asked for what it has not
+    got."""
+    where = "teacher" if hosted.name == "teacher" else "slm"
+    if importlib.util.find_spec("vllm") is None:
+        raise RecipeError(
+            f"{where}.engine: vLLM is not installed here; `pip install select-to-think[vllm]`, or set {where}.engine=torch"
+        )
+    if hosted.router:
+        raise RecipeError(f"router.path: R2R's router runs on the torch engine alone; set {where}.engine=torch")
+    from vllm import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    if unknown := sorted(hosted.settings.vllm.extra.keys() - known):
+        raise RecipeError(f"{where}.vllm.extra: vLLM has no engine argument {', '.join(unknown)}")
+
+
+def _on_cpu(settings: ModelSettings) -> bool:
+    return loading.device_of(settings) == "cpu"
+
+
+def _arguments(settings: ModelSettings, config: Any, context: int) -> dict[str, Any]:
+    """vLLM's engine arguments."""
+    vllm = settings.vllm
+    requests = vllm.max_num_seqs or settings.slots
+    arguments: dict[str, Any] = {
+        "model": str(loading.resolve(settings)),
+        "skip_tokenizer_init": True,
+        "dtype": settings.dtype,
+        "max_model_len": context + 1,
+        "max_num_seqs": requests,
+        "max_logprobs": -1,
+        "generation_config": "vllm",
+        "load_format": "safetensors",
+        "quantization": vllm.quantisation,
+        "tensor_parallel_size": vllm.tensor_parallel,
+        "pipeline_parallel_size": vllm.pipeline_parallel,
+        "enable_prefix_caching": True,
+        # The sampler reads the tokens of the step before.
+        "async_scheduling": False,
+        "disable_log_stats": True,
+        "worker_extension_cls": "s2t_models.engines.vllm.worker.S2TWorker",
+    }
+    if vllm.tensor_parallel * vllm.pipeline_parallel > 1 and not _on_cpu(settings):
+        arguments["distributed_executor_backend"] = "ray"  # in the placement group of the actor, on any of its nodes
+    if _on_cpu(settings):
+        arguments |= {
+            "block_size": CPU_BLOCK,
+            "enforce_eager": True,  # compiling takes minutes, and gains little where the arithmetic is what takes time
+            "kv_cache_memory_bytes": _cache_bytes(settings, config, context, requests),
+        }
+    else:
+        arguments["gpu_memory_utilization"] = vllm.gpu_memory_utilisation
+    return arguments | vllm.extra
+
+
+def _cache_bytes(settings: ModelSettings, config: Any, context: int, requests: int) -> int:
+    """What `requests` whole contexts take."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[settings.dtype]
+    blocks = requests * (-(-(context + 1) // CPU_BLOCK) + 1)
+    return int(2 * config.num_hidden_layers * config.num_key_value_heads * head * width * CPU_BLOCK * blocks)
