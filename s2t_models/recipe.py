@@ -99,6 +99,12 @@ class Recipe(Settings):
                 )
         if taken := sorted(ENGINES & self.checkpoints.keys()):
             raise ValueError(f"checkpoints.{taken[0]}: that is the name of an engine of every recipe; choose another")
+        for stage, role in (("rollout", "slm"), ("label", "teacher")):
+            if getattr(self, role).engine == "vllm" and getattr(self.collect, stage).num_gpus:
+                raise ValueError(
+                    f"collect.{stage}.num_gpus: leave it out with {role}.engine vllm, whose GPUs follow from "
+                    f"{role}.vllm"
+                )
         return self
 
     def calibrating(self) -> Recipe:

@@ -39,7 +39,8 @@ class VllmSettings(Settings):
 
 class ModelSettings(Settings):
     """Where a model's weights are: a folder, a hub name with its revision, or `embedded:slm` / `embedded:teacher`; and
-    the `engine` that runs it. The torch engine's GPUs are `num_gpus`; those of vLLM follow from its parallel sizes."""
+    the `engine` that runs it. The torch engine's GPUs are `num_gpus`; those of vLLM follow from its parallel sizes.
+    Served, it has `num_replicas`; with `max_replicas`, as many up to that as its load asks for."""
 
     path: str
     engine: Literal["torch", "vllm"] = "torch"
@@ -49,6 +50,7 @@ class ModelSettings(Settings):
     slots: Count = 32
     context: Count | None = None
     num_replicas: Count = 1
+    max_replicas: Count | None = None
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
     vllm: VllmSettings = VllmSettings()
@@ -57,6 +59,8 @@ class ModelSettings(Settings):
     def _gpus_follow(self) -> ModelSettings:
         if self.engine == "vllm" and self.num_gpus:
             raise ValueError("num_gpus: leave it out with engine vllm, whose GPUs follow from its parallel sizes")
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(f"max_replicas = {self.max_replicas} is below num_replicas = {self.num_replicas}")
         return self
 
     @property

@@ -27,6 +27,7 @@ from s2t_models.commands import debugging, run_command
 from s2t_models.errors import one_line
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
 from serving import cluster
+from serving.placement import replica_options
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 NAME = "s2t"
 # Batching is the engine's business: Serve passes every call on at once and holds none back.
 MAX_ONGOING_REQUESTS = 4096
+#: An engine whose processes have ended is replaced within about this time.
+HEALTH_CHECK_PERIOD_S = 3.0
 LOGGING: dict[str, Any] = {"log_level": "INFO" if debugging() else "WARNING", "enable_access_log": debugging()}
 
 
@@ -52,23 +55,22 @@ def build(hosting: Hosting, board: Any = None) -> Application:
 
     quiet = LoggingConfig(**LOGGING)
 
-    def deployment(actor: type, name: str, replicas: int, cpus: float, gpus: float) -> serve.Deployment:
+    def deployment(actor: type, name: str, options: dict[str, Any]) -> serve.Deployment:
         return serve.deployment(
             name=name,
-            num_replicas=replicas,
-            ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
             max_ongoing_requests=MAX_ONGOING_REQUESTS,
             max_constructor_retry_count=1,
+            health_check_period_s=HEALTH_CHECK_PERIOD_S,
             logging_config=quiet,
+            **options,
         )(actor)
 
     handles = {}
     for name, engine in hosting.engines.items():
         check(engine)
-        model = engine.settings
-        engine_deployment = deployment(EngineDeployment, name, model.num_replicas, model.num_cpus, model.num_gpus)
-        handles[name] = engine_deployment.bind(engine, board)
-    gateway = deployment(Gateway, "gateway", hosting.recipe.serving.gateway_replicas, 0, 0)
+        handles[name] = deployment(EngineDeployment, name, replica_options(engine.settings)).bind(engine, board)
+    few = {"num_replicas": hosting.recipe.serving.gateway_replicas, "ray_actor_options": {"num_cpus": 0}}
+    gateway = deployment(Gateway, "gateway", few)
     return gateway.bind(hosting, handles)
 
 
@@ -195,7 +197,7 @@ def _demand(engines: Mapping[str, Hosted]) -> dict[str, float]:
     models = [engine.settings for engine in engines.values()]
     return {
         "CPU": sum(model.num_replicas * model.num_cpus for model in models),
-        "GPU": sum(model.num_replicas * model.num_gpus for model in models),
+        "GPU": sum(model.num_replicas * model.gpus for model in models),
     }
 
 

@@ -15,6 +15,8 @@ from ray.serve.handle import DeploymentHandle
 from s2t_models.engines.contract import (
     ContextOverflow,
     Draft,
+    EngineDied,
+    HasHealth,
     ModelCard,
     Routed,
     Sampling,
@@ -38,12 +40,18 @@ class EngineDeployment:
         keep_posted(board, self._engine)
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
-        """The engine's answer. A call that does not fit the context is answered with the exception as a value: Serve
-        writes a traceback to the log for every exception raised, and this one is the caller's affair."""
+        """The engine's answer. A call that does not fit the context, or whose engine has died, is answered with the
+        exception as a value: Serve writes a traceback to the log for every exception raised, and these are told the
+        caller, or by `check_health`."""
         try:
             return await getattr(self._engine, method)(*arguments)
-        except ContextOverflow as overflow:
-            return overflow
+        except (ContextOverflow, EngineDied) as told:
+            return told
+
+    async def check_health(self) -> None:
+        """Serve replaces the replica where this raises."""
+        if isinstance(self._engine, HasHealth):
+            await self._engine.check_health()
 
 
 class RemoteEngine:
@@ -89,6 +97,6 @@ class RemoteEngine:
 
     async def _call(self, method: str, *arguments: Any) -> Any:
         answer = await self._handle.call.remote(method, arguments)
-        if isinstance(answer, ContextOverflow):
+        if isinstance(answer, ContextOverflow | EngineDied):
             raise answer
         return answer

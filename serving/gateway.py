@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from s2t_models import chat
-from s2t_models.engines.contract import ContextOverflow, ModelCard
+from s2t_models.engines.contract import ContextOverflow, EngineDied, ModelCard
 from s2t_models.errors import one_line
 from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
@@ -47,7 +47,7 @@ async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:
         return _failed(error)
     except ContextOverflow as error:
         return _failed(api.ApiError(400, str(error), code="context_length_exceeded"))
-    except (RayActorError, DeploymentUnavailableError, BackPressureError):
+    except (RayActorError, DeploymentUnavailableError, BackPressureError, EngineDied):
         message = "an engine of this policy is not available just now; try again"
         return _failed(api.ApiError(503, message, kind="server_error", code="engine_unavailable"))
     except Exception as error:

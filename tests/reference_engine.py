@@ -11,12 +11,16 @@ import asyncio
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from made_up import provenance
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from s2t_models.artifact import Card, save
 from s2t_models.candidates import propose
 from s2t_models.engines.contract import (
     Capability,
@@ -37,7 +41,8 @@ from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.noise import uniforms
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
 from s2t_models.router import Router
-from s2t_models.settings import MultiplexSettings
+from s2t_models.settings import ModelSettings, MultiplexSettings
+from s2t_models.trigger import TriggerHead
 
 END = 0
 #: What the tiny pair can write: id i + 1 is character i. The ids above are unused, then come the reserved rows.
@@ -68,13 +73,13 @@ class TinyPair:
 
     slm: Qwen2ForCausalLM
     teacher: Qwen2ForCausalLM
-    head: torch.nn.Module
+    head: TriggerHead
 
 
 def tiny_pair() -> TinyPair:
     config = Qwen2Config(
         vocab_size=112,
-        hidden_size=32,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -95,8 +100,17 @@ def tiny_pair() -> TinyPair:
         with torch.no_grad():
             for weight in teacher.parameters():
                 weight.add_(torch.randn_like(weight) * weight.std().nan_to_num() * 0.12)
-        head = torch.nn.Sequential(torch.nn.Linear(32, 1), torch.nn.Flatten(0)).eval()
+        head = _linear_head(torch.nn.Linear(64, 1))
     return TinyPair(slm, teacher, head)
+
+
+def _linear_head(linear: torch.nn.Linear) -> TriggerHead:
+    """x as relu(x) - relu(-x)."""
+    head = TriggerHead(linear.in_features, 2).eval()
+    weights = {"first.weight": torch.cat([linear.weight, -linear.weight]), "second.weight": torch.tensor([[1.0, -1.0]])}
+    biases = {"first.bias": torch.cat([linear.bias, -linear.bias]), "second.bias": torch.zeros(1)}
+    head.load_state_dict(weights | biases)
+    return head
 
 
 class ReferenceEngine:
@@ -296,6 +310,46 @@ def torch_engines(pair: TinyPair, slots: int = 8) -> Iterator[Engines]:
     finally:
         for engine in running.values():
             engine.close()
+
+
+@contextmanager
+def vllm_engines(pair: TinyPair, folder: Path) -> Iterator[Engines]:
+    """The same behind vLLM engines, from what is saved in `folder`."""
+    from s2t_models.engines.vllm.load import start
+
+    reserved = Card(
+        reserved_ids=RESERVED,
+        bins=tuple(torch.linspace(0, 1, len(RESERVED)).tolist()),
+        temperature=0.1,
+        prior_weight=0.5,
+        trained_prior_weight=0.5,
+        thresholds={},
+        provenance=provenance(),
+    )
+    artifact = save(folder / "artifact", pair.slm, _NoTokenizer(), pair.head, reserved)
+    paths = {"slm": folder / "slm", "teacher": folder / "teacher", "s2t-local": artifact.folder / "model"}
+    pair.slm.save_pretrained(paths["slm"])
+    pair.teacher.save_pretrained(paths["teacher"])
+    running: dict[str, Any] = {}
+    try:
+        for name, path in paths.items():
+            settings = ModelSettings(
+                path=str(path), engine="vllm", device="cpu", dtype="float32", slots=16, context=512
+            )
+            more: tuple[Capability, ...] = ("select",) if name == "s2t-local" else ()
+            known = replace(card(name, *more), capabilities=frozenset({"entropy", "seeded_noise", *more}))
+            running[name] = start(settings, known, artifact.folder if more else None)
+        yield Engines(running, decode, encode)
+    finally:
+        for engine in running.values():
+            engine.close()
+
+
+class _NoTokenizer:
+    """The tiny pair's text is not read by any tokenizer."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        pass
 
 
 def run(policy: Policy, engines: Engines, request: Request) -> Decoded:

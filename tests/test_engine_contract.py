@@ -1,7 +1,7 @@
 """The engine contract, over every engine: what is promised is kept, and what a card lists is there.
 
-The same tests run over the plain reference engine of the tests and the torch engine, on one tiny random pair in
-float32.
+The same tests run over the plain reference engine of the tests, the torch engine and the vLLM engine, on one tiny
+random pair in float32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_engine import END, RESERVED, TinyPair, encode, reference_engines, run, tiny_pair, torch_engines
+from reference_engine import (
+    END,
+    RESERVED,
+    TinyPair,
+    encode,
+    reference_engines,
+    run,
+    tiny_pair,
+    torch_engines,
+    vllm_engines,
+)
 
 from s2t_models.engines.contract import ContextOverflow, Engine, FusedSelecting, Sampling, Selecting, Selection
 from s2t_models.policies.base import Engines, Request
@@ -45,12 +55,18 @@ def reference(pair: TinyPair) -> Engines:
     return reference_engines(pair)
 
 
-@pytest.fixture(scope="module", params=["reference", "torch"])
-def engines(request: pytest.FixtureRequest, pair: TinyPair, reference: Engines) -> Iterator[Engines]:
+@pytest.fixture(scope="module", params=["reference", "torch", "vllm"])
+def engines(
+    request: pytest.FixtureRequest, pair: TinyPair, reference: Engines, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engines]:
     if request.param == "reference":
         yield reference
-    else:
+    elif request.param == "torch":
         with torch_engines(pair) as running:
+            yield running
+    else:
+        pytest.importorskip("vllm", reason="vLLM is not installed: `make` installs its CPU build")
+        with vllm_engines(pair, tmp_path_factory.mktemp("vllm")) as running:
             yield running
 
 
@@ -158,12 +174,14 @@ def test_select_gives_the_reserved_rows_scores(engines, reference):
 
 
 @pytest.mark.parametrize("method", ["top_k", "multinomial"])
-def test_the_loop_over_generate_and_select_gives_the_fused_loops_text(engines, method):
-    """The one loop that any engine with "select" can run, against the engine's own fast path."""
+def test_the_loop_over_generate_and_select_gives_the_fused_loops_text(engines, reference, method):
+    """The one loop that any engine with "select" can run, against the engine's own fast path, or the reference's where
+    it has none."""
     local = engines["s2t-local"]
+    whole = local if isinstance(local, FusedSelecting) else reference["s2t-local"]
     selection = Selection(0.3, CandidateSettings(k=4, method=method), prior_weight=0.5, temperature=0.1, warmup=2)
     asked = Sampling(LENGTH, seed=3)
-    fused = together(lambda p: local.generate_selecting(p, asked, selection))
+    fused = together(lambda p: whole.generate_selecting(p, asked, selection))
     looped = together(lambda p: generate_selecting(local, p, asked, selection))
     rescues = 0
     for one, other in zip(fused, looped, strict=True):

@@ -247,7 +247,7 @@ def router_rows(engines: Engines) -> tuple[np.ndarray, np.ndarray]:
 
 def test_r2r_replaces_exactly_the_routed_tokens_by_the_teachers(pair, engines, reference):
     torch.manual_seed(0)
-    router = Router(RouterConfig(hidden=32, support=40, width=16, blocks=2)).eval()
+    router = Router(RouterConfig(hidden=64, support=40, width=16, blocks=2)).eval()
     start = len(PROMPT)
     greedy = run(SingleModel("greedy"), engines, Request(PROMPT, 24)).ids
     p = router.probabilities(asyncio.run(reference["slm"].features(PROMPT + greedy, start, 40)))
@@ -290,7 +290,7 @@ def test_labels_are_the_slms_tokens_that_lead_the_teacher_elsewhere(engines, ref
     assert not rows.labels_T[~differs].any()
     # What the router is shown is the SLM's token, not the teacher's that stands in the text.
     embedding = reference["slm"].model.get_input_embeddings().weight.detach().numpy()
-    np.testing.assert_allclose(rows.inputs_TF[:, 32:64], embedding[slm], atol=1e-6)
+    np.testing.assert_allclose(rows.inputs_TF[:, 64:128], embedding[slm], atol=1e-6)
     for context, own, other in seen:
         assert (context + own).startswith(decode(prompt))
         assert own != other
@@ -371,7 +371,7 @@ def test_router_trains_on_the_labels_of_a_pair(engines):
     if labels.all() or not labels.any():
         pytest.fail("the tiny pair gives labels of one kind only: choose another seed")
     inputs, labels = np.concatenate([inputs] * 4), np.concatenate([labels] * 4)
-    settings = RouterConfig(hidden=32, support=40, width=32, blocks=1)
+    settings = RouterConfig(hidden=64, support=40, width=32, blocks=1)
     router = train_router(inputs, labels, settings, RouterSettings(learning_rate=3e-3, epochs=30, batch=64))
     assert (router.probabilities(inputs)[labels == 1] >= router.settings.threshold).mean() >= 0.9
 

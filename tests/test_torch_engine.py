@@ -14,10 +14,10 @@ from s2t_models import loading
 from s2t_models.divergence import divergence
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling, Selection
+from s2t_models.engines.sampling import pick
 from s2t_models.engines.torch import engine as torch_engine
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.engines.torch.load import load
-from s2t_models.engines.sampling import pick
 from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
 from s2t_models.reserved import bins, free_rows, reserved_ids

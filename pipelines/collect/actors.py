@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from pipelines.data.schema import SHARD
 from s2t_models import chat, loading
 from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
-from s2t_models.engines.contract import ContextOverflow, Engine, Sampling
+from s2t_models.engines.contract import ContextOverflow, Engine, EngineDied, Sampling
 from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
@@ -180,6 +181,8 @@ async def _each(rows: list[Row], work: Callable[[Row], Awaitable[Row]]) -> list[
             reason = str(error)
         except ContextOverflow as error:
             reason = f"too long: {error}"
+        except EngineDied:
+            os._exit(1)  # as if it had died with its engine: Ray starts the actor again, and the batch with it
         except Exception as error:  # one row's fault is one row's error, counted and named at the end
             reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
         return row | {"entropy_T": None, "error": reason}

@@ -41,8 +41,8 @@ from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
 from s2t_models.recipe import Recipe
-from s2t_models.settings import ActorPool
-from serving import cluster
+from s2t_models.settings import ActorPool, ModelSettings
+from serving import cluster, placement
 from serving.store import use_store
 from serving.written import new_board, total
 
@@ -152,7 +152,11 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Path, rows: list[d
         collect = recipe.collect
         # One CPU more reads and writes, and one filters out what an earlier run has done.
         pools = [collect.rollout, collect.label]
-        cpus, gpus = (sum(getattr(pool, kind) * pool.actors for pool in pools) for kind in ("num_cpus", "num_gpus"))
+        models = [recipe.slm, recipe.teacher]
+        cpus = sum(pool.num_cpus * pool.actors for pool in pools)
+        gpus = sum(
+            placement.gpus(model, pool.num_gpus) * pool.actors for pool, model in zip(pools, models, strict=True)
+        )
         cluster.require(
             cpus + 2,
             gpus,
@@ -169,10 +173,10 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Path, rows: list[d
             dataset = dataset.repartition(target_num_rows_per_block=collect.rollout.batch)
             board = new_board()
             dataset = dataset.map_batches(
-                Rollouts, fn_constructor_args=(recipe, engines["slm"], board), **_pool(collect.rollout)
+                Rollouts, fn_constructor_args=(recipe, engines["slm"], board), **_pool(collect.rollout, recipe.slm)
             )
             dataset = dataset.map_batches(
-                Labels, fn_constructor_args=(recipe, engines["teacher"]), **_pool(collect.label)
+                Labels, fn_constructor_args=(recipe, engines["teacher"]), **_pool(collect.label, recipe.teacher)
             )
             with Progress("collect", "rows", len(rows), rows_done, lambda: total(board)):
                 dataset.write_datasink(ArrowSink(labelled))
@@ -185,13 +189,12 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Path, rows: list[d
     return committed(labelled, checkpoint)
 
 
-def _pool(stage: ActorPool) -> dict[str, Any]:
-    """Arguments of `map_batches` for a pool of actors."""
+def _pool(stage: ActorPool, model: ModelSettings) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of actors that hold an engine of `model`."""
     return {
         "compute": ActorPoolStrategy(size=stage.actors),
         "batch_size": stage.batch,
         "batch_format": "pyarrow",
-        "num_cpus": stage.num_cpus,
-        "num_gpus": stage.num_gpus,
         "udf_modifying_row_count": False,
+        **placement.actor_options(model, stage.num_cpus, stage.num_gpus),
     }

@@ -20,7 +20,7 @@ from pipelines.distil.runs import log_trained, show_link, training_run
 from pipelines.runtime import tracking
 from s2t_models import chat, loading
 from s2t_models.artifact import refuse_foreign, replacing
-from s2t_models.engines.load import load
+from s2t_models.engines.load import capabilities, load
 from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
 from s2t_models.policies import r2r_labels
@@ -94,6 +94,11 @@ def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
 
 
 def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: Provenance) -> str:
+    if "features" not in capabilities(pair(recipe)["slm"]):
+        raise DistilError(
+            f"{recipe.name}: the router learns from the SLM's hidden states, which a {recipe.slm.engine} engine does not "
+            "give; train it with --set slm.engine=torch"
+        )
     cluster.start()
     stage = recipe.collect.label
     cluster.require(stage.actors * stage.num_cpus, stage.actors * stage.num_gpus, f"{recipe.name}: router labels")

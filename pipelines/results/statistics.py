@@ -137,7 +137,7 @@ def sign_flip_p(differences: Sequence[int] | np.ndarray) -> float:
         # The sum of `number` signs times `size`: binomial, spread to steps of 2 * size.
         signs = np.zeros(2 * size * number + 1)
         signs[:: 2 * size] = binom.pmf(np.arange(number + 1), number, 0.5)
-        law = np.convolve(law, signs)
+        law = np.asarray(np.convolve(law, signs))
     centre = (len(law) - 1) // 2
     distance = np.abs(np.arange(len(law)) - centre)
     return float(min(1.0, law[distance >= abs(int(np.sum(differences)))].sum()))

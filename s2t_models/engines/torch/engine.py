@@ -32,9 +32,9 @@ from s2t_models.engines.contract import (
     Selected,
     Selection,
 )
+from s2t_models.engines.sampling import pick, support
 from s2t_models.engines.torch import calls, families
 from s2t_models.engines.torch.calls import Feed, Procedure, Step
-from s2t_models.engines.sampling import pick, support
 from s2t_models.engines.torch.slots import Query
 from s2t_models.noise import uniforms
 from s2t_models.reserved import bins as uniform_bins

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from vllm import SamplingParams, TokensPrompt
+from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -61,13 +61,27 @@ class VllmEngine:
     """The contract over one vLLM model; the card's masked ids are never generated. `artifact` is the folder of the
     S2T-Local artifact whose merged model this is. All calls raise EngineDied once vLLM's processes are gone."""
 
-    def __init__(self, llm: AsyncLLM, card: ModelCard, artifact: str | None = None) -> None:
-        self._llm, self._card = llm, card
+    def __init__(self, arguments: AsyncEngineArgs, card: ModelCard, artifact: str | None = None) -> None:
+        self._card = card
         self._check = Checks(card, has_selector=artifact is not None)
         self._artifact = artifact
         self._names = itertools.count()
-        self._prepared: asyncio.Future[Any] | None = None
         self.written = 0
+        # vLLM belongs to one event loop; ours can be called from any.
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"engine-{card.name}", daemon=True)
+        self._thread.start()
+        try:
+            self._llm = asyncio.run_coroutine_threadsafe(self._start(arguments), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
+
+    async def _start(self, arguments: AsyncEngineArgs) -> AsyncLLM:
+        llm = AsyncLLM.from_engine_args(arguments)
+        prepare = (list(self._card.masked_ids), self._card.end_ids[0], self._artifact)
+        await llm.collective_rpc("s2t_prepare", args=prepare)
+        return llm
 
     async def card(self) -> ModelCard:
         return self._card
@@ -97,9 +111,9 @@ class VllmEngine:
             triggered = Triggered(float(values[-1, 0]), column_ids[-1, shown], values[-1, shown])
         support = None
         if asked.support:
-            assert column_ids is not None and values is not None
-            shown = slice(LEADING, LEADING + asked.support)
-            steps = len(ids)
+            assert column_ids is not None
+            assert values is not None
+            shown, steps = slice(LEADING, LEADING + asked.support), len(ids)
             support = Support(column_ids[:steps, shown], values[:steps, shown], values[:steps, 1])
         usage = Usage(prefill=prefill, decode=len(ids), forwards=forwards)
         return Draft(ids, finish, usage, support, triggered)
@@ -127,25 +141,37 @@ class VllmEngine:
 
     async def check_health(self) -> None:
         """Raise EngineDied where vLLM's processes are gone."""
-        try:
-            await self._llm.check_health()
-        except EngineDeadError as error:
-            raise self._died() from error
+        if self._llm.errored:
+            raise self._died()
 
     def close(self) -> None:
         """End vLLM's processes; calls still running fail."""
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
+        self._end_loop()
+        del self._llm  # now: when Python ends, what its finaliser needs is gone
+
+    async def _end(self) -> None:
         self._llm.shutdown()
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     async def _run(self, prompt: list[int], asked: Asked, max_tokens: int, reads_cache: bool = True) -> _Answer:
         """One request, to its end. Cancelled, it frees its blocks."""
-        await self._prepare()
+        params = self._params(asked, max_tokens, reads_cache)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._request(prompt, params), self._loop))
+
+    async def _request(self, prompt: list[int], params: SamplingParams) -> _Answer:
         answer = _Answer()
+        name = f"{self._card.name}-{next(self._names)}"
         try:
-            async for output in self._llm.generate(
-                TokensPrompt(prompt_token_ids=prompt),
-                self._params(asked, max_tokens, reads_cache),
-                f"{self._card.name}-{next(self._names)}",
-            ):
+            async for output in self._llm.generate(TokensPrompt(prompt_token_ids=prompt), params, name):
                 self._add(answer, output)
         except EngineDeadError as error:
             raise self._died() from error
@@ -177,16 +203,6 @@ class VllmEngine:
         answer.cached = max(answer.cached, output.num_cached_tokens or 0)
         answer.label = output.prompt_logprobs or answer.label
         answer.finish = completion.finish_reason or answer.finish
-
-    async def _prepare(self) -> None:
-        """Once, before the first request: put S2T's part into the workers."""
-        if self._prepared is None:
-            arguments = (list(self._card.masked_ids), self._card.end_ids[0], self._artifact)
-            self._prepared = asyncio.ensure_future(self._llm.collective_rpc("s2t_prepare", args=arguments))
-        try:
-            await asyncio.shield(self._prepared)
-        except EngineDeadError as error:
-            raise self._died() from error
 
     def _died(self) -> EngineDied:
         return EngineDied(f"{self._card.name}: vLLM's engine process has ended; it is started again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 from s2t_models import loading
@@ -38,35 +39,42 @@ def load(hosted: Hosted) -> Engine:
     artifact = Artifact.load(hosted.artifact) if hosted.artifact else None
     settings = artifact.model(hosted.settings) if artifact else hosted.settings
     config = loading.load_config(settings)
-    context = settings.context or int(config.max_position_embeddings)
     vocabulary = int(config.vocab_size)
     reserved = artifact.card.reserved_ids if artifact else ()
-    os.environ.update(_ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if _on_cpu(settings):
-        os.environ["OMP_NUM_THREADS"] = str(max(1, int(settings.num_cpus)))
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    from s2t_models.engines.vllm.engine import VllmEngine
-
-    try:
-        llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**_arguments(settings, config, context)))
-    except Exception as error:  # of many kinds, from many places; what they say is what a user can act on
-        raise RecipeError(f"{hosted.name}: vLLM does not load {settings.path}: {one_line(error)}") from error
     card = ModelCard(
         name=hosted.name,
         weights=loading.weights_hash(settings),
         tokenizer=loading.tokenizer_hash(settings),
         vocabulary=vocabulary,
-        context=context,
+        context=settings.context or int(config.max_position_embeddings),
         end_ids=loading.end_ids(settings),
         masked_ids=tuple(sorted(row for row in {*hosted.masked_ids, *reserved} if row < vocabulary)),
         dtype=settings.dtype,
         engine="vllm",
         capabilities=capabilities(hosted),
     )
-    return VllmEngine(llm, card, str(artifact.folder) if artifact else None)
+    return start(settings, card, artifact.folder if artifact else None)
+
+
+def start(settings: ModelSettings, card: ModelCard, artifact: Path | None = None) -> Engine:
+    """Start vLLM's processes for the model of `settings`, known by `card`; it is that of the artifact in the folder
+    `artifact`, if one is given. Raises RecipeError as `load` does."""
+    if not card.end_ids:
+        raise RecipeError(f"{settings.path}: its configuration names no token that ends a text (eos_token_id)")
+    os.environ.update(_ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if _on_cpu(settings):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, int(settings.num_cpus)))
+    from vllm import AsyncEngineArgs
+
+    from s2t_models.engines.vllm.engine import VllmEngine
+
+    try:
+        return VllmEngine(
+            AsyncEngineArgs(**_arguments(settings, card.context)), card, str(artifact) if artifact else None
+        )
+    except Exception as error:  # of many kinds, from many places; what they say is what a user can act on
+        raise RecipeError(f"{card.name}: vLLM does not load {settings.path}: {one_line(error)}") from error
 
 
 def check(hosted: Hosted) -> None:
@@ -75,7 +83,8 @@ def check(hosted: Hosted) -> None:
     where = "teacher" if hosted.name == "teacher" else "slm"
     if importlib.util.find_spec("vllm") is None:
         raise RecipeError(
-            f"{where}.engine: vLLM is not installed here; `pip install select-to-think[vllm]`, or set {where}.engine=torch"
+            f"{where}.engine: vLLM is not installed here; `pip install -e .[vllm]` on a GPU machine, or set "
+            f"{where}.engine=torch"
         )
     if hosted.router:
         raise RecipeError(f"router.path: R2R's router runs on the torch engine alone; set {where}.engine=torch")
@@ -90,7 +99,7 @@ def _on_cpu(settings: ModelSettings) -> bool:
     return loading.device_of(settings) == "cpu"
 
 
-def _arguments(settings: ModelSettings, config: Any, context: int) -> dict[str, Any]:
+def _arguments(settings: ModelSettings, context: int) -> dict[str, Any]:
     """vLLM's engine arguments."""
     vllm = settings.vllm
     requests = vllm.max_num_seqs or settings.slots
@@ -103,6 +112,7 @@ def _arguments(settings: ModelSettings, config: Any, context: int) -> dict[str, 
         "max_logprobs": -1,
         "generation_config": "vllm",
         "load_format": "safetensors",
+        "use_tqdm_on_load": False,
         "quantization": vllm.quantisation,
         "tensor_parallel_size": vllm.tensor_parallel,
         "pipeline_parallel_size": vllm.pipeline_parallel,
@@ -118,15 +128,16 @@ def _arguments(settings: ModelSettings, config: Any, context: int) -> dict[str, 
         arguments |= {
             "block_size": CPU_BLOCK,
             "enforce_eager": True,  # compiling takes minutes, and gains little where the arithmetic is what takes time
-            "kv_cache_memory_bytes": _cache_bytes(settings, config, context, requests),
+            "kv_cache_memory_bytes": _cache_bytes(settings, context, requests),
         }
     else:
         arguments["gpu_memory_utilization"] = vllm.gpu_memory_utilisation
     return arguments | vllm.extra
 
 
-def _cache_bytes(settings: ModelSettings, config: Any, context: int, requests: int) -> int:
+def _cache_bytes(settings: ModelSettings, context: int, requests: int) -> int:
     """What `requests` whole contexts take."""
+    config: Any = loading.load_config(settings)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[settings.dtype]
     blocks = requests * (-(-(context + 1) // CPU_BLOCK) + 1)

@@ -103,7 +103,9 @@ class S2TSampler(Sampler):
 
     def _fire(self, selector: Selector, rows: list[Row], table: _Table) -> set[int]:
         """The requests that stop here, before this step."""
-        asking = [i for i, row in enumerate(rows) if isinstance(row.asked, Decoding) and row.asked.threshold is not None]
+        asking = [
+            i for i, row in enumerate(rows) if isinstance(row.asked, Decoding) and row.asked.threshold is not None
+        ]
         if not asking:
             return set()
         values = selector.head(self._hidden()[asking]).tolist()
@@ -139,9 +141,7 @@ class S2TSampler(Sampler):
         else:
             ids_BN, logprobs_BN = top(text_BV[looked], max(wanted.values()))
             entropies = [0.0] * len(looked)
-        for i, ids_N, logprobs_N, entropy in zip(
-            looked, ids_BN.tolist(), logprobs_BN.tolist(), entropies, strict=True
-        ):
+        for i, ids_N, logprobs_N, entropy in zip(looked, ids_BN.tolist(), logprobs_BN.tolist(), entropies, strict=True):
             ids = [int(i in fired), *ids_N[: wanted[i]]]
             table.put(i, 1, ids, [entropy, *logprobs_N[: wanted[i]]])
 

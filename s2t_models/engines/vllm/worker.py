@@ -74,9 +74,7 @@ class _Prepared:
             rows.append(Row(asked, first + len(request.output_token_ids)))
         return rows
 
-    def _label(
-        self, hidden_TH: torch.Tensor, scheduled: dict[str, int]
-    ) -> dict[str, LogprobsTensors | None]:
+    def _label(self, hidden_TH: torch.Tensor, scheduled: dict[str, int]) -> dict[str, LogprobsTensors | None]:
         """In the place of vLLM's prompt log-probabilities: those of the ids that each labelling asks for, from the
         positions of its prompt that were run in this step; whole once the prompt is."""
         answers: dict[str, LogprobsTensors | None] = {}

@@ -1,0 +1,67 @@
+"""What one engine takes of a Ray cluster: the same for a Serve replica and an actor of a collection.
+
+An engine on one GPU or none is one actor with its resources. One on several GPUs (vLLM, tensor or pipeline parallel) is
+an actor with a placement group, a bundle a GPU: vLLM starts its workers in the group that its actor is in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from s2t_models.settings import ModelSettings
+
+#: Bundles on as few nodes as can be: tensor parallelism wants one.
+STRATEGY = "PACK"
+
+
+def bundles(model: ModelSettings, num_cpus: float) -> list[dict[str, float]] | None:
+    """The placement group of an engine whose actor takes `num_cpus`; None where it needs none."""
+    if model.gpus <= 1 or model.engine == "torch":
+        return None
+    return [{"CPU": num_cpus, "GPU": 1.0}, *({"GPU": 1.0} for _ in range(int(model.gpus) - 1))]
+
+
+def replica_options(model: ModelSettings) -> dict[str, Any]:
+    """Arguments of `serve.deployment` for the replicas of an engine."""
+    group = bundles(model, model.num_cpus)
+    options: dict[str, Any] = {
+        # The GPUs of a group are the workers'.
+        "ray_actor_options": {"num_cpus": model.num_cpus, "num_gpus": 0 if group else model.gpus}
+    }
+    if group:
+        options |= {"placement_group_bundles": group, "placement_group_strategy": STRATEGY}
+    if model.max_replicas is None:
+        return options | {"num_replicas": model.num_replicas}
+    scaling = {
+        "min_replicas": model.num_replicas,
+        "max_replicas": model.max_replicas,
+        "target_ongoing_requests": model.slots,
+    }
+    return options | {"autoscaling_config": scaling}
+
+
+def actor_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> dict[str, Any]:
+    """Arguments of `map_batches` for actors that hold an engine, `num_gpus` of them for a torch engine."""
+    group = bundles(model, num_cpus)
+    if group is None:
+        return {"num_cpus": num_cpus, "num_gpus": num_gpus if model.engine == "torch" else model.gpus}
+    return {"num_cpus": num_cpus, "ray_remote_args_fn": _in_a_group_of_its_own(group)}
+
+
+def _in_a_group_of_its_own(group: list[dict[str, float]]) -> Callable[[], dict[str, Any]]:
+    def options() -> dict[str, Any]:
+        from ray.util import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        placed = placement_group(group, strategy=STRATEGY)
+        return {
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(placed, placement_group_capture_child_tasks=True)
+        }
+
+    return options
+
+
+def gpus(model: ModelSettings, num_gpus: float) -> float:
+    """GPUs that one actor with an engine takes in all, `num_gpus` for a torch engine."""
+    return num_gpus if model.engine == "torch" else model.gpus
