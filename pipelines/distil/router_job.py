@@ -96,8 +96,8 @@ def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
 def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: Provenance) -> str:
     if "features" not in capabilities(pair(recipe)["slm"]):
         raise DistilError(
-            f"{recipe.name}: the router learns from the SLM's hidden states, which a {recipe.slm.engine} engine does not "
-            "give; train it with --set slm.engine=torch"
+            f"{recipe.name}: the router learns from the SLM's hidden states, which a {recipe.slm.engine} engine "
+            "does not give; train it with --set slm.engine=torch"
         )
     cluster.start()
     stage = recipe.collect.label

@@ -34,7 +34,7 @@ from s2t_models.engines.contract import (
     Triggered,
     Usage,
 )
-from s2t_models.engines.vllm.requests import LEADING, Asked, Decoding, Labelling, Leaf, pack
+from s2t_models.engines.vllm.requests import LEADING, Asked, Decoding, Labelling, Leaf, as_they_were, pack
 
 #: Tokens of a running request that come at once: often enough to show progress, seldom enough to cost nothing.
 TOKENS_AT_ONCE = 16
@@ -52,8 +52,8 @@ class _Answer:
     finish: str | None = None
     label: Any = None
 
-    def columns(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        ids_TW = np.array(self.column_ids, dtype=np.int64).reshape(-1, count)
+    def columns(self, count: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+        ids_TW = as_they_were(np.array(self.column_ids, dtype=np.int64).reshape(-1, count), vocabulary)
         return ids_TW, np.array(self.column_values, dtype=np.float32).reshape(-1, count)
 
 
@@ -104,7 +104,7 @@ class VllmEngine:
     def _draft(self, answer: _Answer, prefix: list[int], asked: Decoding) -> Draft:
         prefill, forwards = len(prefix) - answer.cached, len(answer.ids)
         ids, finish, triggered = answer.ids, _FINISH[answer.finish], None
-        column_ids, values = answer.columns(asked.columns) if asked.columns else (None, None)
+        column_ids, values = answer.columns(asked.columns, self._card.vocabulary) if asked.columns else (None, None)
         if asked.threshold is not None and column_ids is not None and values is not None and column_ids[-1, 1]:
             ids, finish = ids[:-1], "trigger"
             shown = slice(LEADING, LEADING + asked.trigger_support)

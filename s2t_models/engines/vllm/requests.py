@@ -18,6 +18,17 @@ KEY = "s2t"
 LEADING = 2
 
 
+def told_apart(ids_BW: np.ndarray, vocabulary: int) -> np.ndarray:
+    """The ids of a table, in which none comes twice in a row: where vLLM joins two outputs of a request that its caller
+    was slow to take, it goes by way of a dictionary of each step, and columns of the same id would become one."""
+    return ids_BW + vocabulary * np.arange(ids_BW.shape[1])
+
+
+def as_they_were(ids_BW: np.ndarray, vocabulary: int) -> np.ndarray:
+    """What `told_apart` was given."""
+    return ids_BW % vocabulary
+
+
 @dataclass(frozen=True)
 class Decoding:
     """Decode as `contract.Sampling` says. The step is counted by the worker from `first_step`."""

@@ -17,7 +17,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
 from s2t_models.engines.sampling import pick, support, top
-from s2t_models.engines.vllm.requests import Decoding, Leaf
+from s2t_models.engines.vllm.requests import Decoding, Leaf, told_apart
 from s2t_models.noise import uniforms
 
 
@@ -84,7 +84,7 @@ class S2TSampler(Sampler):
         self._support(text_BV, fired, rows, table)
         return SamplerOutput(
             sampled_token_ids=torch.tensor(tokens, dtype=torch.int32, device=logits.device)[:, None],
-            logprobs_tensors=table.tensors(tokens),
+            logprobs_tensors=table.tensors(tokens, logits.shape[1]),
         )
 
     def _pick(self, text_BV: torch.Tensor, rows: list[Row]) -> list[int]:
@@ -158,11 +158,12 @@ class _Table:
         self._ids_BW[row, column:end] = torch.tensor(ids, dtype=torch.int32)
         self._values_BW[row, column:end] = torch.tensor(values)
 
-    def tensors(self, tokens: list[int]) -> LogprobsTensors | None:
+    def tensors(self, tokens: list[int], vocabulary: int) -> LogprobsTensors | None:
         if not self._values_BW.shape[1]:
             return None
         self._ids_BW[:, 0] = torch.tensor(tokens, dtype=torch.int32)
-        return LogprobsTensors(self._ids_BW, self._values_BW, torch.zeros(len(tokens), dtype=torch.int32))
+        ids_BW = torch.from_numpy(told_apart(self._ids_BW.numpy(), vocabulary)).int()
+        return LogprobsTensors(ids_BW, self._values_BW, torch.zeros(len(tokens), dtype=torch.int32))
 
 
 _GREEDY = Decoding(0, 0, 0.0, 1.0, 0, 0, None, 0, 0)
