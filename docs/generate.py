@@ -131,7 +131,7 @@ def _takes(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema["type"] == "array":
         return f"list of {_takes(schema['items'])}"
-    word = {"string": "text", "boolean": "true, false", "object": "name: path"}.get(schema["type"], schema["type"])
+    word = {"string": "text", "boolean": "true, false", "object": "name: value"}.get(schema["type"], schema["type"])
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     return f"{word} {', '.join(f'{sign} {schema[key]:g}' for key, sign in bounds.items() if key in schema)}".rstrip()
 

@@ -43,7 +43,7 @@ class ModelSettings(Settings):
     Served, it has `num_replicas`; with `max_replicas`, as many up to that as its load asks for."""
 
     path: str
-    engine: Literal["torch", "vllm"] = "torch"
+    engine: str = "torch"
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,7 +66,7 @@ class ModelSettings(Settings):
     @property
     def gpus(self) -> float:
         """GPUs that one engine takes."""
-        if self.engine == "torch":
+        if self.engine != "vllm":
             return self.num_gpus
         return 0 if self.device == "cpu" else self.vllm.tensor_parallel * self.vllm.pipeline_parallel
 

@@ -17,7 +17,7 @@ STRATEGY = "PACK"
 
 def bundles(model: ModelSettings, num_cpus: float) -> list[dict[str, float]] | None:
     """The placement group of an engine whose actor takes `num_cpus`; None where it needs none."""
-    if model.gpus <= 1 or model.engine == "torch":
+    if model.gpus <= 1 or model.engine != "vllm":
         return None
     return [{"CPU": num_cpus, "GPU": 1.0}, *({"GPU": 1.0} for _ in range(int(model.gpus) - 1))]
 
@@ -42,10 +42,10 @@ def replica_options(model: ModelSettings) -> dict[str, Any]:
 
 
 def actor_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> dict[str, Any]:
-    """Arguments of `map_batches` for actors that hold an engine, `num_gpus` of them for a torch engine."""
+    """Arguments of `map_batches` for actors that hold an engine, `num_gpus` each where it is not vLLM's."""
     group = bundles(model, num_cpus)
     if group is None:
-        return {"num_cpus": num_cpus, "num_gpus": num_gpus if model.engine == "torch" else model.gpus}
+        return {"num_cpus": num_cpus, "num_gpus": gpus(model, num_gpus)}
     return {"num_cpus": num_cpus, "ray_remote_args_fn": _in_a_group_of_its_own(group)}
 
 
@@ -63,5 +63,5 @@ def _in_a_group_of_its_own(group: list[dict[str, float]]) -> Callable[[], dict[s
 
 
 def gpus(model: ModelSettings, num_gpus: float) -> float:
-    """GPUs that one actor with an engine takes in all, `num_gpus` for a torch engine."""
-    return num_gpus if model.engine == "torch" else model.gpus
+    """GPUs that one actor with an engine takes in all, `num_gpus` where it is not vLLM's."""
+    return model.gpus if model.engine == "vllm" else num_gpus

@@ -15,7 +15,7 @@ from s2t_models.costs import ModelCost, training_cost
 from s2t_models.engines.torch.slots import Slots
 from s2t_models.loading import load_model
 from s2t_models.recipe import Recipe, load_recipe, shipped_recipes
-from s2t_models.settings import LoraSettings, ModelSettings
+from s2t_models.settings import ActorPool, LoraSettings, ModelSettings, VllmSettings
 from s2t_models.training.selector import Selector
 from s2t_models.training.tree_attention import Sight
 
@@ -129,6 +129,18 @@ def test_too_many_slots_are_named_and_the_number_proposed_is_the_most_that_fit(t
     assert 1 <= fitting < 64
     assert not changes(fitting)
     assert changes(fitting + 1)
+
+
+def test_a_vllm_teacher_that_does_not_fit_one_card_is_split_over_several(tmp_path):
+    teacher = {"engine": "vllm", "slots": 64, "context": 4096, "num_gpus": 0}
+    wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-32b", teacher=teacher, collect={"label": {}})
+    wanted = wanted.model_copy(update={"collect": wanted.collect.model_copy(update={"rollout": ActorPool(num_gpus=1)})})
+    (change,) = Plan(wanted, CARDS["h100"]).collect().changes(CARDS["h100"])
+    assert change == "teacher.vllm.tensor_parallel 1 -> 2"
+    split = wanted.teacher.model_copy(update={"vllm": VllmSettings(tensor_parallel=2)})
+    stage = Plan(wanted.model_copy(update={"teacher": split}), CARDS["h100"]).collect()
+    assert not stage.changes(CARDS["h100"])
+    assert [process.gpus for process in stage.processes] == [1, 2]
 
 
 @pytest.mark.parametrize("memory", [24, 10])

@@ -26,6 +26,8 @@ LEAST_MICRO_BATCH = 256
 ITEMS = 500
 #: Bytes a step in a shard beside its candidates, and a candidate: an id and two log-probabilities.
 STEP_BYTES, CANDIDATE_BYTES = 20, 12
+#: GPUs that tensor parallelism is planned for at most: those of one machine.
+MOST_PARALLEL = 8
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,11 @@ class Plan:
         self, name: str, role: str, batch: int, reads: int, settings: ModelSettings, count: int, gpus: float, key: str
     ) -> Process:
         """An engine that writes for `batch` calls at once and reads log-probabilities of `reads` tokens at once. Its
-        logits are in the model's precision; of a stretch of them float32 copies are made."""
+        logits are in the model's precision; of a stretch of them float32 copies are made. Of a vLLM engine on several
+        cards this is one card's part; quantised weights are counted whole."""
         cost = self.slm if role == "slm" else self.teacher
+        cards = max(settings.gpus, 1) if settings.engine == "vllm" else 1
+        gpus = settings.gpus if settings.engine == "vllm" else gpus
         width, layer = cost.vocabulary, cost.model.config
         wide = max(getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size, cost.head // width)
         tokens = max(TOKENS_A_FORWARD, cost.context) if reads else max(TOKENS_A_FORWARD, self.assumed.prompt)
@@ -117,15 +122,24 @@ class Plan:
         logits = max(batch * width * (itemsize + 12), reads * width * itemsize + min(reads, STRETCH) * width * 8)
         parts = {
             "overhead": self.card.overhead,
-            "weights": cost.weights,
-            "cache": cost.cache(settings.slots),
+            "weights": cost.weights / cards,
+            "cache": cost.cache(settings.slots) / cards,
             "forward": tokens * (3 * wide + 6 * layer.hidden_size) * itemsize,
             "logits": logits,
         }
 
         def change(room: float) -> str:
             rest = sum(parts.values()) - parts["cache"]
-            slots = int((room / (1 + SLACK) - rest) / cost.cache(1))
+            slots = int((room / (1 + SLACK) - rest) * cards / cost.cache(1))
+            if settings.engine == "vllm" and slots < settings.slots:
+                divided = parts["weights"] + parts["cache"]
+                spare = room / (1 + SLACK) - (sum(parts.values()) - divided)
+                parallel = settings.vllm.tensor_parallel
+                needed = parallel
+                while spare > 0 and divided * parallel / needed > spare and needed < MOST_PARALLEL:
+                    needed *= 2
+                if needed > parallel:
+                    return f"{role}.vllm.tensor_parallel {parallel} -> {needed}"
             if slots >= 1:
                 return f"{role}.slots {settings.slots} -> {slots}"
             least = (rest + cost.cache(1)) * (1 + SLACK) / GIB
@@ -224,7 +238,7 @@ class Plan:
             "teacher": f"reads {_count(read)} tokens, writes none",
             "disk while it runs": f"{written * (STEP_BYTES + collect.k * CANDIDATE_BYTES) / GIB:.2f} GiB",
         }
-        shared = not self.card.is_gpu or collect.rollout.num_gpus + collect.label.num_gpus <= 1
+        shared = not self.card.is_gpu or sum(process.gpus for process in processes) <= 1
         seconds = rolling + labelling if shared else max(rolling, labelling)
         return Stage("collect", processes, work, seconds, written * (STEP_BYTES + kept))
 

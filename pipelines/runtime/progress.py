@@ -57,6 +57,7 @@ class Progress:
             return
         since, self._shown = now - self._shown, now
         done, seconds = self.count(), now - self._begin
+        self._first = min(self._first, done)  # resumed from a checkpoint, the count goes back to it
         rate = (done - self._first) / seconds if seconds else 0.0
         per, period = (rate, "s") if rate >= 1 or not rate else (60 * rate, "min")
         text = f"{self.name}: {done}/{self.total} {self.unit}, {seconds:.0f} s, {per:.1f} {self.unit}/{period}"

@@ -1,0 +1,103 @@
+"""What engines take of a cluster, on a cluster of pretended GPUs: nobody reserves four and uses one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from s2t_models.recipe import RecipeError, load_recipe
+from s2t_models.settings import ModelSettings
+from serving.placement import actor_options, bundles, replica_options
+
+
+def vllm(**settings: object) -> ModelSettings:
+    return ModelSettings.model_validate({"path": "m", "engine": "vllm", "device": "cuda"} | settings)
+
+
+def test_a_parallel_engine_asks_for_a_bundle_a_gpu():
+    model = vllm(num_cpus=2, vllm={"tensor_parallel": 2, "pipeline_parallel": 2})
+    assert model.gpus == 4
+    options = replica_options(model)
+    assert options["placement_group_bundles"] == [{"CPU": 2, "GPU": 1}, {"GPU": 1}, {"GPU": 1}, {"GPU": 1}]
+    assert options["ray_actor_options"] == {"num_cpus": 2, "num_gpus": 0}
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus"),
+    [
+        (vllm(), 1),
+        (vllm(device="cpu"), 0),
+        (ModelSettings(path="m", num_gpus=0.5), 0.5),
+    ],
+)
+def test_an_engine_on_one_gpu_or_none_is_one_actor(model, gpus):
+    assert bundles(model, 1) is None
+    assert replica_options(model)["ray_actor_options"]["num_gpus"] == gpus
+    assert actor_options(model, 1.0, model.num_gpus)["num_gpus"] == gpus
+
+
+def test_replicas_scale_with_the_load_where_the_recipe_says_so():
+    options = replica_options(vllm(num_replicas=2, max_replicas=8, slots=16))
+    assert options["autoscaling_config"] == {"min_replicas": 2, "max_replicas": 8, "target_ongoing_requests": 16}
+    assert "num_replicas" not in options
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["slm.engine=vllm", "slm.num_gpus=1"], "num_gpus: leave it out with engine vllm"),
+        (["slm.engine=vllm", "collect.rollout.num_gpus=1"], "collect.rollout.num_gpus: leave it out"),
+        (["slm.num_replicas=3", "slm.max_replicas=2"], "max_replicas = 2 is below num_replicas = 3"),
+    ],
+)
+def test_resources_that_contradict_each_other_are_refused(recipe_path, settings, said):
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(recipe_path, settings)
+
+
+def test_serve_and_data_get_the_placement_groups_on_a_cluster_of_pretended_gpus():
+    """In a process and on a cluster of its own. The actors stand in for engines; Ray and its groups are real."""
+    script = textwrap.dedent("""
+        import json, ray
+        from ray import serve
+        from ray.data import ActorPoolStrategy
+        from ray.util import get_current_placement_group
+        from ray.util.placement_group import placement_group_table
+        from serving.placement import actor_options, replica_options
+        from s2t_models.settings import ModelSettings
+
+        ray.init(address="local", num_cpus=8, num_gpus=8, log_to_driver=False, logging_level="ERROR")
+        model = ModelSettings.model_validate(
+            {"path": "m", "engine": "vllm", "device": "cuda", "vllm": {"tensor_parallel": 4}}
+        )
+
+        def group():
+            table = placement_group_table(get_current_placement_group())
+            return sorted(bundle.get("GPU", 0) for bundle in table["bundles"].values()), table["state"]
+
+        @serve.deployment(**replica_options(model))
+        class Replica:
+            def __call__(self):
+                return group()
+
+        class Actor:
+            def __call__(self, batch):
+                return {"group": [json.dumps(group())]}
+
+        served = serve.run(Replica.bind()).remote().result()
+        free = ray.available_resources().get("GPU", 0)
+        serve.shutdown()
+        rows = ray.data.range(1).map_batches(
+            Actor, compute=ActorPoolStrategy(size=1), batch_size=1, **actor_options(model, 1.0, 0.0)
+        ).take_all()
+        print(json.dumps([served, free, json.loads(rows[0]["group"])]))
+    """)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    served, free, actor = json.loads(done.stdout.strip().splitlines()[-1])
+    assert served == actor == [[1, 1, 1, 1], "CREATED"]
+    assert free == 4
