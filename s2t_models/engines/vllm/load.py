@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 from s2t_models import loading
 from s2t_models.artifact import Artifact
+from s2t_models.commands import debugging
 from s2t_models.engines.contract import Engine, ModelCard
 from s2t_models.engines.load import capabilities
 from s2t_models.errors import one_line
@@ -61,20 +63,18 @@ def start(settings: ModelSettings, card: ModelCard, artifact: Path | None = None
     `artifact`, if one is given. Raises RecipeError as `load` does."""
     if not card.end_ids:
         raise RecipeError(f"{settings.path}: its configuration names no token that ends a text (eos_token_id)")
-    os.environ.update(_ENVIRONMENT)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if _on_cpu(settings):
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(settings.num_cpus)))
-    from vllm import AsyncEngineArgs
-
+    engine_arguments = _engine_arguments()
     from s2t_models.engines.vllm.engine import VllmEngine
 
     try:
-        return VllmEngine(
-            AsyncEngineArgs(**_arguments(settings, card.context)), card, str(artifact) if artifact else None
-        )
+        arguments = engine_arguments(**_arguments(settings, card.context))
+        return VllmEngine(arguments, card, str(artifact) if artifact else None)
     except Exception as error:  # of many kinds, from many places; what they say is what a user can act on
-        raise RecipeError(f"{card.name}: vLLM does not load {settings.path}: {one_line(error)}") from error
+        raise RecipeError(
+            f"{card.name}: vLLM does not load {settings.path}: {one_line(error)} (S2T_DEBUG=1 shows vLLM's own log)"
+        ) from error
 
 
 def check(hosted: Hosted) -> None:
@@ -88,11 +88,20 @@ def check(hosted: Hosted) -> None:
         )
     if hosted.router:
         raise RecipeError(f"router.path: R2R's router runs on the torch engine alone; set {where}.engine=torch")
-    from vllm import AsyncEngineArgs
-
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    known = {field.name for field in dataclasses.fields(_engine_arguments())}
     if unknown := sorted(hosted.settings.vllm.extra.keys() - known):
         raise RecipeError(f"{where}.vllm.extra: vLLM has no engine argument {', '.join(unknown)}")
+
+
+def _engine_arguments() -> Any:
+    """vLLM's class of engine arguments, imported without its warnings. What is set in the environment goes to its
+    processes too."""
+    os.environ.update(_ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debugging() else "ERROR")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from vllm import AsyncEngineArgs
+    return AsyncEngineArgs
 
 
 def _on_cpu(settings: ModelSettings) -> bool:
