@@ -42,8 +42,8 @@ TOKENS_AT_ONCE = 16
 
 @dataclass
 class _Answer:
-    """A finished request: its tokens, their columns (ids and values, [T, W] each, W 0 where none were asked for), and
-    for a labelling its rows."""
+    """What came of a request: its tokens, their columns (ids and values, [T, W] each, W 0 where none were asked for),
+    and for a labelling its rows."""
 
     ids: list[int] = field(default_factory=list)
     column_ids: list[int] = field(default_factory=list)
@@ -51,6 +51,17 @@ class _Answer:
     cached: int = 0
     finish: str | None = None
     label: Any = None
+
+    def add(self, output: Any) -> None:
+        """A further part of the request's output."""
+        completion = output.outputs[0]
+        self.ids += completion.token_ids
+        if completion.logprobs is not None:
+            self.column_ids += completion.logprobs.token_ids
+            self.column_values += completion.logprobs.logprobs
+        self.cached = max(self.cached, output.num_cached_tokens or 0)
+        self.label = output.prompt_logprobs or self.label
+        self.finish = completion.finish_reason or self.finish
 
     def columns(self, count: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
         ids_TW = as_they_were(np.array(self.column_ids, dtype=np.int64).reshape(-1, count), vocabulary)
@@ -120,6 +131,8 @@ class VllmEngine:
 
     async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
         self._check.scored(tokens, start, ids_TN)
+        if not ids_TN.size:
+            return Scores(ids_TN.astype(np.float32), np.empty(0, np.int64), Usage())
         asked = Labelling.of(start, ids_TN)
         # What lies past the last row is not read.
         prompt = tokens[: start + len(ids_TN) - 1]
@@ -165,14 +178,16 @@ class VllmEngine:
     async def _run(self, prompt: list[int], asked: Asked, max_tokens: int, reads_cache: bool = True) -> _Answer:
         """One request, to its end. Cancelled, it frees its blocks."""
         params = self._params(asked, max_tokens, reads_cache)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(self._request(prompt, params), self._loop))
+        running = self._request(prompt, params, writes=isinstance(asked, Decoding))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(running, self._loop))
 
-    async def _request(self, prompt: list[int], params: SamplingParams) -> _Answer:
+    async def _request(self, prompt: list[int], params: SamplingParams, writes: bool) -> _Answer:
         answer = _Answer()
         name = f"{self._card.name}-{next(self._names)}"
         try:
             async for output in self._llm.generate(TokensPrompt(prompt_token_ids=prompt), params, name):
-                self._add(answer, output)
+                answer.add(output)
+                self.written += len(output.outputs[0].token_ids) if writes else 0
         except EngineDeadError as error:
             raise self._died() from error
         return answer
@@ -192,17 +207,6 @@ class VllmEngine:
             stream_interval=TOKENS_AT_ONCE,
             extra_args=pack(asked),
         )
-
-    def _add(self, answer: _Answer, output: Any) -> None:
-        completion = output.outputs[0]
-        answer.ids += completion.token_ids
-        self.written += len(completion.token_ids)
-        if completion.logprobs is not None:
-            answer.column_ids += completion.logprobs.token_ids
-            answer.column_values += completion.logprobs.logprobs
-        answer.cached = max(answer.cached, output.num_cached_tokens or 0)
-        answer.label = output.prompt_logprobs or answer.label
-        answer.finish = completion.finish_reason or answer.finish
 
     def _died(self) -> EngineDied:
         return EngineDied(f"{self._card.name}: vLLM's engine process has ended; it is started again")
