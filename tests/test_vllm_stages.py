@@ -100,10 +100,12 @@ def test_a_served_vllm_engine_that_dies_is_replaced_and_no_call_hangs(
         assert [status for status, _ in asked_before] == [200] * len(bodies)
         texts = [body["choices"][0]["message"]["content"] for _, body in asked_before]
 
-        killer = threading.Thread(target=lambda: kill_an_engine(5))
+        killed: list[bool] = []
+        killer = threading.Thread(target=lambda: killed.append(kill_an_engine(5)))
         killer.start()
         during = asyncio.run(ask_all(url, bodies * 4))
         killer.join()
+        assert killed == [True]
         for (status, body), text in zip(during, texts * 4, strict=True):
             if status == 200:
                 assert body["choices"][0]["message"]["content"] == text
