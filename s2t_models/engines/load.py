@@ -8,11 +8,14 @@ Which engine runs a model is the key `engine` of that model in the recipe. A fur
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from s2t_models.engines.contract import Capability, Engine
+from s2t_models import loading
+from s2t_models.engines.contract import Capability, Engine, ModelCard
 from s2t_models.hosting import Hosted
 from s2t_models.recipe import RecipeError
+from s2t_models.settings import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,26 @@ def capabilities(hosted: Hosted) -> frozenset[Capability]:
     """What the engine will be able to do beyond the core, known before it is loaded."""
     of = kind(hosted)
     return of.plain | (of.artifact if hosted.artifact else frozenset()) | (of.router if hosted.router else frozenset())
+
+
+def card_of(
+    hosted: Hosted, settings: ModelSettings, reserved: Sequence[int], vocabulary: int, context: int
+) -> ModelCard:
+    """The card of an engine that runs the model of `settings`: the hosted one, or the merged one of its artifact, whose
+    `reserved` rows are masked too. A model need not have all rows that are masked in its pair."""
+    return ModelCard(
+        name=hosted.name,
+        weights=loading.weights_hash(settings),
+        tokenizer=loading.tokenizer_hash(settings),
+        vocabulary=vocabulary,
+        context=context,
+        end_ids=loading.end_ids(settings),
+        masked_ids=tuple(sorted(row for row in {*hosted.masked_ids, *reserved} if row < vocabulary)),
+        dtype=settings.dtype,
+        engine=hosted.settings.engine,
+        router=hosted.router_hash,
+        capabilities=capabilities(hosted),
+    )
 
 
 def check(hosted: Hosted) -> None:

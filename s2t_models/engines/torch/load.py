@@ -7,8 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from s2t_models import loading
 from s2t_models.artifact import Artifact
-from s2t_models.engines.contract import ModelCard
-from s2t_models.engines.load import capabilities
+from s2t_models.engines.load import card_of
 from s2t_models.engines.torch import families
 from s2t_models.engines.torch.engine import TorchEngine, context_setting
 from s2t_models.hosting import Hosted
@@ -22,20 +21,8 @@ def load(hosted: Hosted) -> TorchEngine:
     settings = artifact.model(hosted.settings) if artifact else hosted.settings
     model = loading.load_model(settings)
     reserved = artifact.card.reserved_ids if artifact else ()
-    # A model need not have all rows that are masked in its pair.
-    masked = tuple(sorted(row for row in {*hosted.masked_ids, *reserved} if row < model.config.vocab_size))
-    card = ModelCard(
-        name=hosted.name,
-        weights=loading.weights_hash(settings),
-        tokenizer=loading.tokenizer_hash(settings),
-        vocabulary=int(model.config.vocab_size),
-        context=settings.context or families.default_context(model),
-        end_ids=loading.end_ids(settings),
-        masked_ids=masked,
-        dtype=settings.dtype,
-        router=hosted.router_hash,
-        capabilities=capabilities(hosted),
-    )
+    context = settings.context or families.default_context(model)
+    card = card_of(hosted, settings, reserved, int(model.config.vocab_size), context)
     router = load_router(hosted.router) if hosted.router else None
     if artifact is None:
         return TorchEngine(model, card, settings.slots, router=router)

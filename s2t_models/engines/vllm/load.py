@@ -13,7 +13,7 @@ from s2t_models import loading
 from s2t_models.artifact import Artifact
 from s2t_models.commands import debugging
 from s2t_models.engines.contract import Engine, ModelCard
-from s2t_models.engines.load import capabilities
+from s2t_models.engines.load import card_of
 from s2t_models.errors import one_line
 from s2t_models.hosting import Hosted
 from s2t_models.recipe import RecipeError
@@ -41,20 +41,9 @@ def load(hosted: Hosted) -> Engine:
     artifact = Artifact.load(hosted.artifact) if hosted.artifact else None
     settings = artifact.model(hosted.settings) if artifact else hosted.settings
     config = loading.load_config(settings)
-    vocabulary = int(config.vocab_size)
     reserved = artifact.card.reserved_ids if artifact else ()
-    card = ModelCard(
-        name=hosted.name,
-        weights=loading.weights_hash(settings),
-        tokenizer=loading.tokenizer_hash(settings),
-        vocabulary=vocabulary,
-        context=settings.context or int(config.max_position_embeddings),
-        end_ids=loading.end_ids(settings),
-        masked_ids=tuple(sorted(row for row in {*hosted.masked_ids, *reserved} if row < vocabulary)),
-        dtype=settings.dtype,
-        engine="vllm",
-        capabilities=capabilities(hosted),
-    )
+    context = settings.context or int(config.max_position_embeddings)
+    card = card_of(hosted, settings, reserved, int(config.vocab_size), context)
     return start(settings, card, artifact.folder if artifact else None)
 
 
