@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -133,6 +133,12 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
         raise RecipeError(f"{settings.path}: holds no tokenizer; add its tokenizer.json")
     return tokenizer
+
+
+def decoder(settings: ModelSettings) -> Callable[[list[int]], str]:
+    """From token ids to text, without special tokens. Raises RecipeError as `load_tokenizer` does."""
+    tokenizer = load_tokenizer(settings)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def weights_hash(settings: ModelSettings) -> str:

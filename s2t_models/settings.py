@@ -296,6 +296,7 @@ class ServingSettings(Settings):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     gateway_replicas: Count = 1
+    max_waiting: Count = 64
 
 
 class BenchmarkSettings(Settings):

@@ -7,6 +7,8 @@ replica can serve any call. Neither knows of policies, text or HTTP.
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -23,12 +25,19 @@ from s2t_models.engines.contract import (
     Scores,
     Selected,
     Selection,
+    Tell,
+    Written,
 )
 from s2t_models.engines.load import load
+from s2t_models.engines.telling import told
 from s2t_models.hosting import Hosted
 from s2t_models.settings import MultiplexSettings
 from s2t_models.threads import use_threads
 from serving.written import keep_posted
+
+#: A streamed draft is told of this often at the most, in seconds: a reader sees no difference, and a message a token of
+#: a small model would cost more than the tokens.
+PART_EVERY_S = 0.02
 
 
 class EngineDeployment:
@@ -48,6 +57,16 @@ class EngineDeployment:
         except (ContextOverflow, EngineDied) as told:
             return told
 
+    async def stream(self, method: str, arguments: tuple[Any, ...]) -> AsyncGenerator[Any]:
+        """The parts of a draft as they are written, and the draft; exceptions as in `call`."""
+        decode = getattr(self._engine, method)
+        try:
+            async with aclosing(told(lambda tell: decode(*arguments, tell=tell), PART_EVERY_S)) as parts:
+                async for part in parts:
+                    yield part
+        except (ContextOverflow, EngineDied) as error:
+            yield error
+
     async def check_health(self) -> None:
         """Serve replaces the replica where this raises."""
         if isinstance(self._engine, HasHealth):
@@ -62,6 +81,7 @@ class RemoteEngine:
         # Over gRPC: for the many small calls of collaborative decoding, Serve's way through Ray's actor calls costs
         # more than what they compute (Takeover took 1.4 times as long).
         self._handle = handle.options(_by_reference=False)
+        self._streaming = self._handle.options(stream=True)
         # Serve's gRPC would take an `http_proxy` of the environment to the next replica; Ray's own gRPC never does.
         os.environ["grpc_proxy"] = ""  # noqa: SIM112
         self._card: ModelCard | None = None
@@ -71,20 +91,24 @@ class RemoteEngine:
             self._card = await self._call("card")
         return self._card
 
-    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
-        return await self._call("generate", prefix, sampling)
+    async def generate(self, prefix: list[int], sampling: Sampling, tell: Tell | None = None) -> Draft:
+        return await self._draft("generate", tell, prefix, sampling)
 
-    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
-        return await self._call("score", tokens, start, ids_TN)
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray, support: int = 0) -> Scores:
+        return await self._call("score", tokens, start, ids_TN, support)
 
     async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
         return await self._call("select", prefix, candidates_K)
 
-    async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
-        return await self._call("generate_selecting", prefix, sampling, selection)
+    async def generate_selecting(
+        self, prefix: list[int], sampling: Sampling, selection: Selection, tell: Tell | None = None
+    ) -> Draft:
+        return await self._draft("generate_selecting", tell, prefix, sampling, selection)
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft:
-        return await self._call("generate_multiplex", prefix, sampling, settings)
+    async def generate_multiplex(
+        self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings, tell: Tell | None = None
+    ) -> Draft:
+        return await self._draft("generate_multiplex", tell, prefix, sampling, settings)
 
     async def route(self, tokens: list[int], start: int) -> Routed:
         return await self._call("route", tokens, start)
@@ -95,8 +119,26 @@ class RemoteEngine:
     def close(self) -> None:
         """Nothing to free here: the engine ends with its deployment."""
 
+    async def _draft(self, method: str, tell: Tell | None, *arguments: Any) -> Draft:
+        if tell is None:
+            return await self._call(method, *arguments)
+        answer: Any = None
+        parts: Any = self._streaming.stream.remote(method, arguments)
+        try:
+            async for part in parts:
+                if isinstance(part, Written):
+                    tell(part)
+                else:
+                    answer = part
+        finally:
+            parts.cancel()
+        return _answered(answer)
+
     async def _call(self, method: str, *arguments: Any) -> Any:
-        answer = await self._handle.call.remote(method, arguments)
-        if isinstance(answer, ContextOverflow | EngineDied):
-            raise answer
-        return answer
+        return _answered(await self._handle.call.remote(method, arguments))
+
+
+def _answered(answer: Any) -> Any:
+    if isinstance(answer, ContextOverflow | EngineDied):
+        raise answer
+    return answer

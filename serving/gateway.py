@@ -4,17 +4,20 @@ It tokenises with the SLM's chat template, runs the policy over the engines' han
 holds no model. A client that goes away cancels its request: Serve cancels the handler and the engine calls under it.
 """
 
+import asyncio
 import dataclasses
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic_core import to_jsonable_python
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
@@ -23,14 +26,22 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from s2t_models import chat
-from s2t_models.engines.contract import ContextOverflow, EngineDied, ModelCard
+from s2t_models.engines.contract import ContextOverflow, EngineDied, ModelCard, Usage
 from s2t_models.errors import one_line
 from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
 from s2t_models.policies import PolicyError, base, lacking, offer
 from s2t_models.policies import policy as policy_named
+from serving import decoding, responses_answers
+from serving import openai_answers as answers
 from serving import openai_protocol as api
+from serving.admission import Admission, Busy
+from serving.decoding import Ended, Piece, StepLogprobs
 from serving.engine_deployment import RemoteEngine
+from serving.errors import ApiError, failed
+from serving.openai_answers import Answer, Written
+from serving.placement import places
+from serving.text import written_alone
 
 log = logging.getLogger("ray.serve")
 # `serve.ingress` pickles the app where it decorates the class, before this module is whole: routes see only names
@@ -39,29 +50,35 @@ app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None, openapi_ur
 
 
 async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:
-    """The answer, or the error in OpenAI's shape. This is the one place that catches everything: a failed request must
-    not be more to its client than a failed request."""
+    """The answer, or the error in OpenAI's shape."""
     try:
         answer = await handle()
-    except api.ApiError as error:
-        return _failed(error)
-    except ContextOverflow as error:
-        return _failed(api.ApiError(400, str(error), code="context_length_exceeded"))
-    except (RayActorError, DeploymentUnavailableError, BackPressureError, EngineDied):
-        message = "an engine of this policy is not available just now; try again"
-        return _failed(api.ApiError(503, message, kind="server_error", code="engine_unavailable"))
     except Exception as error:
-        log.exception("a request failed")
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        message = f"internal error: {type(cause).__name__}: {one_line(cause)}"
-        return _failed(api.ApiError(500, message, kind="server_error", code="internal_error"))
+        return failed(_as_api_error(error))
+    if isinstance(answer, Response):
+        return answer
     if isinstance(answer, dict):
         return JSONResponse(answer)
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-def _failed(error: api.ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status)
+def _as_api_error(error: Exception) -> ApiError:
+    """This is the one place that takes every error: a failed request must not be more to its client than a failed
+    request."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextOverflow):
+        return ApiError(400, str(error), code="context_length_exceeded")
+    if isinstance(error, Busy):
+        message = f"{error}; try again in {error.retry_after} s"
+        return ApiError(429, message, kind="overloaded", code="overloaded", retry_after=error.retry_after)
+    if isinstance(error, RayActorError | DeploymentUnavailableError | BackPressureError | EngineDied):
+        message = "an engine of this policy is not available just now; try again"
+        return ApiError(503, message, kind="server_error", code="engine_unavailable")
+    log.error("a request failed", exc_info=error)
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    message = f"internal error: {type(cause).__name__}: {one_line(cause)}"
+    return ApiError(500, message, kind="server_error", code="internal_error")
 
 
 @app.exception_handler(HTTPException)
@@ -69,9 +86,69 @@ async def no_such_route(request: Request, error: HTTPException) -> Response:
     """A path or method the gateway does not serve."""
     message = f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase.lower()}"
     code = "method_not_allowed" if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED else "unknown_url"
-    response = _failed(api.ApiError(error.status_code, message, code=code))
+    response = failed(ApiError(error.status_code, message, code=code))
     response.headers.update(error.headers or {})
     return response
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A request that is understood and fits: its choices are yet to be decoded."""
+
+    answer: Answer
+    choices: list[AsyncGenerator[Piece | Ended]]
+    top: int | None
+
+    def pieces(self) -> AsyncGenerator[Piece | Ended]:
+        """Of all choices, as they come."""
+        return decoding.merged(self.choices)
+
+    async def gathered(self) -> list[Written]:
+        written = [Written() for _ in self.choices]
+        async with aclosing(self.pieces()) as pieces:
+            async for piece in pieces:
+                written[piece.choice].add(piece)
+        return written
+
+
+async def _chunks(
+    job: Job, chunk: Callable[..., dict[str, Any]], kind: str, options: api.StreamOptions | None
+) -> AsyncGenerator[str]:
+    """The choices of a completion as server-sent events."""
+    written = [Written() for _ in job.choices]
+    async with aclosing(job.pieces()) as pieces:
+        begun = False
+        async for piece in pieces:
+            if not begun:
+                begun = True
+                for number in range(len(written)):
+                    yield answers.event(chunk(job.answer, number, job.top, None))
+            written[piece.choice].add(piece)
+            if isinstance(piece, Ended):
+                yield answers.event(chunk(job.answer, piece.choice, job.top, written[piece.choice].reason))
+            elif piece.text or piece.logprobs or job.answer.shown(piece):
+                yield answers.event(chunk(job.answer, piece.choice, job.top, piece))
+    if options is not None and options.include_usage:
+        yield answers.event(answers.usage_chunk(job.answer, kind, written))
+    yield answers.DONE
+
+
+async def _streamed(events: AsyncGenerator[str]) -> StreamingResponse:
+    """The events as a response, which begins with the first of them: what fails before it is answered as an error,
+    what fails later is the last event."""
+    first = await anext(events)
+
+    async def body() -> AsyncGenerator[str]:
+        yield first
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+        except Exception as error:
+            yield answers.event(_as_api_error(error).body())
+            yield answers.DONE
+
+    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 @serve.ingress(app)
@@ -85,12 +162,12 @@ class Gateway:
         self._hosting = hosting
         self._recipe = hosting.recipe
         self._tokenizer = load_tokenizer(hosting.tokenizer)
+        self._longest_token = max(len(token) for token in self._tokenizer.get_vocab())
+        self._word = lru_cache(maxsize=2**16)(partial(written_alone, self._tokenizer))
         self._remote = {name: RemoteEngine(handle) for name, handle in engines.items()}
-        self._engines = base.Engines(
-            by_name={**self._remote},
-            decode=self._text,
-            encode=lambda text: chat.encode(self._tokenizer, text),
-        )
+        gateways = self._recipe.serving.gateway_replicas
+        room = {name: max(1, places(hosted.settings) // gateways) for name, hosted in hosting.engines.items()}
+        self._admission = Admission(room, self._recipe.serving.max_waiting)
         self._policies, self._refused = offer(hosting)
         self._started = int(time.time())
 
@@ -111,6 +188,10 @@ class Gateway:
     async def chat(self, request: Request) -> Response:
         return await _answered(lambda: self._chat(request))
 
+    @app.post("/v1/responses")
+    async def responses(self, request: Request) -> Response:
+        return await _answered(lambda: self._responses(request))
+
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         return await _answered(lambda: self._completions(request))
@@ -121,15 +202,19 @@ class Gateway:
             "status": "ok",
             "recipe": self._recipe.name,
             "digest": self._hosting.digest,
-            "engines": {name: to_jsonable_python(card) for name, card in cards.items()},
+            # In one order: a benchmark keeps its answers by what is said here.
+            "engines": {
+                name: to_jsonable_python(card) | {"capabilities": sorted(card.capabilities)}
+                for name, card in cards.items()
+            },
         }
 
-    async def _models(self) -> api.ModelList:
+    async def _models(self) -> answers.ModelList:
         entries = [await self._entry(policy) for policy in self._policies.values()]
-        return api.ModelList(data=entries, unavailable=self._refused)
+        return answers.ModelList(data=entries, unavailable=self._refused)
 
-    async def _entry(self, policy: base.Policy) -> api.ModelEntry:
-        return api.ModelEntry(
+    async def _entry(self, policy: base.Policy) -> answers.ModelEntry:
+        return answers.ModelEntry(
             id=policy.name,
             created=self._started,
             kind=policy.kind,
@@ -144,85 +229,125 @@ class Gateway:
             ),
         )
 
-    async def _chat(self, http: Request) -> api.ChatResponse:
+    async def _chat(self, http: Request) -> Any:
         request = api.read(api.ChatRequest, await http.body())
-        policy = self._policy(request.model)
-        messages = [{"role": message.role, "content": message.text()} for message in request.messages]
-        try:
-            prompt = chat.prompt_ids(self._tokenizer, messages)
-        except chat.ChatError as error:
-            raise api.ApiError(400, f"messages: {error}", param="messages", code="invalid_value") from None
-        texts, reasons, usage, s2t = await self._decode(policy, request, prompt, "messages")
-        return api.ChatResponse(
-            id=f"chatcmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=policy.name,
-            choices=[
-                api.ChatChoice(index=i, message={"role": "assistant", "content": text}, finish_reason=reason)
-                for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-            ],
-            usage=usage,
-            s2t=s2t,
-        )
+        job = await self._conversation(request, [message.plain() for message in request.messages], "messages")
+        if request.stream:
+            return await _streamed(_chunks(job, answers.chat_chunk, "chat.completion.chunk", request.stream_options))
+        return answers.chat_response(job.answer, await job.gathered(), job.top)
 
-    async def _completions(self, http: Request) -> api.CompletionResponse:
+    async def _responses(self, http: Request) -> Any:
+        request = api.read(api.ResponsesRequest, await http.body())
+        job = await self._conversation(request, request.messages, "input")
+        if request.stream:
+            return await _streamed(responses_answers.events(job.answer, job.pieces()))
+        (written,) = await job.gathered()
+        return responses_answers.response(job.answer, written)
+
+    async def _conversation(self, request: api.Decoded, messages: list[dict[str, str]], field: str) -> Job:
+        policy = self._policy(request.model)
+        self._admission.check()
+        characters = sum(len(message["content"]) for message in messages)
+        prompt = await self._tokenised(policy, field, characters, chat.prompt_ids, messages)
+        return await self._job(policy, request, [prompt], field)
+
+    async def _completions(self, http: Request) -> Any:
         request = api.read(api.CompletionRequest, await http.body())
         policy = self._policy(request.model)
-        prompt = request.prompt if isinstance(request.prompt, list) else self._begun(request.prompt)
-        if not prompt:
-            raise api.ApiError(400, "prompt: it is empty", param="prompt", code="invalid_value")
-        if not all(0 <= token < len(self._tokenizer) for token in prompt):
-            message = f"prompt: a token id lies outside the vocabulary, 0 to {len(self._tokenizer) - 1}"
-            raise api.ApiError(400, message, param="prompt", code="invalid_value")
-        texts, reasons, usage, s2t = await self._decode(policy, request, prompt, "prompt")
-        return api.CompletionResponse(
-            id=f"cmpl-{uuid.uuid4().hex}",
-            created=int(time.time()),
-            model=policy.name,
-            choices=[
-                api.CompletionChoice(index=i, text=text, finish_reason=reason)
-                for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-            ],
-            usage=usage,
-            s2t=s2t,
-        )
-
-    async def _decode(
-        self, policy: base.Policy, request: api.CompletionSettings, prompt: list[int], field: str
-    ) -> tuple[list[str], list[api.FinishReason], api.TokenUsage, api.S2T]:
-        """Run the policy once a choice, with seeds that follow each other: from the request's, or from one drawn for
-        it."""
-        limit = await self._limit(policy, len(prompt), request.limit(), field)
-        seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-        began = time.perf_counter()
-        requests = [
-            base.Request(prompt, limit, seed + choice, request.temperature, request.top_p, tuple(request.s2t.options))
-            for choice in range(request.n or 1)
+        self._admission.check()
+        special = request.add_special_tokens is not False
+        prompts = [
+            await self._tokenised(policy, "prompt", len(prompt), chat.encode, prompt, special)
+            if isinstance(prompt, str)
+            else prompt
+            for prompt in request.prompts
         ]
-        decoded = await base.all_of(base.gather(policy.decode(self._engines, one)) for one in requests)
-        seconds = time.perf_counter() - began
+        for prompt in prompts:
+            self._check_ids(prompt)
+        job = await self._job(policy, request, prompts, "prompt", echoed=request.prompts if request.echo else None)
+        if request.stream:
+            return await _streamed(_chunks(job, answers.completion_chunk, "text_completion", request.stream_options))
+        return answers.completion_response(job.answer, await job.gathered(), job.top)
 
-        texts: list[str] = []
-        reasons: list[api.FinishReason] = []
-        for choice in decoded:
-            text, stopped = api.truncate(self._text(choice.ids), request.stops())
-            texts.append(text)
-            reasons.append("stop" if stopped else api.FINISH_REASONS[choice.finish])
-        completion = sum(len(choice.ids) for choice in decoded)
-        usage = api.TokenUsage(
-            prompt_tokens=len(prompt), completion_tokens=completion, total_tokens=len(prompt) + completion
+    async def _job(
+        self,
+        policy: base.Policy,
+        request: api.Decoded,
+        prompts: list[list[int]],
+        field: str,
+        echoed: list[str] | list[list[int]] | None = None,
+    ) -> Job:
+        """The request's choices, n for each prompt, with seeds that follow each other: from the request's, or from one
+        drawn for it. `echoed` are the prompts as they were sent, where they shall come before the answers."""
+        top = request.support
+        if top is not None and policy.scored_by is None:
+            shown = [name for name, known in self._policies.items() if known.scored_by is not None]
+            message = f"logprobs: {policy.name} has none, for no one model writes its text; {', '.join(shown)} have"
+            raise ApiError(400, message, param="logprobs", code="invalid_value")
+        cards = await self._cards(policy)
+        limits = [await self._limit(policy, len(prompt), request.limit, field) for prompt in prompts]
+        drawn = request.seed is None or request.seed < 0
+        seed = secrets.randbelow(2**32) if drawn else request.seed
+        assert seed is not None
+        identity = uuid.uuid4().hex
+        engines = base.Engines(
+            by_name={**self._remote},
+            decode=self._text,
+            encode=partial(chat.encode, self._tokenizer),
+            place=partial(self._admission.place, identity),
         )
-        s2t = api.S2T(
-            usage=api.usage_by_engine([choice.usage for choice in decoded]),
-            seed=seed,
-            seconds=seconds,
-            models={name: card.weights for name, card in (await self._cards(policy)).items()},
-            samples=[self._text(ids) for choice in decoded for ids in choice.samples],
-            decisions=api.as_decisions(decoded[0].decisions) if request.s2t.decisions else None,
-            spans=api.as_spans(decoded[0].spans) if request.s2t.decisions else None,
-            ids=decoded[0].ids if request.s2t.decisions else None,
+        choices = []
+        for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+            for j in range(request.n_each):
+                one = base.Request(
+                    prompt,
+                    limit,
+                    seed + j,
+                    temperature=request.temperature,
+                    top_p=request.top_p,
+                    top_k=None if request.top_k is None else max(0, request.top_k),
+                    min_p=request.min_p,
+                    stop=request.stops,
+                    options=tuple(request.s2t.options),
+                    support=0 if top is None else max(top, 1),
+                    live=bool(request.stream),
+                )
+                number = i * request.n_each + j
+                choices.append(self._choice(number, policy, engines, one, top, echoed[i] if echoed else None))
+        models = {name: card.weights for name, card in cards.items()}
+        answer = Answer(
+            policy.name, sum(map(len, prompts)), seed, models, self._word, request.s2t.decisions, id=identity
         )
-        return texts, reasons, usage, s2t
+        return Job(answer, choices, top)
+
+    async def _choice(
+        self,
+        number: int,
+        policy: base.Policy,
+        engines: base.Engines,
+        request: base.Request,
+        top: int | None,
+        echo: str | list[int] | None,
+    ) -> AsyncGenerator[Piece | Ended]:
+        """The prompt where it is echoed, with its log-probabilities, then what is decoded."""
+        scored: dict[str, Usage] = {}
+        if echo is not None:
+            logprobs: list[StepLogprobs] = []
+            if top is not None and policy.scored_by is not None:
+                async with engines.place([policy.scored_by]):
+                    logprobs, usage = await decoding.prompt_logprobs(engines[policy.scored_by], request.prompt, top)
+                scored = {policy.scored_by: usage}
+            text = echo if isinstance(echo, str) else str(self._tokenizer.decode(echo))
+            yield Piece(number, text, logprobs=logprobs)
+        if not request.max_tokens:
+            yield Ended(number, "length", scored, [])
+            return
+        async with aclosing(decoding.choice(number, policy, engines, self._tokenizer, request, top)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Ended):
+                    for name, usage in scored.items():
+                        piece.usage[name] = piece.usage.get(name, Usage()) + usage
+                yield piece
 
     async def _limit(self, policy: base.Policy, prompt: int, asked: int | None, field: str) -> int:
         """The tokens to decode. Raises ApiError (400) where they do not fit every engine's context."""
@@ -233,7 +358,7 @@ class Gateway:
                 f"{field}: this model's context is {context} tokens; the prompt has {prompt} and the answer may take "
                 f"{wanted}; shorten one of them"
             )
-            raise api.ApiError(400, message, param=field, code="context_length_exceeded")
+            raise ApiError(400, message, param=field, code="context_length_exceeded")
         return context - prompt if asked is None else asked
 
     async def _cards(self, policy: base.Policy) -> dict[str, ModelCard]:
@@ -252,14 +377,29 @@ class Gateway:
             reason = str(error).split("; there are:")[0]
         if reason is not None:
             message = f"model: {reason}; models here: {', '.join(self._policies)}"
-            raise api.ApiError(404, message, param="model", code="model_not_found")
+            raise ApiError(404, message, param="model", code="model_not_found")
         return found
 
-    def _begun(self, prompt: str) -> list[int]:
+    async def _tokenised(
+        self, policy: base.Policy, field: str, characters: int, tokenise: Callable[..., list[int]], *arguments: Any
+    ) -> list[int]:
+        """The prompt's ids, made off the event loop. What cannot fit the context is refused unread: a token has so many
+        characters at the most."""
+        context = await self._context(policy)
+        if characters > context * self._longest_token:
+            message = f"{field}: {characters} characters do not fit this model's context of {context} tokens"
+            raise ApiError(400, message, param=field, code="context_length_exceeded")
         try:
-            return chat.encode(self._tokenizer, prompt, special=True)
+            return await asyncio.to_thread(tokenise, self._tokenizer, *arguments)
         except chat.ChatError as error:
-            raise api.ApiError(400, f"prompt: {error}", param="prompt", code="invalid_value") from None
+            raise ApiError(400, f"{field}: {error}", param=field, code="invalid_value") from None
+
+    def _check_ids(self, prompt: list[int]) -> None:
+        if not prompt:
+            raise ApiError(400, "prompt: it is empty", param="prompt", code="invalid_value")
+        if not all(0 <= token < len(self._tokenizer) for token in prompt):
+            message = f"prompt: a token id lies outside the vocabulary, 0 to {len(self._tokenizer) - 1}"
+            raise ApiError(400, message, param="prompt", code="invalid_value")
 
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

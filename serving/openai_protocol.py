@@ -1,213 +1,299 @@
-"""The OpenAI API's requests, responses and errors as this project serves them: chat and text completions, no streaming.
+"""The OpenAI API's requests as this project reads them, and its errors.
 
-Unknown fields and wrong types are refused by name, so that nothing a client asks for is silently ignored. The
-extension object `s2t` carries what a policy did and what it cost. This module knows nothing of policies or engines.
+What changes nothing passes: fields left at their defaults, empty lists of tools, a replayed message's empty parts. What
+would change the answer and cannot be done here is refused by name, so that nothing a client asks for is silently
+ignored. This module knows nothing of policies or engines.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 
-from s2t_models.engines.contract import Decision, Finish, Usage
-from s2t_models.policies.base import Span
+from serving.errors import ApiError
 
-Zero = Annotated[float, Field(ge=0, le=0)]
-FinishReason = Literal["stop", "length"]
-FINISH_REASONS: dict[Finish, FinishReason] = {"end": "stop", "length": "length"}
-
-
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
-
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+#: Choices of one request at most, and prompts of one.
+MOST_CHOICES = 128
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def _only(*values: Any) -> Any:
+    """A field that is taken where it is null or one of the values, all of which ask for nothing."""
+
+    def check(value: Any) -> Any:
+        for known in (None, *values):
+            if value == known and isinstance(value, bool) == isinstance(known, bool):
+                return value
+        shown = " or ".join("null" if known is None else repr(known).lower() for known in (*values, None))
+        raise ValueError(f"not supported here; leave it out, or send {shown}")
+
+    return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *values]})]
+
+
 class Extension(Body):
-    """`decisions`: the answer's `s2t` object shall hold decisions, spans and token ids beside the costs (n = 1 only).
-    `options`: the texts of a multiple choice's options A, B, ...; a policy that votes then votes by letter."""
+    """`decisions`: the answer's `s2t` object shall hold decisions, spans, tokens and token ids beside the costs (one
+    choice only). `options`: the texts of a multiple choice's options A, B, ...; a policy that votes then votes by
+    letter."""
 
     decisions: bool = False
     options: list[str] = Field([], max_length=26)
 
 
 class TextPart(Body):
-    type: Literal["text"]
+    type: Literal["text", "input_text", "output_text"]
     text: str
+    annotations: _only([]) = None  # type: ignore[valid-type]
+    logprobs: _only([]) = None  # type: ignore[valid-type]
 
 
 class Message(Body):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    """A message of a chat, also as OpenAI's clients replay the answers they were given."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
     name: str | None = None
+    tool_call_id: str | None = None
+    refusal: _only() = None  # type: ignore[valid-type]
+    annotations: _only([]) = None  # type: ignore[valid-type]
+    audio: _only() = None  # type: ignore[valid-type]
+    function_call: _only() = None  # type: ignore[valid-type]
+    tool_calls: _only([]) = None  # type: ignore[valid-type]
 
     def text(self) -> str:
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    def plain(self) -> dict[str, str]:
+        """The message for a chat template."""
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text()}
 
 
 class StreamOptions(Body):
     include_usage: bool = False
+    include_obfuscation: bool | None = None
 
 
-class CompletionSettings(Body):
-    """What chat and text completions share. `temperature` and `top_p` left out: the policy's own. Penalties are
-    accepted where they ask for nothing."""
+class Decoded(Body):
+    """What every request that decodes may say. `temperature`, `top_p`, `top_k` and `min_p` left out are the
+    policy's own, and so is the seed a fresh one."""
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    n: int | None = Field(None, ge=1, le=128)
-    stop: str | list[str] | None = None
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=-1, lt=2**63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    presence_penalty: Zero | None = None
-    frequency_penalty: Zero | None = None
     user: str | None = None
+    metadata: dict[str, Any] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: _only("auto", "default") = None  # type: ignore[valid-type]
     s2t: Extension = Extension()
 
+    @property
+    def n_each(self) -> int:
+        """Choices for each prompt."""
+        return 1
+
+    @property
     def limit(self) -> int | None:
         """The tokens asked for; None: as many as fit the context."""
+        raise NotImplementedError
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def support(self) -> int | None:
+        """How many of the most probable tokens to show at each step; None: no log-probabilities."""
+        return None
+
+
+class CompletionSettings(Decoded):
+    """What chat and text completions share."""
+
+    max_tokens: int | None = Field(None, ge=0)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    stop: str | list[str] | None = None
+    store: _only(False) = None  # type: ignore[valid-type]
+    presence_penalty: _only(0) = None  # type: ignore[valid-type]
+    frequency_penalty: _only(0) = None  # type: ignore[valid-type]
+    repetition_penalty: _only(1) = None  # type: ignore[valid-type]
+    length_penalty: _only(1) = None  # type: ignore[valid-type]
+    logit_bias: _only({}) = None  # type: ignore[valid-type]
+    ignore_eos: _only(False) = None  # type: ignore[valid-type]
+    min_tokens: _only(0) = None  # type: ignore[valid-type]
+    skip_special_tokens: _only(True) = None  # type: ignore[valid-type]
+    use_beam_search: _only(False) = None  # type: ignore[valid-type]
+    response_format: _only({"type": "text"}) = None  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _one_choice_with_decisions(self) -> CompletionSettings:
+        if self.s2t.decisions and self.choices > 1:
+            raise ValueError("s2t.decisions: reported for one choice only; send one prompt and n = 1")
+        return self
+
+    @property
+    def n_each(self) -> int:
+        return self.n or 1
+
+    @property
+    def choices(self) -> int:
+        """Of all prompts together."""
+        return self.n_each
+
+    @property
+    def limit(self) -> int | None:
         return self.max_tokens
 
-    def stops(self) -> list[str]:
+    @property
+    def stops(self) -> tuple[str, ...]:
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [stop for stop in stops if stop]
+        return tuple(stop for stop in stops if stop)
 
 
 class ChatRequest(CompletionSettings):
     messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: _only([]) = None  # type: ignore[valid-type]
+    tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = None
+    functions: _only([]) = None  # type: ignore[valid-type]
+    function_call: _only("none", "auto") = None  # type: ignore[valid-type]
+    modalities: _only(["text"]) = None  # type: ignore[valid-type]
+    reasoning_effort: _only("none") = None  # type: ignore[valid-type]
+    add_generation_prompt: _only(True) = None  # type: ignore[valid-type]
+    continue_final_message: _only(False) = None  # type: ignore[valid-type]
+    echo: _only(False) = None  # type: ignore[valid-type]
 
+    @property
     def limit(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
+    @property
+    def support(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: send logprobs: true with it")
+        return self
+
 
 class CompletionRequest(CompletionSettings):
-    """A text, or the prompt's token ids; 16 tokens unless told otherwise, as in OpenAI's API."""
+    """One prompt or several, each a text or its token ids; 16 tokens unless told otherwise, as in OpenAI's API. With
+    `echo` the prompt comes before the answer; with `max_tokens` 0 nothing is written, and the prompt is scored."""
 
-    prompt: str | list[int]
+    prompt: str | list[int] | list[str] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    add_special_tokens: bool | None = None
+    suffix: _only("") = None  # type: ignore[valid-type]
+    best_of: _only(1) = None  # type: ignore[valid-type]
 
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return self.prompt  # type: ignore[return-value]
+
+    @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.n_each
+
+    @property
     def limit(self) -> int | None:
         return 16 if self.max_tokens is None else self.max_tokens
 
+    @property
+    def support(self) -> int | None:
+        return self.logprobs
 
-R = TypeVar("R", bound=CompletionSettings)
-
-
-class TokenUsage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class S2T(BaseModel):
-    """What the policy did. `usage` is each engine's cost summed over the choices, `seed` the first choice's (with it
-    the same request gives the same answer), `seconds` the wall-clock time spent decoding, `models` the sha256 of each
-    engine's weights, `samples` the texts voted over (maj@n), `spans` the output's [source, tokens] in order, `ids` its
-    token ids."""
-
-    usage: dict[str, dict[str, int]]
-    seed: int
-    seconds: float
-    models: dict[str, str]
-    samples: list[str] = []
-    decisions: list[dict[str, Any]] | None = None
-    spans: list[tuple[str, int]] | None = None
-    ids: list[int] | None = None
+    @model_validator(mode="after")
+    def _few_choices(self) -> CompletionRequest:
+        if not self.prompts:
+            raise ValueError("prompt: it is empty")
+        if self.choices > MOST_CHOICES:
+            raise ValueError(f"prompt: {self.choices} choices, prompts times n; at most {MOST_CHOICES}")
+        return self
 
 
-class ChatChoice(BaseModel):
-    index: int
-    message: dict[str, str]
-    finish_reason: FinishReason
-    logprobs: None = None
+class InputMessage(Body):
+    """A message of the Responses API's input."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    id: str | None = None
+    status: str | None = None
+
+    def plain(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    finish_reason: FinishReason
-    logprobs: None = None
+class TextFormat(Body):
+    format: _only({"type": "text"}) = None  # type: ignore[valid-type]
+    verbosity: _only("medium") = None  # type: ignore[valid-type]
 
 
-class ChatResponse(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: TokenUsage
-    s2t: S2T
+class ResponsesRequest(Decoded):
+    """The Responses API, text only. Nothing is stored, whatever `store` says: a conversation is sent whole."""
+
+    input: str | Annotated[list[InputMessage], Field(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    text: TextFormat | None = None
+    store: bool | None = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    tools: _only([]) = None  # type: ignore[valid-type]
+    tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
+    parallel_tool_calls: bool | None = None
+    max_tool_calls: int | None = None
+    truncation: _only("disabled") = None  # type: ignore[valid-type]
+    background: _only(False) = None  # type: ignore[valid-type]
+    reasoning: _only({}, {"effort": "none"}) = None  # type: ignore[valid-type]
+    top_logprobs: _only(0) = None  # type: ignore[valid-type]
+    previous_response_id: _only() = None  # type: ignore[valid-type]
+    conversation: _only() = None  # type: ignore[valid-type]
+    prompt: _only() = None  # type: ignore[valid-type]
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_output_tokens
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as a chat."""
+        head = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        if isinstance(self.input, str):
+            return [*head, {"role": "user", "content": self.input}]
+        return [*head, *(message.plain() for message in self.input)]
 
 
-class CompletionResponse(BaseModel):
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: TokenUsage
-    s2t: S2T
-
-
-class ModelEntry(BaseModel):
-    """A policy as a model. `kind` is its name without K and budget; these and `votes` are null where they mean nothing
-    to it. `needs` names the engines it calls, `context` counts the tokens of prompt and answer, and `settings` are all
-    that decide what it writes beside the weights: thresholds, candidates, sampling."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "s2t"
-    kind: str
-    k: int | None
-    budget: float | None
-    votes: int | None
-    needs: list[str]
-    context: int
-    settings: dict[str, Any]
-
-
-class ModelList(BaseModel):
-    """`unavailable` says of each policy that is not offered here why."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelEntry]
-    unavailable: dict[str, str] = {}
+R = TypeVar("R", bound=Body)
 
 
 def read(kind: type[R], body: bytes) -> R:
     """The request in an HTTP body. Raises ApiError (400) naming the field that is wrong."""
     try:
-        request = kind.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         raise _refusal(error) from None
-    if request.stream:
-        raise ApiError(400, "stream: streaming is not supported yet; leave it out or send false", param="stream")
-    if request.s2t.decisions and (request.n or 1) > 1:
-        raise ApiError(400, "s2t.decisions: reported for one choice only; send n = 1", param="s2t.decisions")
-    return request
 
 
 def _refusal(error: ValidationError) -> ApiError:
@@ -218,6 +304,10 @@ def _refusal(error: ValidationError) -> ApiError:
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {problem['ctx']['error']}", code="invalid_json")
     field = _field(problem["loc"])
+    if problem["type"] == "value_error":
+        reason = str(problem["ctx"]["error"])  # a check of several fields names them itself
+        named = field or reason.partition(":")[0]
+        return ApiError(400, f"{field}: {reason}" if field else reason, param=named, code="invalid_value")
     if not field:
         return ApiError(400, "the body is not a JSON object", code="invalid_json")
     if problem["type"] == "extra_forbidden":
@@ -233,26 +323,3 @@ def _field(location: tuple[int | str, ...]) -> str:
     """`messages.0.content` of pydantic's location, which also names the union member tried ("str", "list[int]")."""
     first, rest = location[:1], location[1:]
     return ".".join(str(part) for part in (*first, *(p for p in rest if p != "str" and not str(p).startswith("list["))))
-
-
-def truncate(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The text up to the first stop string in it, and whether there was one."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (text[: min(found)], True) if found else (text, False)
-
-
-def usage_by_engine(usages: list[dict[str, Usage]]) -> dict[str, dict[str, int]]:
-    """Each engine's costs, summed over the choices."""
-    total: dict[str, Usage] = {}
-    for usage in usages:
-        for engine, cost in usage.items():
-            total[engine] = total.get(engine, Usage()) + cost
-    return {engine: asdict(cost) for engine, cost in total.items()}
-
-
-def as_decisions(decisions: list[Decision]) -> list[dict[str, Any]]:
-    return [asdict(decision) for decision in decisions]
-
-
-def as_spans(spans: list[Span]) -> list[tuple[str, int]]:
-    return [(span.source, len(span.ids)) for span in spans]

@@ -41,6 +41,12 @@ def replica_options(model: ModelSettings) -> dict[str, Any]:
     return options | {"autoscaling_config": scaling}
 
 
+def places(model: ModelSettings) -> int:
+    """How many decodes the engine's replicas hold at once, all together."""
+    held = (model.vllm.max_num_seqs if model.engine == "vllm" else None) or model.slots
+    return held * (model.max_replicas or model.num_replicas)
+
+
 def actor_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> dict[str, Any]:
     """Arguments of `map_batches` for actors that hold an engine, `num_gpus` each where it is not vLLM's."""
     group = bundles(model, num_cpus)

@@ -34,8 +34,10 @@ from s2t_models.engines.contract import (
     Selected,
     Selection,
     Support,
+    Tell,
     Triggered,
     Usage,
+    Written,
 )
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.noise import uniforms
@@ -153,20 +155,28 @@ class ReferenceEngine:
     def close(self) -> None:
         self._known.clear()
 
-    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
+    async def generate(self, prefix: list[int], sampling: Sampling, tell: Tell | None = None) -> Draft:
         self._count("generate")
         if len(prefix) + sampling.max_tokens > self._card.context:
             raise ContextOverflow("the prefix and what is to be generated do not fit")
-        return self._generate(prefix, sampling, None)
+        return self._told(self._generate(prefix, sampling, None), tell)
 
-    async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
+    async def generate_selecting(
+        self, prefix: list[int], sampling: Sampling, selection: Selection, tell: Tell | None = None
+    ) -> Draft:
         self._count("generate_selecting")
-        return self._generate(prefix, sampling, selection)
+        return self._told(self._generate(prefix, sampling, selection), tell)
+
+    def _told(self, draft: Draft, tell: Tell | None) -> Draft:
+        if tell is not None and draft.ids:
+            tell(Written(draft.ids, draft.support, draft.decisions))
+        return draft
 
     def _generate(self, prefix: list[int], sampling: Sampling, selection: Selection | None) -> Draft:
         ids: list[int] = []
         rows, decisions, usage, triggered = [], [], Usage(prefill=len(prefix)), None
-        while len(ids) < sampling.max_tokens and ids[-1:] != [END]:
+        before = prefix[len(prefix) - sampling.first_step :]
+        while len(ids) < sampling.max_tokens and ids[-1:] != [END] and not self._stopped(before + ids, sampling.stop):
             step = sampling.first_step + len(ids)
             hidden_H, _ = self.after(prefix + ids)
             logprobs_V = self.logprobs(prefix + ids)
@@ -192,8 +202,12 @@ class ReferenceEngine:
         if sampling.support:
             columns = list(zip(*rows, strict=True)) or [np.empty((0, sampling.support))] * 2 + [np.empty(0)]
             support = Support(*(np.array(column) for column in columns))
-        finish = "trigger" if triggered else "end" if ids[-1] == END else "length"
+        stopped = "stop" if self._stopped(before + ids, sampling.stop) else "length"
+        finish = "trigger" if triggered else "end" if ids[-1] == END else stopped
         return Draft(ids, finish, usage, support, triggered, decisions)
+
+    def _stopped(self, output: list[int], stop: tuple[str, ...]) -> bool:
+        return any(text in decode(output) for text in stop)
 
     def _select(self, state, logprobs_V, top_N, step, value, selection, sampling) -> Decision:
         settings, logprobs_N = selection.candidates, logprobs_V[top_N].numpy()
@@ -205,7 +219,9 @@ class ReferenceEngine:
         best = candidates[int(np.argmax(total))]
         return Decision(step, value, candidates, logprobs_N[chosen].tolist(), scores, total.tolist(), best)
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, multiplex: MultiplexSettings) -> Draft:
+    async def generate_multiplex(
+        self, prefix: list[int], sampling: Sampling, multiplex: MultiplexSettings, tell: Tell | None = None
+    ) -> Draft:
         self._count("generate_multiplex")
         embed = self.model.get_input_embeddings()
         inputs = [embed(torch.tensor(token)) for token in prefix]
@@ -230,15 +246,20 @@ class ReferenceEngine:
             mean = ((weights / weights.sum())[:, None] * embed(torch.tensor(drawn))).sum(0)
             ids.append(drawn[0])
             inputs.append(mean.float())
-        return Draft(ids, "end" if ids[-1] == END else "length", Usage(len(prefix), len(ids), 0, len(ids)))
+        draft = Draft(ids, "end" if ids[-1] == END else "length", Usage(len(prefix), len(ids), 0, len(ids)))
+        return self._told(draft, tell)
 
-    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray, support: int = 0) -> Scores:
         self._count("score")
         assert 1 <= start <= start + len(ids_TN) - 1 <= len(tokens)
         rows = [self.logprobs(tokens[: start + t]) for t in range(len(ids_TN))]
         logprobs_TN = np.stack([row[torch.from_numpy(ids)].numpy() for row, ids in zip(rows, ids_TN, strict=True)])
         argmax_T = np.array([int(row.argmax()) for row in rows])
-        return Scores(logprobs_TN, argmax_T, Usage(prefill=len(ids_TN), forwards=1))
+        best = [row.topk(support) for row in rows]
+        top = Support(
+            *(torch.stack(column).numpy() for column in ([b.indices for b in best], [b.values for b in best]))
+        )
+        return Scores(logprobs_TN, argmax_T, Usage(prefill=len(ids_TN), forwards=1), top if support else None)
 
     async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
         self._count("select")
@@ -279,6 +300,8 @@ def draw(logprobs_V: torch.Tensor, sampling: Sampling, u: float) -> int:
             break
         kept.append(token)
         mass += float(p_V[token]) / total
+    kept = [token for token in kept if p_V[token] >= sampling.min_p * p_V[kept[0]]]
+    mass = sum(float(p_V[token]) / total for token in kept)
     below = 0.0
     for token in kept:
         below += float(p_V[token]) / total
@@ -299,10 +322,15 @@ def reference_engines(pair: TinyPair, *local: Capability) -> Engines:
 def torch_engines(pair: TinyPair, slots: int = 8) -> Iterator[Engines]:
     """The same behind torch engines, on copies: an engine changes its model's attention."""
     running = {
-        "slm": TorchEngine(copy.deepcopy(pair.slm), card("slm"), slots),
-        "teacher": TorchEngine(copy.deepcopy(pair.teacher), card("teacher"), slots),
+        "slm": TorchEngine(copy.deepcopy(pair.slm), card("slm"), slots, decode=decode),
+        "teacher": TorchEngine(copy.deepcopy(pair.teacher), card("teacher"), slots, decode=decode),
         "s2t-local": TorchEngine(
-            copy.deepcopy(pair.slm), card("s2t-local", "select", "fused_select"), slots, pair.head, RESERVED
+            copy.deepcopy(pair.slm),
+            card("s2t-local", "select", "fused_select"),
+            slots,
+            pair.head,
+            RESERVED,
+            decode=decode,
         ),
     }
     try:
@@ -338,7 +366,7 @@ def vllm_engines(pair: TinyPair, folder: Path) -> Iterator[Engines]:
             )
             more: tuple[Capability, ...] = ("select",) if name == "s2t-local" else ()
             known = replace(card(name, *more), capabilities=frozenset({"entropy", "seeded_noise", *more}))
-            running[name] = start(settings, known, artifact.folder if more else None)
+            running[name] = start(settings, known, artifact.folder if more else None, decode)
         yield Engines(running, decode, encode)
     finally:
         for engine in running.values():

@@ -17,6 +17,7 @@ from reference_engine import (
     END,
     RESERVED,
     TinyPair,
+    decode,
     encode,
     reference_engines,
     run,
@@ -26,6 +27,7 @@ from reference_engine import (
 )
 
 from s2t_models.engines.contract import ContextOverflow, Engine, FusedSelecting, Sampling, Selecting, Selection
+from s2t_models.engines.telling import joined, told
 from s2t_models.policies.base import Engines, Request
 from s2t_models.policies.local import Local, generate_selecting
 from s2t_models.policies.multiplex import MultiplexEngine
@@ -125,6 +127,107 @@ def test_score_gives_log_probabilities_and_the_argmax_along_a_text(engines, refe
         logprobs_V = reference["teacher"].logprobs(tokens[: start + t])
         np.testing.assert_allclose(scores.logprobs_TN[t], logprobs_V[ids_TN[t]], atol=1e-4)
         assert scores.argmax_T[t] == int(logprobs_V.argmax())
+    assert scores.support is None
+    shown = asyncio.run(engines["teacher"].score(tokens, start, ids_TN, support=6))
+    np.testing.assert_allclose(shown.logprobs_TN, scores.logprobs_TN, atol=1e-5)
+    for t in range(5):
+        logprobs_V = reference["teacher"].logprobs(tokens[: start + t])
+        np.testing.assert_allclose(shown.support.logprobs_TN[t], logprobs_V.topk(6).values, atol=1e-4)
+        np.testing.assert_allclose(shown.support.logprobs_TN[t], logprobs_V[shown.support.ids_TN[t]], atol=1e-4)
+
+
+def test_the_parts_that_are_told_make_up_the_draft(engines):
+    asked = Sampling(LENGTH, support=3, temperature=0.7, seed=2)
+
+    async def parts_of(prompt: list[int]) -> list[Any]:
+        return [part async for part in told(lambda tell: engines["slm"].generate(prompt, asked, tell))]
+
+    for prompt, (*parts, draft) in zip(PROMPTS, together(parts_of), strict=True):
+        assert draft.ids == asyncio.run(engines["slm"].generate(prompt, asked)).ids
+        whole = joined(parts)
+        assert whole.ids == draft.ids
+        np.testing.assert_array_equal(whole.support.ids_TN, draft.supported.ids_TN)
+        np.testing.assert_allclose(whole.support.logprobs_TN, draft.supported.logprobs_TN)
+        np.testing.assert_allclose(whole.support.entropy_T, draft.supported.entropy_T)
+
+
+def test_what_triggers_is_not_told_as_text(engines):
+    local, stopped = engines["s2t-local"], 0
+    asked = Sampling(LENGTH, trigger_threshold=0.3, trigger_warmup=2)
+
+    async def parts_of(prompt: list[int]) -> list[Any]:
+        return [part async for part in told(lambda tell: local.generate(prompt, asked, tell))]
+
+    for *parts, draft in together(parts_of):
+        assert [token for part in parts for token in part.ids] == draft.ids
+        stopped += draft.finish == "trigger"
+    assert stopped > 2
+
+
+def test_the_loop_tells_its_tokens_and_decisions(engines):
+    local = engines["s2t-local"]
+    selection = Selection(0.3, CandidateSettings(k=4), prior_weight=0.5, warmup=2)
+    asked = Sampling(LENGTH, seed=3)
+
+    async def parts_of(prompt: list[int]) -> list[Any]:
+        if isinstance(local, FusedSelecting):
+            return [part async for part in told(lambda tell: local.generate_selecting(prompt, asked, selection, tell))]
+        return [
+            part async for part in told(lambda tell: generate_selecting(local, prompt, asked, selection, decode, tell))
+        ]
+
+    for *parts, draft in together(parts_of):
+        whole = joined(parts)
+        assert (whole.ids, whole.decisions) == (draft.ids, draft.decisions)
+    assert draft.decisions
+
+
+def test_a_caller_that_goes_away_ends_the_call(engines):
+    """The engine is free for the next call at once, and nothing is told any more."""
+
+    async def leave() -> list[int]:
+        parts = told(lambda tell: engines["slm"].generate(PROMPTS[0], Sampling(400, temperature=1.0, seed=1), tell))
+        async for part in parts:
+            first = part.ids
+            break
+        await parts.aclose()
+        await engines["slm"].generate(PROMPTS[1], Sampling(4))
+        return first
+
+    assert asyncio.run(leave())
+
+
+def test_a_draft_ends_with_the_token_that_completes_a_stop_text(engines):
+    stopped = 0
+    for prompt, whole in zip(PROMPTS, together(lambda p: engines["slm"].generate(p, Sampling(LENGTH))), strict=True):
+        text = decode(whole.ids)
+        if len(text) < 8:
+            continue
+        stop, never = text[4:7], "~never~"
+        end = text.index(stop) + 3
+        draft = asyncio.run(engines["slm"].generate(prompt, Sampling(LENGTH, stop=(never, stop))))
+        assert (draft.ids, draft.finish) == (whole.ids[:end], "stop")
+        assert draft.usage.decode == end
+        # The output may have begun in the prefix.
+        began = end - 2
+        rest = Sampling(LENGTH - began, stop=(stop,), first_step=began)
+        draft = asyncio.run(engines["slm"].generate(prompt + whole.ids[:began], rest))
+        assert (draft.ids, draft.finish) == (whole.ids[began:end], "stop")
+        # What stands in the prompt alone stops nothing.
+        draft = asyncio.run(engines["slm"].generate(prompt, Sampling(3, stop=(decode(prompt)[-2:] + text[0],))))
+        assert draft.finish != "stop"
+        stopped += 1
+    assert stopped > 3
+
+
+def test_min_p_and_top_k_leave_out_what_is_less_probable(engines, reference):
+    asked = Sampling(LENGTH, temperature=1.5, top_k=12, min_p=0.2, seed=6)
+    for ours, theirs in zip(
+        together(lambda p: engines["slm"].generate(p, asked)),
+        together(lambda p: reference["slm"].generate(p, asked)),
+        strict=True,
+    ):
+        assert ours.ids == theirs.ids
 
 
 def test_noise_depends_on_seed_and_step_alone(engines):
@@ -182,7 +285,7 @@ def test_the_loop_over_generate_and_select_gives_the_fused_loops_text(engines, r
     selection = Selection(0.3, CandidateSettings(k=4, method=method), prior_weight=0.5, temperature=0.1, warmup=2)
     asked = Sampling(LENGTH, seed=3)
     fused = together(lambda p: whole.generate_selecting(p, asked, selection))
-    looped = together(lambda p: generate_selecting(local, p, asked, selection))
+    looped = together(lambda p: generate_selecting(local, p, asked, selection, decode))
     rescues = 0
     for one, other in zip(fused, looped, strict=True):
         assert (one.ids, one.finish) == (other.ids, other.finish)

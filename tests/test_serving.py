@@ -159,6 +159,10 @@ def test_a_stop_string_ends_the_text(client):
     answer = ask(client, chat(stop=["never in it", stop]))
     assert text(answer) == whole[: whole.index(stop)]
     assert answer["choices"][0]["finish_reason"] == "stop"
+    # Decoding stops with the token that completes it.
+    written = answer["usage"]["completion_tokens"]
+    assert answer["s2t"]["usage"]["slm"]["decode"] == written < LONG
+    assert ask(client, chat(stop=stop, max_tokens=written - 1))["choices"][0]["finish_reason"] == "length"
 
 
 def test_completions_take_a_text_or_token_ids(client, tokenizer):
@@ -182,8 +186,17 @@ def test_the_openai_client(endpoint: str):
     assert answer.usage.completion_tokens == 5
     with pytest.raises(openai.NotFoundError, match="models here: greedy"):
         client.chat.completions.create(model="gpt", messages=messages)
-    with pytest.raises(openai.BadRequestError, match="streaming is not supported"):
-        client.chat.completions.create(model="greedy", messages=messages, stream=True)
+    stream = client.chat.completions.create(
+        model="greedy", messages=messages, max_tokens=5, stream=True, stream_options={"include_usage": True}
+    )
+    *chunks, last = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == answer.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == answer.choices[0].finish_reason
+    assert last.usage == answer.usage
+    replayed = [*messages, answer.choices[0].message, {"role": "user", "content": "And then?"}]
+    assert client.chat.completions.create(model="greedy", messages=replayed, max_tokens=2).usage
+    assert client.chat.completions.parse(model="llm", messages=messages, stop=".").choices[0].message.content
 
 
 def test_health_and_models_say_what_is_served(client, endpoint: str):
@@ -203,20 +216,23 @@ def test_health_and_models_say_what_is_served(client, endpoint: str):
     [
         (chat(model="nope"), 404, "model", "model_not_found", "models here: greedy, sample"),
         (chat(model="s2t@0.33"), 404, "model", "model_not_found", "no kl threshold for budget 0.33"),
-        (chat(stream=True), 400, "stream", None, "not supported yet"),
-        (chat(tools=[]), 400, "tools", "unknown_parameter", "unsupported"),
+        (chat(tools=[{"type": "function"}]), 400, "tools", "invalid_value", "not supported here"),
+        (chat(response_format={"type": "json_object"}), 400, "response_format", "invalid_value", "not supported"),
+        (chat(presence_penalty=0.5), 400, "presence_penalty", "invalid_value", "leave it out, or send 0"),
+        (chat(model="s2t", logprobs=True), 400, "logprobs", "invalid_value", "greedy, sample, llm, llm-sample, kd"),
+        (chat(top_logprobs=2), 400, "top_logprobs", "invalid_value", "send logprobs: true"),
         (chat(max_tokens="5"), 400, "max_tokens", "invalid_value", "valid integer"),
         (chat(max_tokens=0), 400, "max_tokens", "invalid_value", "greater than or equal to 1"),
         (chat(temperature="hot"), 400, "temperature", "invalid_value", "valid number"),
         (chat(top_p=1.5), 400, "top_p", "invalid_value", "less than or equal to 1"),
-        (chat(seed=-1), 400, "seed", "invalid_value", "greater than or equal to 0"),
+        (chat(seed=-2), 400, "seed", "invalid_value", "greater than or equal to -1"),
         (chat(stop=5), 400, "stop", "invalid_value", "valid string or a valid array"),
         (chat(messages="hello"), 400, "messages", "invalid_value", "valid array"),
         (chat(messages=[]), 400, "messages", "invalid_value", "at least 1 item"),
         (chat(messages=[{"role": "boss", "content": "x"}]), 400, "messages.0.role", "invalid_value", "'user'"),
         (chat(messages=[{"role": "user", "content": 3}]), 400, "messages.0.content", "invalid_value", "string"),
         ({"model": "greedy"}, 400, "messages", "missing_required_parameter", "required"),
-        (chat(n=2, s2t={"decisions": True}), 400, "s2t.decisions", None, "n = 1"),
+        (chat(n=2, s2t={"decisions": True}), 400, "s2t.decisions", "invalid_value", "n = 1"),
         (chat("word " * 2000), 400, "messages", "context_length_exceeded", "context is 1024 tokens"),
         (chat(max_tokens=1024), 400, "messages", "context_length_exceeded", "may take 1024"),
         (chat(model="s2t-local-k65"), 404, "model", "model_not_found", "at most 64"),
@@ -268,7 +284,8 @@ def test_prompts_that_are_no_prompts(client, tokenizer):
         ([], "empty"),
         ([len(tokenizer)], "outside the vocabulary"),
         ([-1], "outside"),
-        (["a"], "integer"),
+        (["a", 1], "valid integer"),
+        ("", "empty"),
     ):
         response = client.post("/completions", json={"model": "greedy", "prompt": prompt})
         assert response.status_code == 400

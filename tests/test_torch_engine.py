@@ -147,21 +147,34 @@ def test_sampling_depends_on_seed_and_step_only(engine, prompts):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(0.7, 0.8, 20), (1.0, 1.0, 0), (0.6, 0.95, 0), (2.0, 0.5, 100), (1.3, 1.0, 5)]
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (0.7, 0.8, 20, 0.0),
+        (1.0, 1.0, 0, 0.0),
+        (0.6, 0.95, 0, 0.0),
+        (2.0, 0.5, 100, 0.0),
+        (1.3, 1.0, 5, 0.0),
+        (2.5, 1.0, 0, 0.1),
+        (2.0, 0.9, 40, 0.3),
+    ],
 )
-def test_a_pick_inverts_the_distribution_of_transformers_warpers(temperature: float, top_p: float, top_k: int):
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def test_a_pick_inverts_the_distribution_of_transformers_warpers(
+    temperature: float, top_p: float, top_k: int, min_p: float
+):
+    from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     logits_BV = 4 * torch.randn(40, 300, generator=torch.Generator().manual_seed(7))
     warped_BV = TemperatureLogitsWarper(temperature)(None, logits_BV.double())
     warped_BV = TopKLogitsWarper(top_k)(None, warped_BV) if top_k else warped_BV
-    p_BV = (TopPLogitsWarper(top_p)(None, warped_BV) if top_p < 1 else warped_BV).softmax(-1)
+    warped_BV = TopPLogitsWarper(top_p)(None, warped_BV) if top_p < 1 else warped_BV
+    p_BV = (MinPLogitsWarper(min_p)(None, warped_BV) if min_p else warped_BV).softmax(-1)
     uniform_B = np.random.default_rng(3).random(40)
     sorted_BV, ids_BV = p_BV.sort(descending=True)
     expected = [
         int(ids[(sorted_V.cumsum(0) <= u).sum()]) for sorted_V, ids, u in zip(sorted_BV, ids_BV, uniform_B, strict=True)
     ]
-    assert pick(logits_BV, [temperature] * 40, [top_p] * 40, [top_k] * 40, uniform_B.tolist()) == expected
+    columns = ([temperature] * 40, [top_p] * 40, [top_k] * 40, [min_p] * 40)
+    assert pick(logits_BV, *columns, uniform_B.tolist()) == expected
 
 
 def test_a_temperature_too_small_to_divide_by_is_greedy(engine, prompts):

@@ -31,7 +31,7 @@ from s2t_models.recipe import Recipe
 from s2t_models.router import SETTINGS, RouterConfig, save_router
 from s2t_models.threads import use_threads
 from s2t_models.training.router import train_router
-from serving import cluster
+from serving import cluster, placement
 from serving.store import use_store
 
 #: One prompt's labelled steps, laid end to end; `error` where the row failed, which costs no other row.
@@ -101,7 +101,9 @@ def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: 
         )
     cluster.start()
     stage = recipe.collect.label
-    cluster.require(stage.actors * stage.num_cpus, stage.actors * stage.num_gpus, f"{recipe.name}: router labels")
+    # A teacher on several GPUs asks for a placement group of its own, beside what the actor takes for the SLM.
+    gpus = stage.num_gpus + (recipe.teacher.gpus if placement.bundles(recipe.teacher, stage.num_cpus) else 0)
+    cluster.require(stage.actors * stage.num_cpus, stage.actors * gpus, f"{recipe.name}: router labels")
     prompts = table.filter(table["error"].is_null()).select(["uid", "prompt_ids"]).slice(0, recipe.router.prompts)
     labelled = ray.data.from_arrow(prompts).repartition(max(stage.actors, -(-len(prompts) // stage.batch)))
     rows = labelled.map_batches(

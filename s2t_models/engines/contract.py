@@ -6,13 +6,14 @@ needs a capability is offered only where the engine has it.
 
 Calls carry their whole prefix and are asynchronous, so no policy manages a cache, any replica can serve any call, and
 batching is the engine's business. An engine belongs to the event loop of its first call; all its calls come from there.
-The contract knows nothing of tokenizers, text, policies or HTTP.
+The contract knows nothing of policies or HTTP, and of text only the stop texts at which a draft ends.
 
 Axes: _T step, _N support (the top-N of a step), _K candidate.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from s2t_models.settings import CandidateSettings
 
-Finish = Literal["end", "length", "trigger"]
+Finish = Literal["end", "length", "trigger", "stop"]
 
 #: What an engine may have beyond the core:
 #: select         scores of candidates, and `generate` that stops at the trigger head (`Selecting`)
@@ -39,7 +40,11 @@ class Sampling:
 
     `temperature` 0 is greedy. `first_step` is the step of the first token generated: a draft that goes on where another
     stopped passes the number of tokens decoded so far, so that the noise of a step depends on (seed, step) alone.
+    `top_p`, `top_k` (0: all) and `min_p` (a share of the best token's probability) leave out what is less probable.
     `support` asks for the top-N ids and log-probabilities of every step (0: none).
+
+    The draft ends with the token that completes one of the `stop` texts in the output, which began `first_step` tokens
+    before the end of the prefix.
 
     With `trigger_threshold` the draft stops *before* the first step, from step `trigger_warmup` on, whose trigger-head
     logit reaches it; the top `trigger_support` tokens of that step come with it. Needs the capability "select".
@@ -49,8 +54,10 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     seed: int = 0
     first_step: int = 0
+    stop: tuple[str, ...] = ()
     support: int = 0
     trigger_threshold: float | None = None
     trigger_warmup: int = 0
@@ -134,9 +141,9 @@ class Triggered:
 
 @dataclass
 class Draft:
-    """Generated tokens. With finish "end" the last id is the end-of-text token; with "trigger" `triggered` says what
-    stopped it, and there may be no token. `support` is there where it was asked for, `decisions` where the engine ran
-    the S2T-Local loop."""
+    """Generated tokens. With finish "end" the last id is the end-of-text token, with "stop" the one that completed a
+    stop text; with "trigger" `triggered` says what stopped it, and there may be no token. `support` is there where it
+    was asked for, `decisions` where the engine ran the S2T-Local loop."""
 
     ids: list[int]
     finish: Finish
@@ -154,12 +161,28 @@ class Draft:
 
 
 @dataclass
+class Written:
+    """A part of a draft under way: the tokens since the last part, the support of their steps where it was asked for,
+    and the decisions taken."""
+
+    ids: list[int]
+    support: Support | None = None
+    decisions: list[Decision] = field(default_factory=list)
+
+
+#: Called with each part of a draft as it is written, on the event loop of the call. The parts make up the draft.
+Tell = Callable[[Written], None]
+
+
+@dataclass
 class Scores:
-    """`logprobs_TN` of the ids asked for and `argmax_T` over the whole vocabulary, one row a position."""
+    """`logprobs_TN` of the ids asked for and `argmax_T` over the whole vocabulary, one row a position; with them the
+    rows' `support` where it was asked for, without entropies."""
 
     logprobs_TN: np.ndarray
     argmax_T: np.ndarray
     usage: Usage
+    support: Support | None = None
 
 
 @dataclass
@@ -210,12 +233,13 @@ class Engine(Protocol):
 
     async def card(self) -> ModelCard: ...
 
-    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
-        """Decode from `prefix` until the end token, `max_tokens`, or the trigger."""
+    async def generate(self, prefix: list[int], sampling: Sampling, tell: Tell | None = None) -> Draft:
+        """Decode from `prefix` until the end token, a stop text, `max_tokens`, or the trigger."""
         ...
 
-    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
-        """Row t: log p(ids_TN[t] | tokens[:start + t]), from one forward over the tokens not yet cached.
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray, support: int = 0) -> Scores:
+        """Row t: log p(ids_TN[t] | tokens[:start + t]), from one forward over the tokens not yet cached, and the
+        `support` most probable ids there.
 
         `start >= 1` and `start + T - 1 <= len(tokens)`: the last row may lie one past the last token."""
         ...
@@ -256,4 +280,6 @@ class FusedSelecting(Protocol):
     """Capability "fused_select": the S2T-Local loop inside the engine, where the scoring pass is the next decode step.
     The text is that of the loop over `generate` and `select` (`policies.local`)."""
 
-    async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft: ...
+    async def generate_selecting(
+        self, prefix: list[int], sampling: Sampling, selection: Selection, tell: Tell | None = None
+    ) -> Draft: ...

@@ -16,9 +16,10 @@ def pick(
     temperature_B: list[float],
     top_p_B: list[float],
     top_k_B: list[int],
+    min_p_B: list[float],
     uniform_B: list[float],
 ) -> list[int]:
-    """One token a row by inverse transform sampling: temperature, then top-k, then top-p, in the order of
+    """One token a row by inverse transform sampling: temperature, then top-k, top-p and min-p, in the order of
     transformers' warpers; temperature 0 is greedy. A row's token depends on that row alone."""
     picked_B = logits_BV.argmax(-1)
     sampled = [i for i, temperature in enumerate(temperature_B) if temperature > 0]
@@ -26,8 +27,8 @@ def pick(
     many = [i for i in sampled if not 0 < top_k_B[i] <= FEW]
     for rows in (few, many):
         if rows:
-            columns = ([values[i] for i in rows] for values in (temperature_B, top_p_B, top_k_B, uniform_B))
-            temperature_B1, top_p_B1, top_k_B1, uniform_B1 = (
+            columns = ([values[i] for i in rows] for values in (temperature_B, top_p_B, top_k_B, min_p_B, uniform_B))
+            temperature_B1, top_p_B1, top_k_B1, min_p_B1, uniform_B1 = (
                 torch.tensor(column, device=logits_BV.device, dtype=torch.float64)[:, None] for column in columns
             )
             # Sorted, so that the token does not hang on the order of the vocabulary.
@@ -38,13 +39,17 @@ def pick(
             # Double, so that it does not hang on the rounding of a long sum; from the best one down, so that no
             # temperature is too small to divide by.
             below_best_BN = sorted_BN.double() - sorted_BN[:, :1].double()
-            rank_B1 = _draw(below_best_BN / temperature_B1, top_p_B1, top_k_B1, uniform_B1)
+            rank_B1 = _draw(below_best_BN / temperature_B1, top_p_B1, top_k_B1, min_p_B1, uniform_B1)
             picked_B[rows] = order_BN.gather(-1, rank_B1)[:, 0]
     return picked_B.tolist()
 
 
 def _draw(
-    sorted_BN: torch.Tensor, top_p_B1: torch.Tensor, top_k_B1: torch.Tensor, uniform_B1: torch.Tensor
+    sorted_BN: torch.Tensor,
+    top_p_B1: torch.Tensor,
+    top_k_B1: torch.Tensor,
+    min_p_B1: torch.Tensor,
+    uniform_B1: torch.Tensor,
 ) -> torch.Tensor:
     """The rank drawn from logits in descending order, [B, 1]."""
     rank_N = torch.arange(sorted_BN.shape[-1], device=sorted_BN.device)
@@ -52,6 +57,7 @@ def _draw(
     probability_BN = sorted_BN.softmax(-1)
     before_BN = probability_BN.cumsum(-1) - probability_BN
     probability_BN = probability_BN.masked_fill((before_BN >= top_p_B1) & (rank_N > 0), 0.0)
+    probability_BN = probability_BN.masked_fill(probability_BN < min_p_B1 * probability_BN[:, :1], 0.0)
     cumulative_BN = probability_BN.cumsum(-1)
     rank_B1 = torch.searchsorted(cumulative_BN, uniform_B1 * cumulative_BN[:, -1:], right=True)
     return rank_B1.minimum((probability_BN > 0).sum(-1, keepdim=True) - 1)

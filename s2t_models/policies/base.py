@@ -9,11 +9,25 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from s2t_models.engines.contract import Capability, ContextOverflow, Decision, Engine, Finish, Sampling, Usage
+from s2t_models.engines.contract import (
+    Capability,
+    ContextOverflow,
+    Decision,
+    Draft,
+    Engine,
+    Finish,
+    Sampling,
+    Support,
+    Tell,
+    Usage,
+    Written,
+)
+from s2t_models.engines.telling import told
 from s2t_models.settings import SamplerSettings
 
 T = TypeVar("T")
@@ -22,23 +36,31 @@ Source = Literal["slm", "teacher", "selected"]
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to decode. `temperature` and `top_p` override what a policy would use itself (None: its own setting);
-    `options` are the texts of a multiple choice's options A, B, ..., for policies that vote."""
+    """One prompt to decode. `temperature`, `top_p`, `top_k` and `min_p` override what a policy would use itself (None:
+    its own setting); the output ends with the token that completes one of the `stop` texts; `options` are the texts of
+    a multiple choice's options A, B, ..., for policies that vote. `support` asks for the top-N of every step of a
+    policy that is `scored_by` an engine. `live`: the tokens are wanted as they are written, not at the end."""
 
     prompt: list[int]
     max_tokens: int
     seed: int = 0
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    support: int = 0
+    live: bool = False
 
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive output tokens of one source."""
+    """Consecutive output tokens of one source, with the support of their steps where it was asked for."""
 
     ids: list[int]
     source: Source
+    support: Support | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +81,13 @@ Event = Span | Decision | Done
 class Engines:
     """The engines a policy may call by name. A missing one raises a KeyError that names it.
 
-    `encode` and `decode` are the pair's tokenizer; `encode` reads special tokens written in the text as such."""
+    `encode` and `decode` are the pair's tokenizer; `encode` reads special tokens written in the text as such. A decode
+    runs inside `place`, with the names of the engines it calls: there it may have to wait for its turn."""
 
     by_name: dict[str, Engine]
     decode: Callable[[list[int]], str]
     encode: Callable[[str], list[int]]
+    place: Callable[[Collection[str]], AbstractAsyncContextManager[None]] = lambda engines: nullcontext()
 
     def __getitem__(self, name: str) -> Engine:
         if name not in self.by_name:
@@ -81,13 +105,16 @@ class Policy(ABC):
     calls of them.
 
     `kind` is the name without K and budget. `k`, `budget` and `votes` are None where they mean nothing to the
-    policy."""
+    policy. `decodes_many`: it takes a place for each of its decodes itself. `scored_by` is the engine whose
+    log-probabilities the output has, where one model alone writes it, else None."""
 
     name: str
     needs: Needs
     k: int | None = None
     budget: float | None = None
     votes: int | None = None
+    decodes_many: ClassVar[bool] = False
+    scored_by: str | None = None
 
     @property
     def kind(self) -> str:
@@ -115,11 +142,27 @@ def sampling(
         max_tokens=max_tokens,
         temperature=sampler.temperature if request.temperature is None else request.temperature,
         top_p=sampler.top_p if request.top_p is None else request.top_p,
-        top_k=sampler.top_k,
+        top_k=sampler.top_k if request.top_k is None else request.top_k,
+        min_p=0.0 if request.min_p is None else request.min_p,
         seed=request.seed if seed is None else seed,
         first_step=first_step,
+        stop=request.stop,
         support=support,
     )
+
+
+async def drafting(
+    request: Request, call: Callable[[Tell | None], Coroutine[Any, Any, Draft]]
+) -> AsyncGenerator[Written | Draft]:
+    """What one call writes, then its draft: as it is written where the request is live, else in one part."""
+    if request.live:
+        async with aclosing(told(call)) as parts:
+            async for part in parts:
+                yield part
+    else:
+        draft = await call(None)
+        yield Written(draft.ids, draft.support, draft.decisions)
+        yield draft
 
 
 async def check_fits(engines: Engines, names: Iterable[str], request: Request) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from s2t_models.engines.contract import Selection, Usage
+from s2t_models.engines.contract import Finish, Selection, Usage
+from s2t_models.engines.stopping import StopTexts
 from s2t_models.hosting import LOCAL, Hosting
 from s2t_models.policies.base import (
     CORE,
@@ -68,10 +69,11 @@ class Collaborate(Policy):
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         await check_fits(engines, self.needs, request)
         drafter = engines[self.drafter]
-        end_ids = (await drafter.card()).end_ids
+        end_ids, stops = (await drafter.card()).end_ids, StopTexts(request.stop, engines.decode)
         usage: dict[str, Usage] = defaultdict(Usage)
-        tokens, prompt, length, ended = list(request.prompt), len(request.prompt), self.chunk, False
-        while not ended and (step := len(tokens) - prompt) < request.max_tokens:
+        tokens, prompt, length = list(request.prompt), len(request.prompt), self.chunk
+        finish: Finish | None = None
+        while finish is None and (step := len(tokens) - prompt) < request.max_tokens:
             budget = min(length, request.max_tokens - step)
             draft = await drafter.generate(
                 tokens, sampling(GREEDY, request, budget, first_step=step, support=self.support)
@@ -94,10 +96,13 @@ class Collaborate(Policy):
                 yield decision
                 kept = [*kept, decision.chosen]
             tokens = tokens + kept
-            ended = tokens[-1] in end_ids
+            if tokens[-1] in end_ids:
+                finish = "end"
+            elif stops.reached(tokens[prompt:]):
+                finish = "stop"
             # Critical steps come in bursts: draft less after one, more again where the draft held.
             length = max(1, length // 2) if len(critical) else min(self.chunk, 2 * length)
-        yield Done("end" if ended else "length", dict(usage))
+        yield Done(finish or "length", dict(usage))
 
     async def _judge(self, engines: Engines, drafted: Drafted) -> Judgement:
         if drafted.first >= len(drafted.ids):

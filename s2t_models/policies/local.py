@@ -6,14 +6,15 @@ in which the scoring pass is the next decode step: the same text, faster.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from s2t_models.candidates import candidates_at, reach
-from s2t_models.engines.contract import Decision, Draft, FusedSelecting, Sampling, Selection, Usage
+from s2t_models.engines.contract import Decision, Draft, FusedSelecting, Sampling, Selection, Tell, Usage, Written
+from s2t_models.engines.stopping import StopTexts
 from s2t_models.hosting import LOCAL, Hosting
-from s2t_models.policies.base import GREEDY, Done, Engines, Event, Needs, Policy, Request, Span, sampling
+from s2t_models.policies.base import GREEDY, Done, Engines, Event, Needs, Policy, Request, Span, drafting, sampling
 from s2t_models.policies.triggers import fixed_threshold, threshold_of
 from s2t_models.policies.variants import candidates_of, kind_of, variant
 
@@ -41,19 +42,35 @@ class Local(Policy):
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         engine = engines[LOCAL]
         asked = sampling(GREEDY, request, request.max_tokens)
-        if "fused_select" in (await engine.card()).capabilities and isinstance(engine, FusedSelecting):
-            draft = await engine.generate_selecting(request.prompt, asked, self.selection)
-        else:
-            draft = await generate_selecting(engine, request.prompt, asked, self.selection)
-        for span in spans_of(draft):
-            yield span
-        for decision in draft.decisions:
-            yield decision
-        yield Done(draft.finish, {LOCAL: draft.usage})
+        fused = engine if "fused_select" in (await engine.card()).capabilities else None
+
+        async def call(tell: Tell | None) -> Draft:
+            if isinstance(fused, FusedSelecting):
+                return await fused.generate_selecting(request.prompt, asked, self.selection, tell)
+            return await generate_selecting(engine, request.prompt, asked, self.selection, engines.decode, tell)
+
+        step = 0
+        async for part in drafting(request, call):
+            if isinstance(part, Draft):
+                yield Done(part.finish, {LOCAL: part.usage})
+                continue
+            for span in spans_of(part.ids, part.decisions, step):
+                yield span
+            for decision in part.decisions:
+                yield decision
+            step += len(part.ids)
 
 
-async def generate_selecting(engine: Any, prefix: list[int], asked: Sampling, selection: Selection) -> Draft:
+async def generate_selecting(
+    engine: Any,
+    prefix: list[int],
+    asked: Sampling,
+    selection: Selection,
+    decode: Callable[[list[int]], str],
+    tell: Tell | None = None,
+) -> Draft:
     """Trigger, propose, score, select: the S2T-Local loop over an engine with the capability "select"."""
+    stops = StopTexts(asked.stop, decode)
     end_ids = (await engine.card()).end_ids
     ids: list[int] = []
     decisions: list[Decision] = []
@@ -69,6 +86,7 @@ async def generate_selecting(engine: Any, prefix: list[int], asked: Sampling, se
                 trigger_warmup=selection.warmup,
                 trigger_support=reach(selection.candidates),
             ),
+            tell,
         )
         ids, usage = ids + draft.ids, usage + draft.usage
         if draft.triggered is None:
@@ -79,24 +97,29 @@ async def generate_selecting(engine: Any, prefix: list[int], asked: Sampling, se
         preferences_K = selection.preferences(selected.scores_K, logprobs_K)
         chosen = candidates_K[int(preferences_K.argmax())]
         scores_K = selected.scores_K.tolist()
-        decisions.append(
-            Decision(step, seen.value, candidates_K, logprobs_K.tolist(), scores_K, preferences_K.tolist(), chosen)
+        decision = Decision(
+            step, seen.value, candidates_K, logprobs_K.tolist(), scores_K, preferences_K.tolist(), chosen
         )
+        decisions.append(decision)
         ids, usage = [*ids, chosen], usage + selected.usage + Usage(decode=1)
-        if chosen in end_ids:
-            return Draft(ids, "end", usage, decisions=decisions)
+        if tell is not None:
+            tell(Written([chosen], None, [decision]))
+        if chosen in end_ids or stops.reached(ids):
+            return Draft(ids, "end" if chosen in end_ids else "stop", usage, decisions=decisions)
     return Draft(ids, "length", usage, decisions=decisions)
 
 
-def spans_of(draft: Draft) -> list[Span]:
-    """The draft's tokens by source: each decision's step alone, "selected", and the SLM's runs between them."""
+def spans_of(ids: list[int], decisions: list[Decision], first: int = 0) -> list[Span]:
+    """Tokens by source: each decision's step alone, "selected", and the SLM's runs between them. `first` is the step of
+    the first token."""
     spans, start = [], 0
-    for decision in draft.decisions:
-        if decision.step > start:
-            spans.append(Span(draft.ids[start : decision.step], "slm"))
+    for decision in decisions:
+        at = decision.step - first
+        if at > start:
+            spans.append(Span(ids[start:at], "slm"))
         spans.append(Span([decision.chosen], "selected"))
-        start = decision.step + 1
-    return [*spans, Span(draft.ids[start:], "slm")] if start < len(draft.ids) else spans
+        start = at + 1
+    return [*spans, Span(ids[start:], "slm")] if start < len(ids) else spans
 
 
 def names(hosting: Hosting) -> list[str]:

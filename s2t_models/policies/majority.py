@@ -6,9 +6,10 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from s2t_models.answers.voting import vote
-from s2t_models.engines.contract import Usage
+from s2t_models.engines.contract import Draft, Sampling, Usage
 from s2t_models.hosting import Hosting
 from s2t_models.policies.base import CORE, Done, Engines, Event, Needs, Policy, Request, Span, all_of, sampling
 from s2t_models.policies.errors import PolicyError
@@ -26,6 +27,7 @@ class Majority(Policy):
     name: str
     sampler: SamplerSettings
     votes: int = 8
+    decodes_many: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
@@ -36,7 +38,12 @@ class Majority(Policy):
         # Requests with neighbouring seeds share no sample.
         seeds = [request.seed * self.votes + i for i in range(self.votes)]
         asked = [sampling(self.sampler, request, request.max_tokens, seed) for seed in seeds]
-        drafts = await all_of(slm.generate(request.prompt, one) for one in asked)
+
+        async def sample(one: Sampling) -> Draft:
+            async with engines.place(self.needs):
+                return await slm.generate(request.prompt, one)
+
+        drafts = await all_of(sample(one) for one in asked)
         winner = drafts[vote([engines.decode(draft.ids) for draft in drafts], request.options)]
         usage = sum((draft.usage for draft in drafts), Usage())
         yield Span(winner.ids, "slm")

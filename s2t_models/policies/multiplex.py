@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from s2t_models.engines.contract import Draft, Sampling
+from s2t_models.engines.contract import Draft, Sampling, Tell
 from s2t_models.hosting import Hosting
-from s2t_models.policies.base import Done, Engines, Event, Needs, Policy, Request, Span, sampling
+from s2t_models.policies.base import Done, Engines, Event, Needs, Policy, Request, Span, drafting, sampling
 from s2t_models.settings import MultiplexSettings, SamplerSettings
 
 
@@ -19,7 +19,9 @@ from s2t_models.settings import MultiplexSettings, SamplerSettings
 class MultiplexEngine(Protocol):
     """Capability "multiplex"."""
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft: ...
+    async def generate_multiplex(
+        self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings, tell: Tell | None = None
+    ) -> Draft: ...
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,13 @@ class MultiplexThinking(Policy):
         slm = engines["slm"]
         assert isinstance(slm, MultiplexEngine)
         asked = sampling(self.sampler, request, request.max_tokens)
-        draft = await slm.generate_multiplex(request.prompt, asked, self.settings)
-        yield Span(draft.ids, "slm")
-        yield Done(draft.finish, {"slm": draft.usage})
+        async for part in drafting(
+            request, lambda tell: slm.generate_multiplex(request.prompt, asked, self.settings, tell)
+        ):
+            if isinstance(part, Draft):
+                yield Done(part.finish, {"slm": part.usage})
+            else:
+                yield Span(part.ids, "slm")
 
 
 def names(hosting: Hosting) -> list[str]:

@@ -1,6 +1,7 @@
 """Generation up to a delimiter in the text: a step of reasoning up to a blank line, a sentence up to its end.
 
-An engine knows no text, so it drafts chunks, and the token that completes the delimiter cuts the last one.
+The delimiter counts only behind some text, which an engine's stop texts cannot say. So the engine drafts chunks, and
+the token that completes the delimiter cuts the last one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from s2t_models.engines.contract import Engine, Finish, Sampling, Usage
+
+#: How a draft ends where the output does.
+ENDED = ("end", "stop")
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ async def generate_segment(
         known, ids = len(ids), ids + draft.ids
         if complete(ids):
             end = next(end for end in range(known + 1, len(ids) + 1) if complete(ids[:end]))
-            ended = draft.finish == "end" and end == len(ids)
-            return Segment(ids[:end], "end" if ended else None, usage)
-        if draft.finish == "end":
-            return Segment(ids, "end", usage)
+            ended = draft.finish in ENDED and end == len(ids)
+            return Segment(ids[:end], draft.finish if ended else None, usage)
+        if draft.finish in ENDED:
+            return Segment(ids, draft.finish, usage)
     return Segment(ids, "length", usage)

@@ -5,8 +5,22 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from s2t_models.engines.contract import Draft
 from s2t_models.hosting import Hosting
-from s2t_models.policies.base import CORE, GREEDY, Done, Engines, Event, Needs, Policy, Request, Source, Span, sampling
+from s2t_models.policies.base import (
+    CORE,
+    GREEDY,
+    Done,
+    Engines,
+    Event,
+    Needs,
+    Policy,
+    Request,
+    Source,
+    Span,
+    drafting,
+    sampling,
+)
 from s2t_models.settings import SamplerSettings
 
 
@@ -22,11 +36,19 @@ class SingleModel(Policy):
     def needs(self) -> Needs:  # type: ignore[override]
         return {self.engine: CORE}
 
+    @property
+    def scored_by(self) -> str:  # type: ignore[override]
+        return self.engine
+
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
-        draft = await engines[self.engine].generate(request.prompt, sampling(self.sampler, request, request.max_tokens))
+        engine = engines[self.engine]
+        asked = sampling(self.sampler, request, request.max_tokens, support=request.support)
         source: Source = "teacher" if self.engine == "teacher" else "slm"
-        yield Span(draft.ids, source)
-        yield Done(draft.finish, {self.engine: draft.usage})
+        async for part in drafting(request, lambda tell: engine.generate(request.prompt, asked, tell)):
+            if isinstance(part, Draft):
+                yield Done(part.finish, {self.engine: part.usage})
+            else:
+                yield Span(part.ids, source, part.support)
 
 
 def names(hosting: Hosting) -> list[str]:

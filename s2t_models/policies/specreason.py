@@ -27,7 +27,7 @@ from s2t_models.policies.base import (
     sampling,
 )
 from s2t_models.policies.errors import PolicyError
-from s2t_models.policies.segments import generate_segment
+from s2t_models.policies.segments import ENDED, generate_segment
 from s2t_models.settings import SpecReasonSettings
 
 #: What the teacher is asked about the text so far, and how its reply begins; the next token is the score.
@@ -124,7 +124,7 @@ class SpecReason(Policy):
         )
         usage[name] += segment.usage
         # A step that only grew too long is not the end of the text.
-        return segment.ids, "end" if segment.finish == "end" else None
+        return segment.ids, segment.finish if segment.finish in ENDED else None
 
     async def _verify(self, teacher: Engine, tokens: list[int], digits: Digits, usage: dict[str, Usage]) -> float:
         scores = await teacher.score(tokens, len(tokens), digits.ids_N[None])

@@ -24,10 +24,13 @@ from s2t_models.engines.contract import (
     Selected,
     Selection,
     Support,
+    Tell,
     Triggered,
     Usage,
+    Written,
 )
 from s2t_models.engines.sampling import top
+from s2t_models.engines.stopping import StopTexts
 from s2t_models.noise import uniforms
 from s2t_models.router import Router
 from s2t_models.settings import MultiplexSettings
@@ -87,14 +90,22 @@ class Feed:
 Procedure = Generator[Feed, Any, Any]
 
 
+@dataclass(frozen=True)
+class Output:
+    """When a draft ends, and who is told of its tokens as they are written."""
+
+    end_ids: tuple[int, ...]
+    stops: StopTexts
+    tell: Tell | None = None
+
+
 class _Drafting:
     """A draft under way: what was fed so far and what came of it."""
 
-    def __init__(
-        self, cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...], **asked: Any
-    ) -> None:
-        self.cached, self.prefix, self.sampling, self.end_ids, self.asked = cached, prefix, sampling, end_ids, asked
+    def __init__(self, cached: int, prefix: list[int], sampling: Sampling, output: Output, **asked: Any) -> None:
+        self.cached, self.prefix, self.sampling, self.output, self.asked = cached, prefix, sampling, output, asked
         self.ids: list[int] = []
+        self._before = prefix[len(prefix) - sampling.first_step :]  # the output's tokens in the prefix
         self.supports: list[tuple[np.ndarray, np.ndarray, float]] = []  # of each step: ids, log-probabilities, entropy
         self.decisions: list[Decision] = []
         self.usage = Usage()
@@ -124,13 +135,19 @@ class _Drafting:
         asked: dict[str, Any] = {"sampling": self.sampling, "step": self.step + ahead, "support": self.sampling.support}
         return Feed(start, ids, **(asked | self.asked | more))
 
-    def add(self, token: int, step: Step) -> Finish | None:
+    def add(self, token: int, step: Step, decision: Decision | None = None) -> Finish | None:
         self.ids.append(token)
         self.usage.decode += 1
         if self.sampling.support:
             self.supports.append((*step.look(self.sampling.support), step.entropy))
-        if token in self.end_ids:
+        if decision is not None:
+            self.decisions.append(decision)
+        if self.output.tell is not None:
+            self.output.tell(Written([token], self._support(last=1), [decision] if decision else []))
+        if token in self.output.end_ids:
             return "end"
+        if self.output.stops.reached(self._before + self.ids):
+            return "stop"
         return "length" if len(self.ids) >= self.sampling.max_tokens else None
 
     def fires(self, step: Step, threshold: float, warmup: int) -> bool:
@@ -140,20 +157,21 @@ class _Drafting:
     def draft(self, finish: Finish, triggered: Triggered | None = None) -> Draft:
         return Draft(self.ids, finish, self.usage, self._support(), triggered, self.decisions)
 
-    def _support(self) -> Support | None:
+    def _support(self, last: int = 0) -> Support | None:
+        """The support of all steps, or of the last ones."""
         if not self.sampling.support:
             return None
         if not self.supports:  # stopped before its first step
             empty = np.empty((0, self.sampling.support))
             return Support(empty.astype(np.int64), empty.astype(np.float32), np.empty(0, np.float32))
-        ids, logprobs, entropies = zip(*self.supports, strict=True)
+        ids, logprobs, entropies = zip(*self.supports[-last:], strict=True)
         return Support(np.stack(ids), np.stack(logprobs), np.array(entropies, dtype=np.float32))
 
 
-def generate(cached: int, prefix: list[int], sampling: Sampling, end_ids: tuple[int, ...]) -> Procedure:
+def generate(cached: int, prefix: list[int], sampling: Sampling, output: Output) -> Procedure:
     """Plain decoding, up to a trigger where the sampling asks for one; returns a Draft."""
     threshold = sampling.trigger_threshold
-    drafting = _Drafting(cached, prefix, sampling, end_ids, trigger=threshold is not None)
+    drafting = _Drafting(cached, prefix, sampling, output, trigger=threshold is not None)
     step = yield drafting.read_prefix()
     while True:
         if threshold is not None and drafting.fires(step, threshold, sampling.trigger_warmup):
@@ -167,22 +185,23 @@ def generate_selecting(
     cached: int,
     prefix: list[int],
     sampling: Sampling,
-    end_ids: tuple[int, ...],
+    output: Output,
     selection: Selection,
     bins_R: torch.Tensor,
 ) -> Procedure:
     """The S2T-Local loop: trigger, propose, score (with the reserved rows' values `bins_R`), commit. Returns a Draft.
 
     The scoring pass is the next decode step: the chosen leaf gives the distribution of the step that follows."""
-    drafting = _Drafting(cached, prefix, sampling, end_ids, trigger=True)
+    drafting = _Drafting(cached, prefix, sampling, output, trigger=True)
     step = yield drafting.read_prefix()
     while True:
         following: Step | None = None
+        decision: Decision | None = None
         token = step.token
         if drafting.fires(step, selection.threshold, selection.warmup):
             decision, following = yield from _select(drafting, step, selection, bins_R)
             token = decision.chosen
-        if finish := drafting.add(token, step):
+        if finish := drafting.add(token, step, decision):
             return drafting.draft(finish)
         step = following or (yield drafting.read_last())
 
@@ -206,7 +225,6 @@ def _select(
 
     drafting.usage.leaves += len(candidates_K)
     following = yield drafting.feed(drafting.at, candidates_K, ahead=1, choose=choose)
-    drafting.decisions.append(decision)
     return decision, following
 
 
@@ -219,13 +237,13 @@ def generate_multiplex(
     cached: int,
     prefix: list[int],
     sampling: Sampling,
-    end_ids: tuple[int, ...],
+    output: Output,
     multiplex: MultiplexSettings,
     embed: Embed,
 ) -> Procedure:
     """Multiplex Thinking: draw `width` tokens with replacement, record the first, feed the mean of their embeddings,
     weighted by probability or not; ordinary sampling once the entropy stayed low for `patience` steps."""
-    drafting = _Drafting(cached, prefix, sampling, end_ids, support=sampling.support or SUPPORT)
+    drafting = _Drafting(cached, prefix, sampling, output, support=sampling.support or SUPPORT)
     step = yield drafting.read_prefix()
     certain = 0
     while True:
@@ -246,24 +264,27 @@ def generate_multiplex(
     return drafting.draft(finish)
 
 
-def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray) -> Procedure:
-    """Log-probabilities of given ids along given tokens; returns Scores."""
+def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray, support: int) -> Procedure:
+    """Log-probabilities of given ids along given tokens, and the most probable ones there; returns Scores."""
     count = len(ids_TN)
     first = min(cached, start - 1)
     fed = tokens[first : start + count - 1]
     ids = torch.as_tensor(ids_TN.astype(np.int64))
 
-    def read(_: torch.Tensor, logits_TV: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        logprobs_TN = torch.cat(
-            [
-                logits.float().log_softmax(-1).gather(-1, wanted.to(logits.device))
-                for logits, wanted in zip(logits_TV.split(STRETCH), ids.split(STRETCH), strict=True)
-            ]
-        )
-        return logprobs_TN.cpu().numpy(), logits_TV.argmax(-1).cpu().numpy()
+    def read(_: torch.Tensor, logits_TV: torch.Tensor) -> tuple[np.ndarray, np.ndarray, Support | None]:
+        wanted, best_ids, best = [], [], []
+        for logits, rows in zip(logits_TV.split(STRETCH), ids.split(STRETCH), strict=True):
+            logprobs = logits.float().log_softmax(-1)
+            wanted.append(logprobs.gather(-1, rows.to(logits.device)).cpu())
+            if support:
+                top_N, ids_N = logprobs.topk(min(support, logits.shape[-1]), dim=-1)
+                best_ids.append(ids_N.cpu())
+                best.append(top_N.cpu())
+        top = Support(torch.cat(best_ids).numpy(), torch.cat(best).numpy()) if support else None
+        return torch.cat(wanted).numpy(), logits_TV.argmax(-1).cpu().numpy(), top
 
-    logprobs_TN, argmax_T = yield Feed(first, fed, read=read, reads=count)
-    return Scores(logprobs_TN, argmax_T, Usage(prefill=len(fed), forwards=1))
+    logprobs_TN, argmax_T, top = yield Feed(first, fed, read=read, reads=count)
+    return Scores(logprobs_TN, argmax_T, Usage(prefill=len(fed), forwards=1), top)
 
 
 def select(cached: int, prefix: list[int], candidates_K: list[int], bins_R: torch.Tensor) -> Procedure:

@@ -11,6 +11,7 @@ Axes: _B row, _T token, _K candidate, _R reserved row, _V vocabulary, _N support
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 from collections import deque
@@ -31,10 +32,13 @@ from s2t_models.engines.contract import (
     Scores,
     Selected,
     Selection,
+    Tell,
+    Written,
 )
 from s2t_models.engines.sampling import pick, support
+from s2t_models.engines.stopping import StopTexts
 from s2t_models.engines.torch import calls, families
-from s2t_models.engines.torch.calls import Feed, Procedure, Step
+from s2t_models.engines.torch.calls import Feed, Output, Procedure, Step
 from s2t_models.engines.torch.slots import Query
 from s2t_models.noise import uniforms
 from s2t_models.reserved import bins as uniform_bins
@@ -65,6 +69,7 @@ class TorchEngine:
     """The contract over one transformers model; the card's masked ids are never generated. Of an S2T-Local artifact,
     `head` is the trigger head, `reserved_ids` are the rows of the vocabulary that score, `bins` their values, by
     default uniform (Eq. 5), and `ranking_head` [R, H] rows that score in their place (D.1); `router` is R2R's router.
+    `decode` is the tokenizer's, for stop texts.
 
     It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the
     model, or the card's context, cannot be served exactly."""
@@ -79,8 +84,9 @@ class TorchEngine:
         bins: Sequence[float] = (),
         ranking_head: torch.Tensor | None = None,
         router: Router | None = None,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
-        self._card = card
+        self._card, self._decode = card, decode
         self._check = Checks(card, has_selector=head is not None)
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
@@ -106,32 +112,46 @@ class TorchEngine:
     async def card(self) -> ModelCard:
         return self._card
 
-    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
+    async def generate(self, prefix: list[int], sampling: Sampling, tell: Tell | None = None) -> Draft:
         self._check.draft(prefix, sampling)
-        return await self._call(prefix, lambda cached: calls.generate(cached, prefix, sampling, self._card.end_ids))
+        output = self._output_of(sampling, tell)
+        return await self._call(prefix, lambda cached: calls.generate(cached, prefix, sampling, output))
 
-    async def generate_selecting(self, prefix: list[int], sampling: Sampling, selection: Selection) -> Draft:
+    async def generate_selecting(
+        self, prefix: list[int], sampling: Sampling, selection: Selection, tell: Tell | None = None
+    ) -> Draft:
         self._check.draft(prefix, sampling)
         self._check.selector(selection.candidates.k)
+        output = self._output_of(sampling, tell)
         return await self._call(
-            prefix,
-            lambda cached: calls.generate_selecting(
-                cached, prefix, sampling, self._card.end_ids, selection, self._bins_R
-            ),
+            prefix, lambda cached: calls.generate_selecting(cached, prefix, sampling, output, selection, self._bins_R)
         )
 
-    async def generate_multiplex(self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings) -> Draft:
+    async def generate_multiplex(
+        self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings, tell: Tell | None = None
+    ) -> Draft:
         self._check.draft(prefix, sampling)
+        output = self._output_of(sampling, tell)
         return await self._call(
-            prefix,
-            lambda cached: calls.generate_multiplex(
-                cached, prefix, sampling, self._card.end_ids, settings, self._embed
-            ),
+            prefix, lambda cached: calls.generate_multiplex(cached, prefix, sampling, output, settings, self._embed)
         )
 
-    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
+    def _output_of(self, sampling: Sampling, tell: Tell | None) -> Output:
+        """`tell` is called on the loop of the call, not in the engine's thread."""
+        stops = StopTexts(sampling.stop, self._decode)
+        if tell is None:
+            return Output(self._card.end_ids, stops)
+        loop, call = asyncio.get_running_loop(), tell
+
+        def pass_on(part: Written) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+                loop.call_soon_threadsafe(call, part)
+
+        return Output(self._card.end_ids, stops, pass_on)
+
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray, support: int = 0) -> Scores:
         self._check.scored(tokens, start, ids_TN)
-        return await self._call(tokens, lambda cached: calls.score(cached, tokens, start, ids_TN))
+        return await self._call(tokens, lambda cached: calls.score(cached, tokens, start, ids_TN, support))
 
     async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
         self._check.candidates(prefix, candidates_K)
@@ -317,6 +337,7 @@ class TorchEngine:
             [sampling.temperature for sampling in samplings],
             [sampling.top_p for sampling in samplings],
             [sampling.top_k for sampling in samplings],
+            [sampling.min_p for sampling in samplings],
             noise,
         )
         steps = [Step(token, logits_BV, row) for row, token in enumerate(tokens)]

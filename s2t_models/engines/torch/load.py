@@ -24,11 +24,11 @@ def load(hosted: Hosted) -> TorchEngine:
     context = settings.context or families.default_context(model)
     card = card_of(hosted, settings, reserved, int(model.config.vocab_size), context)
     router = load_router(hosted.router) if hosted.router else None
+    decode = loading.decoder(hosted.settings)
     if artifact is None:
-        return TorchEngine(model, card, settings.slots, router=router)
-    return TorchEngine(
-        model, card, settings.slots, artifact.head(), reserved, artifact.card.bins, artifact.ranking_head(), router
-    )
+        return TorchEngine(model, card, settings.slots, router=router, decode=decode)
+    head, bins, ranking_head = artifact.head(), artifact.card.bins, artifact.ranking_head()
+    return TorchEngine(model, card, settings.slots, head, reserved, bins, ranking_head, router, decode)
 
 
 def check(hosted: Hosted) -> None:

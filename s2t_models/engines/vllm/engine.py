@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +33,12 @@ from s2t_models.engines.contract import (
     Scores,
     Selected,
     Support,
+    Tell,
     Triggered,
     Usage,
+    Written,
 )
+from s2t_models.engines.stopping import StopTexts
 from s2t_models.engines.vllm.requests import LEADING, Asked, Decoding, Labelling, Leaf, as_they_were, pack
 
 #: Tokens of a running request that come at once: often enough to show progress, seldom enough to cost nothing.
@@ -63,17 +68,32 @@ class _Answer:
         self.label = output.prompt_logprobs or self.label
         self.finish = completion.finish_reason or self.finish
 
+    def cut(self, count: int, columns: int) -> None:
+        """Keep the first `count` tokens, of `columns` columns each."""
+        del self.ids[count:], self.column_ids[count * columns :], self.column_values[count * columns :]
+
     def columns(self, count: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
         ids_TW = as_they_were(np.array(self.column_ids, dtype=np.int64).reshape(-1, count), vocabulary)
         return ids_TW, np.array(self.column_values, dtype=np.float32).reshape(-1, count)
 
 
+#: Looks at a request's answer after each of its outputs; True ends the request there.
+Watch = Callable[[_Answer], bool]
+
+
 class VllmEngine:
     """The contract over one vLLM model; the card's masked ids are never generated. `artifact` is the folder of the
-    S2T-Local artifact whose merged model this is. All calls raise EngineDied once vLLM's processes are gone."""
+    S2T-Local artifact whose merged model this is, `decode` the tokenizer's, for stop texts. All calls raise EngineDied
+    once vLLM's processes are gone."""
 
-    def __init__(self, arguments: AsyncEngineArgs, card: ModelCard, artifact: str | None = None) -> None:
-        self._card = card
+    def __init__(
+        self,
+        arguments: AsyncEngineArgs,
+        card: ModelCard,
+        artifact: str | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ) -> None:
+        self._card, self._decode = card, decode
         self._check = Checks(card, has_selector=artifact is not None)
         self._artifact = artifact
         self._names = itertools.count()
@@ -97,53 +117,86 @@ class VllmEngine:
     async def card(self) -> ModelCard:
         return self._card
 
-    async def generate(self, prefix: list[int], sampling: Sampling) -> Draft:
+    async def generate(self, prefix: list[int], sampling: Sampling, tell: Tell | None = None) -> Draft:
         self._check.draft(prefix, sampling)
-        decoding = Decoding(
+        asked = Decoding(
             seed=sampling.seed,
             first_step=sampling.first_step,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            min_p=sampling.min_p,
             support=sampling.support,
             threshold=sampling.trigger_threshold,
             warmup=sampling.trigger_warmup,
             trigger_support=sampling.trigger_support,
         )
-        return self._draft(await self._run(prefix, decoding, sampling.max_tokens), prefix, decoding)
+        watch = self._watch(prefix, sampling, asked, tell)
+        return self._draft(await self._run(prefix, asked, sampling.max_tokens, watch=watch), prefix, asked)
+
+    def _watch(self, prefix: list[int], sampling: Sampling, asked: Decoding, tell: Tell | None) -> Watch | None:
+        """Ends the request at a stop text, and tells of its tokens, on the loop of the call."""
+        stops = StopTexts(sampling.stop, self._decode)
+        if tell is None and not sampling.stop:
+            return None
+        before = prefix[len(prefix) - sampling.first_step :]
+        loop, seen = asyncio.get_running_loop(), 0
+
+        def watch(answer: _Answer) -> bool:
+            nonlocal seen
+            written = len(answer.ids) - self._fired(answer, asked)
+            end = stops.cut(before + answer.ids[:written], len(before) + seen)
+            if end is not None:
+                written = end - len(before)
+                answer.cut(written, asked.columns)
+                answer.finish = "text"
+            if tell is not None and written > seen:
+                part = Written(answer.ids[seen:written], self._support(answer, asked, seen, written))
+                loop.call_soon_threadsafe(tell, part)
+            seen = written
+            return end is not None
+
+        return watch
+
+    def _fired(self, answer: _Answer, asked: Decoding) -> bool:
+        """Whether the trigger head stopped the request: its last token is then not one of the text."""
+        if asked.threshold is None or answer.finish is None or not answer.column_ids:
+            return False
+        column_ids, _ = answer.columns(asked.columns, self._card.vocabulary)
+        return bool(column_ids[-1, 1])
+
+    def _support(self, answer: _Answer, asked: Decoding, begin: int, end: int) -> Support | None:
+        if not asked.support:
+            return None
+        column_ids, values = answer.columns(asked.columns, self._card.vocabulary)
+        steps, shown = slice(begin, end), slice(LEADING, LEADING + asked.support)
+        return Support(column_ids[steps, shown], values[steps, shown], values[steps, 1])
 
     def _draft(self, answer: _Answer, prefix: list[int], asked: Decoding) -> Draft:
-        prefill, forwards = len(prefix) - answer.cached, len(answer.ids)
+        usage = Usage(prefill=len(prefix) - answer.cached, forwards=len(answer.ids))
         ids, finish, triggered = answer.ids, _FINISH[answer.finish], None
-        column_ids, values = answer.columns(asked.columns, self._card.vocabulary) if asked.columns else (None, None)
-        if asked.threshold is not None and column_ids is not None and values is not None and column_ids[-1, 1]:
+        if self._fired(answer, asked):
             ids, finish = ids[:-1], "trigger"
+            column_ids, values = answer.columns(asked.columns, self._card.vocabulary)
             shown = slice(LEADING, LEADING + asked.trigger_support)
             triggered = Triggered(float(values[-1, 0]), column_ids[-1, shown], values[-1, shown])
-        support = None
-        if asked.support:
-            assert column_ids is not None
-            assert values is not None
-            shown, steps = slice(LEADING, LEADING + asked.support), len(ids)
-            support = Support(column_ids[:steps, shown], values[:steps, shown], values[:steps, 1])
-        usage = Usage(prefill=prefill, decode=len(ids), forwards=forwards)
-        return Draft(ids, finish, usage, support, triggered)
+        usage += Usage(decode=len(ids))
+        return Draft(ids, finish, usage, self._support(answer, asked, 0, len(ids)), triggered)
 
-    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> Scores:
+    async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray, support: int = 0) -> Scores:
         self._check.scored(tokens, start, ids_TN)
         if not ids_TN.size:
             return Scores(ids_TN.astype(np.float32), np.empty(0, np.int64), Usage())
-        asked = Labelling.of(start, ids_TN)
+        asked = Labelling.of(start, ids_TN, support)
         # What lies past the last row is not read.
         prompt = tokens[: start + len(ids_TN) - 1]
         answer = await self._run(prompt, asked, 1)
         usage = Usage(prefill=len(prompt) - answer.cached, forwards=1)
-        argmax_T, logprobs_TN = _labelled(answer, ids_TN.shape)
-        if np.isnan(logprobs_TN).any():  # some of these positions were in the cache, where no hidden states are kept
+        scores = _scores(answer, asked, usage)
+        if np.isnan(scores.logprobs_TN).any():  # some of these were in the cache, where no hidden states are kept
             answer = await self._run(prompt, asked, 1, reads_cache=False)
-            usage += Usage(prefill=len(prompt), forwards=1)
-            argmax_T, logprobs_TN = _labelled(answer, ids_TN.shape)
-        return Scores(logprobs_TN, argmax_T, usage)
+            scores = _scores(answer, asked, usage + Usage(prefill=len(prompt), forwards=1))
+        return scores
 
     async def select(self, prefix: list[int], candidates_K: list[int]) -> Selected:
         self._check.candidates(prefix, candidates_K)
@@ -175,24 +228,29 @@ class VllmEngine:
         self._thread.join()
         self._loop.close()
 
-    async def _run(self, prompt: list[int], asked: Asked, max_tokens: int, reads_cache: bool = True) -> _Answer:
+    async def _run(
+        self, prompt: list[int], asked: Asked, max_tokens: int, reads_cache: bool = True, watch: Watch | None = None
+    ) -> _Answer:
         """One request, to its end. Cancelled, it frees its blocks."""
-        params = self._params(asked, max_tokens, reads_cache)
-        running = self._request(prompt, params, writes=isinstance(asked, Decoding))
+        params = self._params(asked, max_tokens, reads_cache, at_once=1 if watch else TOKENS_AT_ONCE)
+        running = self._request(prompt, params, isinstance(asked, Decoding), watch)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(running, self._loop))
 
-    async def _request(self, prompt: list[int], params: SamplingParams, writes: bool) -> _Answer:
+    async def _request(self, prompt: list[int], params: SamplingParams, writes: bool, watch: Watch | None) -> _Answer:
         answer = _Answer()
         name = f"{self._card.name}-{next(self._names)}"
         try:
-            async for output in self._llm.generate(TokensPrompt(prompt_token_ids=prompt), params, name):
-                answer.add(output)
-                self.written += len(output.outputs[0].token_ids) if writes else 0
+            async with aclosing(self._llm.generate(TokensPrompt(prompt_token_ids=prompt), params, name)) as outputs:
+                async for output in outputs:
+                    answer.add(output)
+                    self.written += len(output.outputs[0].token_ids) if writes else 0
+                    if watch is not None and watch(answer):
+                        break
         except EngineDeadError as error:
             raise self._died() from error
         return answer
 
-    def _params(self, asked: Asked, max_tokens: int, reads_cache: bool) -> SamplingParams:
+    def _params(self, asked: Asked, max_tokens: int, reads_cache: bool, at_once: int) -> SamplingParams:
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=0.0,  # the sampler in the worker goes by what is asked for, not by this
@@ -204,7 +262,7 @@ class VllmEngine:
             skip_reading_prefix_cache=not reads_cache,
             flat_logprobs=True,
             output_kind=RequestOutputKind.DELTA,
-            stream_interval=TOKENS_AT_ONCE,
+            stream_interval=at_once,
             extra_args=pack(asked),
         )
 
@@ -212,12 +270,13 @@ class VllmEngine:
         return EngineDied(f"{self._card.name}: vLLM's engine process has ended; it is started again")
 
 
-_FINISH: dict[str | None, Finish] = {"stop": "end", "length": "length"}
+_FINISH: dict[str | None, Finish] = {"stop": "end", "length": "length", "text": "stop"}
 
 
-def _labelled(answer: _Answer, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The argmax [T] and the log-probabilities [T, N] of a labelling."""
-    rows, ids = shape
-    columns = np.array(answer.label.logprobs, dtype=np.float32).reshape(rows, 1 + ids)
-    argmax_T = np.array(answer.label.token_ids, dtype=np.int64).reshape(rows, 1 + ids)[:, 0]
-    return argmax_T, columns[:, 1:]
+def _scores(answer: _Answer, asked: Labelling, usage: Usage) -> Scores:
+    """What a labelling's answer says."""
+    ids_TW = np.array(answer.label.token_ids, dtype=np.int64).reshape(asked.rows, 1 + asked.width)
+    values_TW = np.array(answer.label.logprobs, dtype=np.float32).reshape(asked.rows, 1 + asked.width)
+    top = asked.width - asked.support + 1
+    support = Support(ids_TW[:, top:], values_TW[:, top:]) if asked.support else None
+    return Scores(values_TW[:, 1:top], ids_TW[:, 0], usage, support)

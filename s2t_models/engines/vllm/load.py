@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,17 @@ def load(hosted: Hosted) -> Engine:
     reserved = artifact.card.reserved_ids if artifact else ()
     context = settings.context or int(config.max_position_embeddings)
     card = card_of(hosted, settings, reserved, int(config.vocab_size), context)
-    return start(settings, card, artifact.folder if artifact else None)
+    return start(settings, card, artifact.folder if artifact else None, loading.decoder(hosted.settings))
 
 
-def start(settings: ModelSettings, card: ModelCard, artifact: Path | None = None) -> Engine:
+def start(
+    settings: ModelSettings,
+    card: ModelCard,
+    artifact: Path | None = None,
+    decode: Callable[[list[int]], str] | None = None,
+) -> Engine:
     """Start vLLM's processes for the model of `settings`, known by `card`; it is that of the artifact in the folder
-    `artifact`, if one is given. Raises RecipeError as `load` does."""
+    `artifact`, if one is given. `decode` is the tokenizer's. Raises RecipeError as `load` does."""
     if not card.end_ids:
         raise RecipeError(f"{settings.path}: its configuration names no token that ends a text (eos_token_id)")
     if _on_cpu(settings):
@@ -59,7 +65,7 @@ def start(settings: ModelSettings, card: ModelCard, artifact: Path | None = None
 
     try:
         arguments = engine_arguments(**_arguments(settings, card.context))
-        return VllmEngine(arguments, card, str(artifact) if artifact else None)
+        return VllmEngine(arguments, card, str(artifact) if artifact else None, decode)
     except Exception as error:  # of many kinds, from many places; what they say is what a user can act on
         raise RecipeError(
             f"{card.name}: vLLM does not load {settings.path}: {one_line(error)} (S2T_DEBUG=1 shows vLLM's own log)"

@@ -38,6 +38,7 @@ class Decoding:
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     support: int
     threshold: float | None
     warmup: int
@@ -61,21 +62,23 @@ class Leaf:
 @dataclass(frozen=True)
 class Labelling:
     """Log-probabilities of `ids` [T, N] (int32, row by row) along the prompt, from the one that predicts position
-    `start` on. The answer has a row for each, its first column the argmax."""
+    `start` on, and the `support` most probable ids there. The answer has a row for each: in the first column the
+    argmax, then the ids, then the support."""
 
     start: int
     rows: int
     ids: bytes
+    support: int = 0
     columns = 0
 
     @staticmethod
-    def of(start: int, ids_TN: np.ndarray) -> Labelling:
-        return Labelling(start, len(ids_TN), np.ascontiguousarray(ids_TN, dtype=np.int32).tobytes())
+    def of(start: int, ids_TN: np.ndarray, support: int = 0) -> Labelling:
+        return Labelling(start, len(ids_TN), np.ascontiguousarray(ids_TN, dtype=np.int32).tobytes(), support)
 
     @property
     def width(self) -> int:
-        """N."""
-        return len(self.ids) // (4 * self.rows)
+        """Columns behind the first."""
+        return len(self.ids) // (4 * self.rows) + self.support
 
     @property
     def ids_TN(self) -> np.ndarray:

@@ -98,6 +98,7 @@ class S2TSampler(Sampler):
             [sampling.temperature for sampling in samplings],
             [sampling.top_p for sampling in samplings],
             [sampling.top_k for sampling in samplings],
+            [sampling.min_p for sampling in samplings],
             noise,
         )
 
@@ -166,4 +167,4 @@ class _Table:
         return LogprobsTensors(ids_BW, self._values_BW, torch.zeros(len(tokens), dtype=torch.int32))
 
 
-_GREEDY = Decoding(0, 0, 0.0, 1.0, 0, 0, None, 0, 0)
+_GREEDY = Decoding(0, 0, 0.0, 1.0, 0, 0.0, 0, None, 0, 0)

@@ -113,6 +113,8 @@ class _Labels:
         rows, ids = self._ids_TN.shape
         self._argmax_T = torch.zeros(rows, dtype=torch.int32)
         self._values_TN = torch.full((rows, ids), torch.nan)
+        self._top_ids_TN = torch.zeros(rows, asked.support, dtype=torch.int32)
+        self._top_TN = torch.zeros(rows, asked.support)
 
     def add(self, first: int, hidden_TH: torch.Tensor, text_logits: Any) -> None:
         """Positions `first` to `first` + T of the prompt."""
@@ -123,12 +125,15 @@ class _Labels:
             logits_TV = text_logits(hidden_TH[at - first : to - first])
             rows = slice(at - self._first, to - self._first)
             wanted_TN = self._ids_TN[rows].to(logits_TV.device)
+            logprobs_TV = logits_TV.log_softmax(-1)
             self._argmax_T[rows] = logits_TV.argmax(-1).int().cpu()
-            self._values_TN[rows] = logits_TV.log_softmax(-1).gather(-1, wanted_TN).cpu()
+            self._values_TN[rows] = logprobs_TV.gather(-1, wanted_TN).cpu()
+            if count := self._top_TN.shape[1]:
+                top_TN, top_ids_TN = logprobs_TV.topk(count, dim=-1)
+                self._top_TN[rows], self._top_ids_TN[rows] = top_TN.cpu(), top_ids_TN.int().cpu()
 
     def tensors(self) -> LogprobsTensors:
-        rows, ids = self._values_TN.shape
-        ids_TW = torch.zeros(rows, 1 + ids, dtype=torch.int32)
-        ids_TW[:, 0] = self._argmax_T
-        values_TW = torch.cat([torch.zeros(rows, 1), self._values_TN], dim=1)
+        rows = len(self._argmax_T)
+        ids_TW = torch.cat([self._argmax_T[:, None], self._ids_TN.int(), self._top_ids_TN], dim=1)
+        values_TW = torch.cat([torch.zeros(rows, 1), self._values_TN, self._top_TN], dim=1)
         return LogprobsTensors(ids_TW, values_TW, torch.zeros(rows, dtype=torch.int32))

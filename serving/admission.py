@@ -1,0 +1,111 @@
+"""Who decodes now, who waits, and who is told to come again: the gateway's bounded and fair queue.
+
+An engine holds as many decodes as it has slots. Here a decode waits for a place in every engine it calls and keeps it
+to its end, so a decode of many calls finds its prefix where it left it, however many others are about. Places go first
+to the request that has the fewest, and no request has more than its share: a request of 128 samples leaves room for
+the next one. When too many wait, a request is refused at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Collection, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+#: The share of an engine's places that one request may have.
+MOST_OF_ALL = 0.5
+
+
+class Busy(RuntimeError):
+    """Too many wait already; `retry_after` says in how many seconds there may be room."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__("too many requests are waiting here")
+        self.retry_after = retry_after
+
+
+@dataclass(eq=False)
+class _Waiting:
+    request: str
+    engines: Collection[str]
+    granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Admission:
+    """`places` are the decodes that each engine holds at once, `most_waiting` the requests that may wait. It belongs to
+    one event loop."""
+
+    def __init__(self, places: Mapping[str, int], most_waiting: int) -> None:
+        self._free = dict(places)
+        self._share = {engine: max(1, math.ceil(MOST_OF_ALL * count)) for engine, count in places.items()}
+        self._most_waiting = most_waiting
+        self._waiting: list[_Waiting] = []
+        self._held: Counter[tuple[str, str]] = Counter()  # (request, engine) -> places
+        self._seconds = 1.0  # that a place was lately kept for
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for their first place."""
+        return len({one.request for one in self._waiting if not self._has_any(one)})
+
+    def check(self) -> None:
+        """Raise Busy where a new request would be one too many."""
+        if self.waiting >= self._most_waiting:
+            places = max(1, min(self._share.values(), default=1) / MOST_OF_ALL)
+            raise Busy(max(1, math.ceil(self._seconds * self.waiting / places)))
+
+    @asynccontextmanager
+    async def place(self, request: str, engines: Collection[str]) -> AsyncGenerator[None]:
+        """A place in each of the engines, for a decode of the request of that id."""
+        waiting = _Waiting(request, engines)
+        self._waiting.append(waiting)
+        self._grant()
+        try:
+            await waiting.granted
+        except asyncio.CancelledError:
+            if waiting.granted.done() and not waiting.granted.cancelled():
+                self._give_back(waiting)
+            else:
+                self._waiting = [one for one in self._waiting if one is not waiting]
+            raise
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._seconds += 0.1 * (time.monotonic() - began - self._seconds)
+            self._give_back(waiting)
+
+    def _grant(self) -> None:
+        """Give out what is free, in order: the request with the fewest places first, then the one that came first. What
+        one waits for is kept for it, so that those who need less do not pass it for ever."""
+        kept: Counter[str] = Counter()
+        self._waiting = [one for one in self._waiting if not one.granted.cancelled()]
+        for one in sorted(self._waiting, key=self._most_held):
+            if any(self._held[one.request, name] >= self._share[name] for name in one.engines):
+                continue
+            if all(self._free[name] > kept[name] for name in one.engines):
+                self._waiting.remove(one)
+                for name in one.engines:
+                    self._free[name] -= 1
+                    self._held[one.request, name] += 1
+                one.granted.set_result(None)
+            else:
+                kept.update(name for name in one.engines if self._free[name] > kept[name])
+
+    def _give_back(self, one: _Waiting) -> None:
+        for name in one.engines:
+            self._free[name] += 1
+            self._held[one.request, name] -= 1
+            if not self._held[one.request, name]:
+                del self._held[one.request, name]
+        self._grant()
+
+    def _most_held(self, one: _Waiting) -> int:
+        return max(self._held[one.request, name] for name in one.engines)
+
+    def _has_any(self, one: _Waiting) -> bool:
+        return any(self._held[one.request, name] for name in one.engines)

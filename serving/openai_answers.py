@@ -1,0 +1,331 @@
+"""The OpenAI API's answers, whole and streamed: chat and text completions, and the list of models.
+
+The extension object `s2t` carries what a policy did and what it cost.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from s2t_models.engines.contract import Decision, Finish, Usage
+from serving.decoding import Ended, Piece, StepLogprobs
+
+FinishReason = Literal["stop", "length"]
+_REASONS: dict[Finish, FinishReason] = {"end": "stop", "stop": "stop", "length": "length"}
+
+#: The last event of a stream.
+DONE = "data: [DONE]\n\n"
+
+#: The text of one token alone.
+Word = Callable[[int], str]
+
+
+class TokenUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class S2T(BaseModel):
+    """What the policy did. `usage` is each engine's cost summed over the choices, `seed` the first choice's (with it
+    the same request gives the same answer), `seconds` the wall-clock time spent decoding, `models` the sha256 of each
+    engine's weights, `samples` the texts voted over (maj@n), `spans` the output's [source, tokens] in order, `tokens`
+    each token's [text, source], `ids` its token ids."""
+
+    usage: dict[str, dict[str, int]]
+    seed: int
+    seconds: float
+    models: dict[str, str]
+    samples: list[str] = []
+    decisions: list[dict[str, Any]] | None = None
+    spans: list[tuple[str, int]] | None = None
+    tokens: list[tuple[str, str]] | None = None
+    ids: list[int] | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: dict[str, str]
+    finish_reason: FinishReason
+    logprobs: dict[str, Any] | None = None
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: dict[str, Any] | None = None
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: TokenUsage
+    s2t: S2T
+
+
+class CompletionResponse(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: TokenUsage
+    s2t: S2T
+
+
+class ModelEntry(BaseModel):
+    """A policy as a model. `kind` is its name without K and budget; these and `votes` are null where they mean nothing
+    to it. `needs` names the engines it calls, `context` counts the tokens of prompt and answer, and `settings` are all
+    that decide what it writes beside the weights: thresholds, candidates, sampling."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "s2t"
+    kind: str
+    k: int | None
+    budget: float | None
+    votes: int | None
+    needs: list[str]
+    context: int
+    settings: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    """`unavailable` says of each policy that is not offered here why."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+    unavailable: dict[str, str] = {}
+
+
+@dataclass
+class Written:
+    """A choice, gathered from its pieces; `finish` is there once it has ended."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    tokens: list[tuple[str, str]] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    logprobs: list[StepLogprobs] = field(default_factory=list)
+    ended: Ended | None = None
+
+    def add(self, piece: Piece | Ended) -> None:
+        if isinstance(piece, Ended):
+            self.ended = piece
+            return
+        self.text += piece.text
+        self.ids += piece.ids
+        self.tokens += piece.tokens
+        self.decisions += piece.decisions
+        self.logprobs += piece.logprobs
+
+    @property
+    def reason(self) -> FinishReason:
+        assert self.ended is not None
+        return _REASONS[self.ended.finish]
+
+
+@dataclass
+class Answer:
+    """What all answers of one request share."""
+
+    model: str
+    prompt_tokens: int
+    seed: int
+    models: dict[str, str]
+    word: Word
+    shows_decisions: bool = False
+    created: int = field(default_factory=lambda: int(time.time()))
+    began: float = field(default_factory=time.perf_counter)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def usage(self, choices: Sequence[Written]) -> TokenUsage:
+        written = sum(len(choice.ids) for choice in choices)
+        return TokenUsage(
+            prompt_tokens=self.prompt_tokens, completion_tokens=written, total_tokens=self.prompt_tokens + written
+        )
+
+    def s2t(self, choices: Sequence[Written], scored: Usage | None = None, whole: bool = True) -> S2T:
+        """`scored` is what scoring the prompts has cost; `whole` shows decisions, spans and tokens where asked."""
+        ended = [choice.ended for choice in choices if choice.ended is not None]
+        shown = choices[0] if whole and self.shows_decisions else None
+        return S2T(
+            usage=usage_by_engine([end.usage for end in ended]),
+            seed=self.seed,
+            seconds=time.perf_counter() - self.began,
+            models=self.models,
+            samples=[sample for end in ended for sample in end.samples],
+            decisions=[as_decision(decision, self.word) for decision in shown.decisions] if shown else None,
+            spans=as_spans(shown.tokens) if shown else None,
+            tokens=shown.tokens if shown else None,
+            ids=shown.ids if shown else None,
+        )
+
+    def shown(self, piece: Piece) -> dict[str, Any]:
+        """A streamed piece's part of the extension."""
+        if not self.shows_decisions or not (piece.tokens or piece.decisions):
+            return {}
+        decisions = [as_decision(decision, self.word) for decision in piece.decisions]
+        return {"s2t": {"tokens": piece.tokens, "decisions": decisions}}
+
+
+def chat_response(answer: Answer, choices: Sequence[Written], top: int | None) -> ChatResponse:
+    return ChatResponse(
+        id=f"chatcmpl-{answer.id}",
+        created=answer.created,
+        model=answer.model,
+        choices=[
+            ChatChoice(
+                index=i,
+                message={"role": "assistant", "content": choice.text},
+                finish_reason=choice.reason,
+                logprobs=None if top is None else chat_logprobs(choice.logprobs, answer.word),
+            )
+            for i, choice in enumerate(choices)
+        ],
+        usage=answer.usage(choices),
+        s2t=answer.s2t(choices),
+    )
+
+
+def completion_response(answer: Answer, choices: Sequence[Written], top: int | None) -> CompletionResponse:
+    return CompletionResponse(
+        id=f"cmpl-{answer.id}",
+        created=answer.created,
+        model=answer.model,
+        choices=[
+            CompletionChoice(
+                index=i,
+                text=choice.text,
+                finish_reason=choice.reason,
+                logprobs=None if top is None else text_logprobs(choice.logprobs, answer.word),
+            )
+            for i, choice in enumerate(choices)
+        ],
+        usage=answer.usage(choices),
+        s2t=answer.s2t(choices),
+    )
+
+
+def chat_chunk(answer: Answer, number: int, top: int | None, piece: Piece | FinishReason | None) -> dict[str, Any]:
+    """A piece of a choice as a streamed chunk; its beginning (None), which names the role, or its end."""
+    delta: dict[str, str] = {"role": "assistant", "content": ""} if piece is None else {}
+    choice: dict[str, Any] = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+    chunk = {
+        "id": f"chatcmpl-{answer.id}",
+        "object": "chat.completion.chunk",
+        "created": answer.created,
+        "model": answer.model,
+        "choices": [choice],
+    }
+    if isinstance(piece, Piece):
+        delta["content"] = piece.text
+        if top is not None and piece.logprobs:
+            choice["logprobs"] = chat_logprobs(piece.logprobs, answer.word)
+        return chunk | answer.shown(piece)
+    choice["finish_reason"] = piece
+    return chunk
+
+
+def completion_chunk(
+    answer: Answer, number: int, top: int | None, piece: Piece | FinishReason | None
+) -> dict[str, Any]:
+    choice: dict[str, Any] = {"index": number, "text": "", "logprobs": None, "finish_reason": None}
+    chunk = {
+        "id": f"cmpl-{answer.id}",
+        "object": "text_completion",
+        "created": answer.created,
+        "model": answer.model,
+        "choices": [choice],
+    }
+    if isinstance(piece, Piece):
+        choice["text"] = piece.text
+        if top is not None and piece.logprobs:
+            choice["logprobs"] = text_logprobs(piece.logprobs, answer.word)
+        return chunk | answer.shown(piece)
+    choice["finish_reason"] = piece
+    return chunk
+
+
+def usage_chunk(answer: Answer, kind: str, choices: Sequence[Written]) -> dict[str, Any]:
+    """The last chunk of a stream with `include_usage`; `kind` is its object."""
+    return {
+        "id": f"{'chatcmpl' if kind == 'chat.completion.chunk' else 'cmpl'}-{answer.id}",
+        "object": kind,
+        "created": answer.created,
+        "model": answer.model,
+        "choices": [],
+        "usage": answer.usage(choices).model_dump(),
+        "s2t": answer.s2t(choices, whole=False).model_dump(exclude_none=True),
+    }
+
+
+def event(data: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def chat_logprobs(steps: Sequence[StepLogprobs], word: Word) -> dict[str, Any]:
+    def entry(token: int, logprob: float | None) -> dict[str, Any]:
+        text = word(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return {
+        "content": [
+            entry(step.token, step.logprob) | {"top_logprobs": [entry(token, value) for token, value in step.top]}
+            for step in steps
+        ],
+        "refusal": None,
+    }
+
+
+def text_logprobs(steps: Sequence[StepLogprobs], word: Word) -> dict[str, Any]:
+    """The older form, of text completions. Where two of the most probable tokens have the same text, the more probable
+    one's is shown."""
+    words = [word(step.token) for step in steps]
+    offsets = [sum(len(text) for text in words[:i]) for i in range(len(words))]
+    return {
+        "tokens": words,
+        "token_logprobs": [step.logprob for step in steps],
+        "top_logprobs": [
+            None if step.logprob is None else {word(token): value for token, value in reversed(step.top)}
+            for step in steps
+        ],
+        "text_offset": offsets,
+    }
+
+
+def usage_by_engine(usages: Sequence[dict[str, Usage]]) -> dict[str, dict[str, int]]:
+    """Each engine's costs, summed over the choices."""
+    total: dict[str, Usage] = {}
+    for usage in usages:
+        for engine, cost in usage.items():
+            total[engine] = total.get(engine, Usage()) + cost
+    return {engine: asdict(cost) for engine, cost in total.items()}
+
+
+def as_decision(decision: Decision, word: Word) -> dict[str, Any]:
+    """A decision with its tokens' texts."""
+    return asdict(decision) | {
+        "texts_K": [word(token) for token in decision.candidates_K],
+        "chosen_text": word(decision.chosen),
+        "argmax_text": None if decision.argmax is None else word(decision.argmax),
+    }
+
+
+def as_spans(tokens: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:
+    """Runs of tokens of one source."""
+    return [(source, len(list(run))) for source, run in groupby(source for _, source in tokens)]

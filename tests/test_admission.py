@@ -1,0 +1,139 @@
+"""The gateway's queue: places go round fairly, what cannot wait is refused, and nothing is lost by those who leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from serving.admission import Admission, Busy
+
+
+def test_no_more_decode_at_once_than_there_are_places():
+    async def scenario() -> int:
+        admission, running, most = Admission({"slm": 4}, 100), 0, 0
+
+        async def decode(request: str) -> None:
+            nonlocal running, most
+            async with admission.place(request, ["slm"]):
+                running += 1
+                most = max(most, running)
+                await asyncio.sleep(0)
+                running -= 1
+
+        await asyncio.gather(*(decode(f"r{i}") for i in range(40)))
+        return most
+
+    assert asyncio.run(scenario()) == 4
+
+
+def order_of(asks: Callable[[Callable[[str], Awaitable[None]]], Awaitable[None]], places: int) -> list[str]:
+    """The order in which decodes end, each of which takes one turn of the loop."""
+
+    async def scenario() -> list[str]:
+        admission, ended = Admission({"slm": places}, 1000), []
+
+        async def decode(request: str) -> None:
+            async with admission.place(request, ["slm"]):
+                await asyncio.sleep(0.001)
+                ended.append(request)
+
+        await asks(decode)
+        return ended
+
+    return asyncio.run(scenario())
+
+
+def test_a_request_of_many_samples_leaves_room_for_the_next():
+    async def asks(decode: Callable[[str], Awaitable[None]]) -> None:
+        many = [asyncio.ensure_future(decode("many")) for _ in range(128)]
+        await asyncio.sleep(0)
+        await decode("one")
+        await asyncio.gather(*many)
+
+    assert order_of(asks, 8).index("one") <= 8
+
+
+def test_requests_of_many_samples_take_turns():
+    async def asks(decode: Callable[[str], Awaitable[None]]) -> None:
+        first = [asyncio.ensure_future(decode("first")) for _ in range(32)]
+        await asyncio.sleep(0)
+        second = [asyncio.ensure_future(decode("second")) for _ in range(32)]
+        await asyncio.gather(*first, *second)
+
+    ended = order_of(asks, 4)
+    assert 12 <= ended[:32].count("second") <= 20
+
+
+def test_too_many_are_refused_at_once_and_told_when_to_come_again():
+    async def scenario() -> None:
+        admission = Admission({"slm": 2}, 3)
+        admission.check()
+        held = asyncio.Event()
+
+        async def decode(request: str) -> None:
+            async with admission.place(request, ["slm"]):
+                await held.wait()
+
+        tasks = [asyncio.ensure_future(decode(f"r{i}")) for i in range(5)]
+        await asyncio.sleep(0)
+        assert admission.waiting == 3
+        with pytest.raises(Busy) as refusal:
+            admission.check()
+        assert refusal.value.retry_after >= 1
+        tasks[-1].cancel()
+        await asyncio.sleep(0)
+        admission.check()
+        held.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert admission.waiting == 0
+
+    asyncio.run(scenario())
+
+
+def test_whoever_leaves_gives_back_what_it_held():
+    async def scenario() -> None:
+        admission = Admission({"slm": 1, "teacher": 1}, 10)
+
+        async def decode(request: str, *engines: str) -> None:
+            async with admission.place(request, engines):
+                await asyncio.sleep(10)
+
+        first = asyncio.ensure_future(decode("first", "slm"))
+        await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(decode("waiting", "slm", "teacher"))
+        leaving = asyncio.ensure_future(decode("leaving", "slm"))
+        await asyncio.sleep(0)
+        # Given its place and cancelled in one turn of the loop.
+        first.cancel()
+        leaving.cancel()
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(first, waiting, leaving, return_exceptions=True)
+        async with asyncio.timeout(1), admission.place("last", ["slm", "teacher"]):
+            pass
+
+    asyncio.run(scenario())
+
+
+def test_who_needs_two_engines_is_not_passed_for_ever():
+    async def asks(admission: Admission) -> list[str]:
+        ended: list[str] = []
+
+        async def decode(request: str, *engines: str) -> None:
+            async with admission.place(request, engines):
+                await asyncio.sleep(0.001)
+                ended.append(request)
+
+        busy = [asyncio.ensure_future(decode(f"slm{i}", "slm")) for i in range(3)]
+        busy += [asyncio.ensure_future(decode(f"teacher{i}", "teacher")) for i in range(3)]
+        await asyncio.sleep(0)
+        both = asyncio.ensure_future(decode("both", "slm", "teacher"))
+        await asyncio.sleep(0)
+        later = [asyncio.ensure_future(decode(f"later{i}", "slm")) for i in range(20)]
+        await asyncio.gather(*busy, both, *later)
+        return ended
+
+    ended = asyncio.run(asks(Admission({"slm": 1, "teacher": 1}, 100)))
+    assert ended.index("both") < 12
