@@ -28,6 +28,7 @@ from s2t_models.errors import one_line
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
 from serving import cluster
 from serving.placement import replica_options
+from serving.proxy import ENVIRONMENT
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -123,7 +124,12 @@ def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = 
             if not own_cluster:
                 undo.callback(serve.shutdown)
             options = {"host": recipe.serving.host, "port": recipe.serving.port}
-            serve.start(proxy_location="HeadOnly", http_options=options, logging_config=LOGGING)
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options=options,
+                logging_config=LOGGING,
+                controller_options={"runtime_env": {"env_vars": ENVIRONMENT}},
+            )
         _deploy(application, name)
         url = f"http://{recipe.serving.host}:{recipe.serving.port}{_prefix(name).rstrip('/')}/v1"
         if blocking:
