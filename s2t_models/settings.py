@@ -293,10 +293,31 @@ class RouterSettings(Settings):
 
 
 class ServingSettings(Settings):
+    """The endpoint. It has `gateway_replicas`; with `gateway_max_replicas`, as many up to that as its load asks for.
+    `keys_file` holds lines `name: key`; without it and without S2T_API_KEYS everyone may ask. A request's body may have
+    `max_body_mb`, its answer take `request_timeout_s`; when the endpoint ends, what is in flight has `drain_s`.
+    `access_log` is a file of JSON lines on the gateway's node."""
+
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     gateway_replicas: Count = 1
     max_waiting: Count = 64
+    gateway_max_replicas: Count | None = None
+    keys_file: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    max_body_mb: float = Field(4.0, gt=0)
+    request_timeout_s: float = Field(600.0, gt=0)
+    drain_s: float = Field(30.0, ge=0)
+    access_log: str | None = None
+
+    @model_validator(mode="after")
+    def _most_is_not_below_least(self) -> ServingSettings:
+        if self.gateway_max_replicas is not None and self.gateway_max_replicas < self.gateway_replicas:
+            raise ValueError(
+                f"gateway_max_replicas = {self.gateway_max_replicas} is below gateway_replicas = "
+                f"{self.gateway_replicas}"
+            )
+        return self
 
 
 class BenchmarkSettings(Settings):

@@ -27,7 +27,8 @@ from s2t_models.commands import debugging, run_command
 from s2t_models.errors import one_line
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
 from serving import cluster
-from serving.placement import replica_options
+from serving.keys import Keys, read_keys
+from serving.placement import gateway_options, replica_options
 from serving.proxy import ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -37,16 +38,23 @@ if TYPE_CHECKING:
 
 #: The application that answers at the root; one of another name answers below it.
 NAME = "s2t"
+#: The deployment that speaks HTTP.
+GATEWAY = "gateway"
 # Batching is the engine's business: Serve passes every call on at once and holds none back.
 MAX_ONGOING_REQUESTS = 4096
-#: An engine whose processes have ended is replaced within about this time.
+#: An engine whose processes have ended is replaced within about this time; one that is there and does not answer three
+#: checks in a row, within three times the time-out.
 HEALTH_CHECK_PERIOD_S = 3.0
+HEALTH_CHECK_TIMEOUT_S = 5.0
+#: How often a replica that ends looks whether its last request has ended.
+SHUTDOWN_LOOKS_S = 0.5
 LOGGING: dict[str, Any] = {"log_level": "INFO" if debugging() else "WARNING", "enable_access_log": debugging()}
 
 
-def build(hosting: Hosting, board: Any = None) -> Application:
-    """What a recipe hosts as a Serve application. Raises RecipeError where a model asks for an engine that there is
-    not. The engines tell the `board` what they have written (`serving.written`)."""
+def build(hosting: Hosting, keys: Keys, board: Any = None) -> Application:
+    """What a recipe hosts as a Serve application, for those who have one of the `keys`. The engines tell the `board`
+    what they have written (`serving.written`). Raises RecipeError where a model asks for an engine that there is
+    not."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
@@ -62,6 +70,9 @@ def build(hosting: Hosting, board: Any = None) -> Application:
             max_ongoing_requests=MAX_ONGOING_REQUESTS,
             max_constructor_retry_count=1,
             health_check_period_s=HEALTH_CHECK_PERIOD_S,
+            health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
+            graceful_shutdown_timeout_s=hosting.recipe.serving.drain_s,
+            graceful_shutdown_wait_loop_s=SHUTDOWN_LOOKS_S,
             logging_config=quiet,
             **options,
         )(actor)
@@ -70,9 +81,8 @@ def build(hosting: Hosting, board: Any = None) -> Application:
     for name, engine in hosting.engines.items():
         check(engine)
         handles[name] = deployment(EngineDeployment, name, replica_options(engine.settings)).bind(engine, board)
-    few = {"num_replicas": hosting.recipe.serving.gateway_replicas, "ray_actor_options": {"num_cpus": 0}}
-    gateway = deployment(Gateway, "gateway", few)
-    return gateway.bind(hosting, handles)
+    gateway = deployment(Gateway, GATEWAY, gateway_options(hosting.recipe.serving))
+    return gateway.bind(hosting, handles, keys)
 
 
 def app(args: dict[str, Any]) -> Application:
@@ -80,7 +90,8 @@ def app(args: dict[str, Any]) -> Application:
     see `chosen`."""
     from s2t_models.hosting import host
 
-    return build(host(chosen(args.get("model"), args.get("recipe"), args.get("set", ()))))
+    hosting = host(chosen(args.get("model"), args.get("recipe"), args.get("set", ())))
+    return build(hosting, read_keys(hosting.recipe.serving.keys_file))
 
 
 def chosen(model: str | None, recipe: str | None, overrides: Sequence[str]) -> Recipe:
@@ -95,7 +106,7 @@ def chosen(model: str | None, recipe: str | None, overrides: Sequence[str]) -> R
     return load_recipe(recipe, overrides)
 
 
-def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = None) -> str:
+def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = None, keys: Keys | None = None) -> str:
     """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `name` is
     the application's; for the `board` see `build`.
 
@@ -106,7 +117,8 @@ def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = 
     from ray import serve
 
     recipe = hosting.recipe
-    application = build(hosting, board)
+    keys = read_keys(recipe.serving.keys_file) if keys is None else keys
+    application = build(hosting, keys, board)
     demand = _demand(hosting.engines)
     logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
     own_cluster = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")

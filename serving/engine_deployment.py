@@ -6,6 +6,7 @@ replica can serve any call. Neither knows of policies, text or HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -67,8 +68,16 @@ class EngineDeployment:
         except (ContextOverflow, EngineDied) as error:
             yield error
 
+    async def answering(self) -> ModelCard | EngineDied:
+        """The engine's card where it is well; else why not, as a value (see `call`)."""
+        try:
+            await self.check_health()
+        except EngineDied as told:
+            return told
+        return await self._engine.card()
+
     async def check_health(self) -> None:
-        """Serve replaces the replica where this raises."""
+        """Serve replaces the replica where this raises, or does not answer."""
         if isinstance(self._engine, HasHealth):
             await self._engine.check_health()
 
@@ -90,6 +99,19 @@ class RemoteEngine:
         if self._card is None:
             self._card = await self._call("card")
         return self._card
+
+    async def answering(self) -> ModelCard:
+        """The card, asked anew of a replica. Raises EngineDied where its engine is not well, and waits while there is
+        no replica."""
+        response = self._handle.answering.remote()
+        try:
+            answer = await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+        if isinstance(answer, EngineDied):
+            raise answer
+        return answer
 
     async def generate(self, prefix: list[int], sampling: Sampling, tell: Tell | None = None) -> Draft:
         return await self._draft("generate", tell, prefix, sampling)

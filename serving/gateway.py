@@ -39,7 +39,10 @@ from serving.admission import Admission, Busy
 from serving.decoding import Ended, Piece, StepLogprobs
 from serving.engine_deployment import RemoteEngine
 from serving.errors import ApiError, failed
+from serving.front import Front, note_policy
+from serving.keys import Keys
 from serving.openai_answers import Answer, Written
+from serving.operations import Operated, router
 from serving.placement import places
 from serving.text import written_alone
 
@@ -47,6 +50,8 @@ log = logging.getLogger("ray.serve")
 # `serve.ingress` pickles the app where it decorates the class, before this module is whole: routes see only names
 # defined above it, and their annotations have to be objects, not the strings of `from __future__ import annotations`.
 app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None, openapi_url=None)
+app.add_middleware(Front)
+app.include_router(router)
 
 
 async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:
@@ -152,29 +157,25 @@ async def _streamed(events: AsyncGenerator[str]) -> StreamingResponse:
 
 
 @serve.ingress(app)
-class Gateway:
+class Gateway(Operated):
     """`engines` maps an engine's name to its handle. Every engine shares the SLM's tokenizer.
 
     The models listed are the policies with the recipe's settings; one with others in its name (s2t@0.05, maj@3) is
     made when it is asked for."""
 
-    def __init__(self, hosting: Hosting, engines: dict[str, DeploymentHandle]) -> None:
+    def __init__(self, hosting: Hosting, engines: dict[str, DeploymentHandle], keys: Keys) -> None:
         self._hosting = hosting
-        self._recipe = hosting.recipe
         self._tokenizer = load_tokenizer(hosting.tokenizer)
         self._longest_token = max(len(token) for token in self._tokenizer.get_vocab())
         self._word = lru_cache(maxsize=2**16)(partial(written_alone, self._tokenizer))
         self._remote = {name: RemoteEngine(handle) for name, handle in engines.items()}
-        gateways = self._recipe.serving.gateway_replicas
+        serving = hosting.recipe.serving
+        gateways = serving.gateway_max_replicas or serving.gateway_replicas
         room = {name: max(1, places(hosted.settings) // gateways) for name, hosted in hosting.engines.items()}
-        self._admission = Admission(room, self._recipe.serving.max_waiting)
+        self._admission = Admission(room, serving.max_waiting)
         self._policies, self._refused = offer(hosting)
         self._started = int(time.time())
-
-    @app.get("/health")
-    async def health(self) -> Response:
-        """Which recipe is served, and each engine's card."""
-        return await _answered(self._health)
+        self.operate(hosting, self._remote, keys)
 
     @app.get("/v1/models")
     async def models(self) -> Response:
@@ -195,19 +196,6 @@ class Gateway:
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
         return await _answered(lambda: self._completions(request))
-
-    async def _health(self) -> dict[str, Any]:
-        cards = {name: await engine.card() for name, engine in self._remote.items()}
-        return {
-            "status": "ok",
-            "recipe": self._recipe.name,
-            "digest": self._hosting.digest,
-            # In one order: a benchmark keeps its answers by what is said here.
-            "engines": {
-                name: to_jsonable_python(card) | {"capabilities": sorted(card.capabilities)}
-                for name, card in cards.items()
-            },
-        }
 
     async def _models(self) -> answers.ModelList:
         entries = [await self._entry(policy) for policy in self._policies.values()]
@@ -246,6 +234,7 @@ class Gateway:
 
     async def _conversation(self, request: api.Decoded, messages: list[dict[str, str]], field: str) -> Job:
         policy = self._policy(request.model)
+        note_policy(policy.name)
         self._admission.check()
         characters = sum(len(message["content"]) for message in messages)
         prompt = await self._tokenised(policy, field, characters, chat.prompt_ids, messages)
@@ -254,6 +243,7 @@ class Gateway:
     async def _completions(self, http: Request) -> Any:
         request = api.read(api.CompletionRequest, await http.body())
         policy = self._policy(request.model)
+        note_policy(policy.name)
         self._admission.check()
         special = request.add_special_tokens is not False
         prompts = [

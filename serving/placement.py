@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from s2t_models.settings import ModelSettings
+from s2t_models.settings import ModelSettings, ServingSettings
 
 #: Bundles on as few nodes as can be: tensor parallelism wants one.
 STRATEGY = "PACK"
+#: Requests at once that one replica of the gateway is meant to have, where their number follows the load.
+GATEWAY_REQUESTS = 64
 
 
 def bundles(model: ModelSettings, num_cpus: float) -> list[dict[str, float]] | None:
@@ -37,6 +39,19 @@ def replica_options(model: ModelSettings) -> dict[str, Any]:
         "min_replicas": model.num_replicas,
         "max_replicas": model.max_replicas,
         "target_ongoing_requests": model.slots,
+    }
+    return options | {"autoscaling_config": scaling}
+
+
+def gateway_options(serving: ServingSettings) -> dict[str, Any]:
+    """Arguments of `serve.deployment` for the replicas of the gateway, which computes little."""
+    options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}}
+    if serving.gateway_max_replicas is None:
+        return options | {"num_replicas": serving.gateway_replicas}
+    scaling = {
+        "min_replicas": serving.gateway_replicas,
+        "max_replicas": serving.gateway_max_replicas,
+        "target_ongoing_requests": GATEWAY_REQUESTS,
     }
     return options | {"autoscaling_config": scaling}
 

@@ -183,7 +183,10 @@ def served_models(endpoint: str, names: Iterable[str]) -> dict[str, dict[str, An
 
 
 def _engines(health: httpx.Response) -> dict[str, dict[str, Any]]:
-    """The engines of this project's server; another one says something else on /health, if anything."""
+    """The engines of this project's server; another one says something else on /health, if anything. Raises
+    HTTPStatusError where the server says that it is not ready."""
+    if health.status_code == httpx.codes.SERVICE_UNAVAILABLE:
+        health.raise_for_status()
     try:
         return _Health.model_validate_json(health.content).engines if health.is_success else {}
     except ValidationError:

@@ -224,7 +224,7 @@ class ContextOverflow(ValueError):
 
 
 class EngineDied(RuntimeError):
-    """The engine's processes have ended: this engine answers nothing any more, and has to be started again."""
+    """What the engine runs in has ended or is stuck: it answers nothing any more, and has to be started again."""
 
 
 @runtime_checkable
@@ -259,10 +259,10 @@ class CountsTokens(Protocol):
 
 @runtime_checkable
 class HasHealth(Protocol):
-    """An engine that runs in processes of its own, which may end before it is closed."""
+    """An engine that runs in processes or a thread of its own, which may end, or stick, before it is closed."""
 
     async def check_health(self) -> None:
-        """Raise EngineDied where they have ended."""
+        """Raise EngineDied where they have. Answers at once, whatever the engine is doing."""
         ...
 
 

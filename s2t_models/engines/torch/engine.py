@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import gc
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ import torch
 from s2t_models.engines.checks import Checks
 from s2t_models.engines.contract import (
     Draft,
+    EngineDied,
     ModelCard,
     Routed,
     Sampling,
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 
 #: Tokens one forward takes at most, beyond its first feed; further feeds wait for the next.
 TOKENS_A_FORWARD = 2048
+#: Seconds after which a forward will not end any more: TOKENS_A_FORWARD tokens on two cores take one minute.
+STUCK_S = 300.0
 #: Tokens of a prefix that another slot has to hold beyond the own one for a copy.
 WORTH_COPYING = 16
 
@@ -104,6 +108,7 @@ class TorchEngine:
         self._running: list[_Call] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._turned = time.monotonic()
         self.written = 0
         gc.freeze()  # models are here to stay: walking them in collections costs one decode step in twenty
         self._thread = threading.Thread(target=self._loop, name=f"engine-{card.name}", daemon=True)
@@ -168,6 +173,15 @@ class TorchEngine:
         self._check.steps(tokens, start)
         return await self._call(tokens, lambda cached: calls.route(cached, tokens, start, router, self._embed))
 
+    async def check_health(self) -> None:
+        """Raise EngineDied where the thread has ended, or has not come round for STUCK_S while calls wait for it."""
+        # Without the lock, which a thread that is stuck may hold.
+        if not (self._thread.is_alive() or self._closed):
+            raise EngineDied(f"{self._card.name}: the engine's thread has ended; it is started again")
+        still = time.monotonic() - self._turned
+        if still > STUCK_S and (self._waiting or self._running):
+            raise EngineDied(f"{self._card.name}: calls wait and no forward has ended for {still:.0f} s")
+
     def close(self) -> None:
         """Stop the thread; calls still running are cancelled."""
         with self._wake:
@@ -180,6 +194,8 @@ class TorchEngine:
         with self._wake:
             if self._closed:
                 raise RuntimeError(f"engine {self._card.name} is closed")
+            if not (self._waiting or self._running):
+                self._turned = time.monotonic()
             self._waiting.append(call)
             self._wake.notify()
         return await asyncio.wrap_future(call.future)
@@ -196,6 +212,7 @@ class TorchEngine:
                     for call in [*self._running, *self._waiting]:
                         call.future.cancel()
                     return
+                self._turned = time.monotonic()
                 self._admit_waiting()
             self._drop_cancelled()
             taken = self._take()

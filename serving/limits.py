@@ -1,0 +1,116 @@
+"""What one request may take of a gateway: the size of its body, its time, and whether it is let in at all.
+
+ASGI middlewares, each of one limit. They know nothing of models or policies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving import metrics
+from serving.errors import ApiError, failed
+
+MB = 1024**2
+#: What a client is told to wait where this server is ending: another may have taken its place.
+AFTER_DRAINING_S = 10
+
+
+@dataclass
+class Traffic:
+    """The requests of one gateway that decode something: how many there are, and whether more are let in."""
+
+    in_flight: int = 0
+    draining: bool = False
+
+
+class Started:
+    """Whether a response has begun: an error cannot take its place any more."""
+
+    def __init__(self, send: Send) -> None:
+        self._send, self.begun = send, False
+
+    async def send(self, message: Message) -> None:
+        self.begun = True
+        await self._send(message)
+
+
+class BodyLimit:
+    """Refuses a body of more than `megabytes` (413), by what its header says, else by counting as it comes in."""
+
+    def __init__(self, app: ASGIApp, megabytes: float) -> None:
+        self._app, self._limit = app, int(megabytes * MB)
+        self._error = ApiError(
+            413, f"the body is larger than {megabytes:g} MB (serving.max_body_mb)", code="body_too_large"
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        announced = Headers(scope=scope).get("content-length", "")
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self._limit:
+                raise self._error
+            return message
+
+        started = Started(send)
+        try:
+            if announced.isdecimal() and int(announced) > self._limit:
+                raise self._error
+            await self._app(scope, counted, started.send)
+        except ApiError as error:
+            if started.begun or error is not self._error:
+                raise
+            await failed(error)(scope, receive, send)
+        finally:
+            if read > self._limit or (announced.isdecimal() and int(announced) > self._limit):
+                metrics.refused("body")
+
+
+class TimeLimit:
+    """Ends a request that takes more than `seconds`: 504, or the connection where the answer has begun."""
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self._app, self._seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = Started(send)
+        try:
+            async with asyncio.timeout(self._seconds) as limit:
+                await self._app(scope, receive, started.send)
+        except TimeoutError:
+            if started.begun or not limit.expired():
+                raise
+            message = f"the answer was not ready within {self._seconds:g} s (serving.request_timeout_s)"
+            error = ApiError(504, message, kind="server_error", code="timeout")
+            await failed(error)(scope, receive, send)
+
+
+class Door:
+    """Counts the requests that decode, and lets no more of them in once the gateway drains (503)."""
+
+    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
+        self._app, self._traffic = app, traffic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._traffic.draining:
+            metrics.refused("draining")
+            message = "this server is ending and takes no more requests; try again"
+            error = ApiError(503, message, kind="server_error", code="shutting_down", retry_after=AFTER_DRAINING_S)
+            await failed(error)(scope, receive, send)
+            return
+        self._traffic.in_flight += 1
+        try:
+            with metrics.in_flight.track_inprogress():
+                await self._app(scope, receive, send)
+        finally:
+            self._traffic.in_flight -= 1

@@ -1,0 +1,44 @@
+"""Whether a gateway's engines answer, asked with a time-out and not more often than is of use."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+from s2t_models.engines.contract import ModelCard
+
+#: An engine that has not answered within this time is not there.
+ANSWERS_WITHIN_S = 3.0
+#: How old an answer may be: many probes cost one call.
+FRESH_S = 1.0
+
+
+class Readiness:
+    """`engines` maps an engine's name to a function that gives its card where it is well, and raises where not."""
+
+    def __init__(self, engines: Mapping[str, Callable[[], Awaitable[ModelCard]]]) -> None:
+        self._engines = engines
+        self._asked: asyncio.Task[dict[str, ModelCard | None]] | None = None
+        self._when = 0.0
+
+    async def cards(self) -> dict[str, ModelCard | None]:
+        """Each engine's card, None where it does not answer."""
+        if self._asked is None or (self._asked.done() and time.monotonic() - self._when > FRESH_S):
+            self._asked = asyncio.create_task(self._ask())
+        # Of several that wait for it, one going away must not take it from the others.
+        return await asyncio.shield(self._asked)
+
+    async def _ask(self) -> dict[str, ModelCard | None]:
+        cards = await asyncio.gather(*(_within(ask) for ask in self._engines.values()))
+        self._when = time.monotonic()
+        return dict(zip(self._engines, cards, strict=True))
+
+
+async def _within(ask: Callable[[], Awaitable[ModelCard]]) -> ModelCard | None:
+    """Whatever an engine fails with, what it says is that it does not answer."""
+    try:
+        async with asyncio.timeout(ANSWERS_WITHIN_S):
+            return await ask()
+    except Exception:
+        return None
