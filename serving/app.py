@@ -13,23 +13,18 @@ import argparse
 import json
 import logging
 import os
-import signal
-import socket
 import sys
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
-
-import httpx
 
 from s2t_models.commands import debugging, run_command
 from s2t_models.errors import one_line
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
-from serving import cluster
-from serving.keys import Keys, read_keys
+from s2t_models.settings import ServingSettings
+from serving import cluster, http, port
+from serving.keys import VARIABLE, Keys, is_readable_by_others, read_keys
 from serving.placement import gateway_options, replica_options
-from serving.proxy import ENVIRONMENT
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -38,8 +33,6 @@ if TYPE_CHECKING:
 
 #: The application that answers at the root; one of another name answers below it.
 NAME = "s2t"
-#: The deployment that speaks HTTP.
-GATEWAY = "gateway"
 # Batching is the engine's business: Serve passes every call on at once and holds none back.
 MAX_ONGOING_REQUESTS = 4096
 #: An engine whose processes have ended is replaced within about this time; one that is there and does not answer three
@@ -51,20 +44,20 @@ SHUTDOWN_LOOKS_S = 0.5
 LOGGING: dict[str, Any] = {"log_level": "INFO" if debugging() else "WARNING", "enable_access_log": debugging()}
 
 
-def build(hosting: Hosting, keys: Keys, board: Any = None) -> Application:
+def build(hosting: Hosting, keys: Keys, board: Any = None, spare: bool = False) -> Application:
     """What a recipe hosts as a Serve application, for those who have one of the `keys`. The engines tell the `board`
-    what they have written (`serving.written`). Raises RecipeError where a model asks for an engine that there is
-    not."""
+    what they have written (`serving.written`). Deployed again, an engine is replaced by one that is started beside it
+    where the cluster has resources to `spare`, and else after it has ended: requests wait meanwhile."""
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
-    from s2t_models.engines.load import check
     from serving.engine_deployment import EngineDeployment
     from serving.gateway import Gateway
+    from serving.lifecycle import GATEWAY
 
     quiet = LoggingConfig(**LOGGING)
 
-    def deployment(actor: type, name: str, options: dict[str, Any]) -> serve.Deployment:
+    def deployment(actor: type, name: str, options: dict[str, Any], surge: int) -> serve.Deployment:
         return serve.deployment(
             name=name,
             max_ongoing_requests=MAX_ONGOING_REQUESTS,
@@ -73,15 +66,16 @@ def build(hosting: Hosting, keys: Keys, board: Any = None) -> Application:
             health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
             graceful_shutdown_timeout_s=hosting.recipe.serving.drain_s,
             graceful_shutdown_wait_loop_s=SHUTDOWN_LOOKS_S,
+            max_surge_percent=surge,
             logging_config=quiet,
             **options,
         )(actor)
 
     handles = {}
     for name, engine in hosting.engines.items():
-        check(engine)
-        handles[name] = deployment(EngineDeployment, name, replica_options(engine.settings)).bind(engine, board)
-    gateway = deployment(Gateway, GATEWAY, gateway_options(hosting.recipe.serving))
+        options = replica_options(engine.settings)
+        handles[name] = deployment(EngineDeployment, name, options, 100 if spare else 0).bind(engine, board)
+    gateway = deployment(Gateway, GATEWAY, gateway_options(hosting.recipe.serving), 100)
     return gateway.bind(hosting, handles, keys)
 
 
@@ -91,6 +85,7 @@ def app(args: dict[str, Any]) -> Application:
     from s2t_models.hosting import host
 
     hosting = host(chosen(args.get("model"), args.get("recipe"), args.get("set", ())))
+    _check_engines(hosting)
     return build(hosting, read_keys(hosting.recipe.serving.keys_file))
 
 
@@ -106,52 +101,69 @@ def chosen(model: str | None, recipe: str | None, overrides: Sequence[str]) -> R
     return load_recipe(recipe, overrides)
 
 
-def run(hosting: Hosting, blocking: bool = True, name: str = NAME, board: Any = None, keys: Keys | None = None) -> str:
-    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM. `name` is
-    the application's; for the `board` see `build`.
+def run(hosting: Hosting, blocking: bool = True) -> str:
+    """Deploy on the cluster at hand and return the endpoint's URL; `blocking` serves until SIGINT or SIGTERM, and then
+    until what is in flight is answered.
 
     Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
-    cluster too small, or an engine does not start.
+    cluster too small, or an engine does not start, and KeysError.
     """
     import ray
     from ray import serve
 
-    recipe = hosting.recipe
-    keys = read_keys(recipe.serving.keys_file) if keys is None else keys
-    application = build(hosting, keys, board)
-    demand = _demand(hosting.engines)
-    logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
+    from serving.lifecycle import until_stopped
+
+    serving = hosting.recipe.serving
+    keys = read_keys(serving.keys_file)
+    _check_engines(hosting)
     own_cluster = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
     if own_cluster:
-        _check_port_is_free(recipe)
+        port.check_is_free(serving)
+    if blocking:
+        for caution in _cautions(serving, keys):
+            print(f"serve: {caution}", file=sys.stderr, flush=True)
     with ExitStack() as undo:
-        if cluster.start(demand["CPU"]):
+        if _join(hosting):
             undo.callback(ray.shutdown)
-        _check_resources(demand, ray.cluster_resources())
         serving_already = bool(serve.status().proxies)
         if serving_already:
-            _check_port_is_serves(recipe)
+            port.check_is_serves(serving)
         else:
-            _check_port_is_free(recipe)
             if not own_cluster:
                 undo.callback(serve.shutdown)
-            options = {"host": recipe.serving.host, "port": recipe.serving.port}
-            serve.start(
-                proxy_location="HeadOnly",
-                http_options=options,
-                logging_config=LOGGING,
-                controller_options={"runtime_env": {"env_vars": ENVIRONMENT}},
-            )
-        _deploy(application, name)
-        url = f"http://{recipe.serving.host}:{recipe.serving.port}{_prefix(name).rstrip('/')}/v1"
+            port.start_serve(serving, LOGGING)
+        _deploy(build(hosting, keys, spare=_has_room(hosting)), NAME, "serve")
+        url = _url(serving, NAME)
         if blocking:
             if serving_already:
-                undo.callback(serve.delete, name)
+                undo.callback(serve.delete, NAME)
             print(_screen(hosting, url), flush=True)
-            _wait()
+            until_stopped(NAME, serving.drain_s)
         else:
             undo.pop_all()
     return url
+
+
+def run_for_job(hosting: Hosting, name: str, keys: Keys, board: Any, command: str) -> str:
+    """Deploy beside what the cluster serves, for a job that asks with one of the `keys`, and return the URL. The
+    application is called `name`, and its end is the job's business; for the `board` see `build`. Lines of progress
+    begin with `command`.
+
+    On a cluster of its own the job takes a free port of this machine unless the recipe names one, so that several can
+    run at once; else it takes the port that Serve has, or gets. Raises RecipeError as `run` does."""
+    from ray import serve
+
+    serving = hosting.recipe.serving
+    _check_engines(hosting)
+    _join(hosting)
+    if serve.status().proxies:
+        serving = port.serves_own(serving)
+    elif os.environ.get("RAY_ADDRESS") or serving.port != ServingSettings().port:
+        serving = port.start_serve(serving, LOGGING)
+    else:
+        serving = port.start_serve_anywhere(serving, LOGGING)
+    _deploy(build(hosting, keys, board), name, command)
+    return _url(serving, name)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,11 +187,60 @@ def _prefix(name: str) -> str:
     return "/" if name == NAME else f"/{name}"
 
 
-def _deploy(application: Application, name: str) -> None:
+def _url(serving: ServingSettings, name: str) -> str:
+    return f"http://{serving.host}:{serving.port}{_prefix(name).rstrip('/')}/v1"
+
+
+def _check_engines(hosting: Hosting) -> None:
+    from s2t_models.engines.load import check
+
+    for engine in hosting.engines.values():
+        check(engine)
+
+
+def _join(hosting: Hosting) -> bool:
+    """Join the cluster, or start one here; returns whether it was started. Raises RecipeError where it is too small."""
+    import ray
+
+    demand = _demand(hosting.engines)
+    logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
+    started = cluster.start(demand["CPU"])
+    try:
+        _check_resources(demand, ray.cluster_resources())
+    except RecipeError:
+        if started:
+            ray.shutdown()
+        raise
+    return started
+
+
+def _has_room(hosting: Hosting) -> bool:
+    """Whether the cluster has room for the engines beside what runs on it."""
+    import ray
+
+    free = ray.available_resources()
+    return all(wanted <= free.get(resource, 0) for resource, wanted in _demand(hosting.engines).items())
+
+
+def _cautions(serving: ServingSettings, keys: Keys) -> Iterator[str]:
+    """What whoever serves like this should know."""
+    if not (keys or http.is_loopback(serving.host)):
+        yield (
+            f"{serving.host} is reached from other machines, and whoever reaches it may ask; set serving.keys_file or "
+            f"{VARIABLE}, or serving.host=127.0.0.1"
+        )
+    if serving.keys_file and is_readable_by_others(serving.keys_file):
+        yield f"serving.keys_file: other users of this machine can read {serving.keys_file}; chmod 600 it"
+
+
+def _deploy(application: Application, name: str, command: str) -> None:
     from ray import serve
 
+    from serving.lifecycle import Loading
+
     try:
-        serve.run(application, name=name, route_prefix=_prefix(name))
+        with Loading(command, name):
+            serve.run(application, name=name, route_prefix=_prefix(name))
     except RuntimeError as error:
         failed = {
             deployment: status.message
@@ -226,37 +287,6 @@ def _check_resources(demand: Mapping[str, float], cluster: Mapping[str, float]) 
                 f"the engines take {wanted:g} {resource}s and the cluster has {cluster.get(resource, 0):g}; set fewer "
                 f"replicas (slm.num_replicas) or less for each (slm.num_{resource.lower()}s), or add nodes"
             )
-
-
-def _check_port_is_free(recipe: Recipe) -> None:
-    host, port = recipe.serving.host, recipe.serving.port
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise RecipeError(
-                f"serving.port: {host}:{port} cannot be had ({error.strerror}); choose another with "
-                "--set serving.port=PORT"
-            ) from None
-
-
-def _check_port_is_serves(recipe: Recipe) -> None:
-    """Serve has one port a cluster: where it runs, the recipe's has to be that one."""
-    address = f"{recipe.serving.host}:{recipe.serving.port}"
-    try:
-        answers = httpx.get(f"http://{address}/-/healthz", timeout=10, trust_env=False).is_success
-    except httpx.HTTPError:
-        answers = False
-    if not answers:
-        raise RecipeError(f"serving.port: Serve runs on this cluster already, and not at {address}; give its port")
-
-
-def _wait() -> None:
-    """Until Ctrl-C, which `run_command` handles, or SIGTERM, which is how supervisors end a service."""
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
-    stopped.wait()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,12 @@ def read_keys(file: str | None, environment: Mapping[str, str] = os.environ) -> 
             raise KeysError(f"{where}: there are two keys of {name}")
         found[name] = _digest(key)
     return Keys(tuple(found.items()))
+
+
+def new_key(name: str) -> tuple[Keys, str]:
+    """A key made here and now, and what knows it: for a job that asks an endpoint of its own."""
+    key = secrets.token_urlsafe(32)
+    return Keys(((name, _digest(key)),)), key
 
 
 def is_readable_by_others(file: str) -> bool:

@@ -22,7 +22,7 @@ SKILL = {"greedy": 90, "maj@8": 110, "s2t-local": 140, "kd": 150, "s2t": 200, "t
 class Stub(ThreadingHTTPServer):
     """`gold` maps a question to its answer. `fault(body, times asked before)` may give (status, body, headers) instead
     of an answer, or raise ConnectionError to hang up; a body of bytes is sent as it is, and so is one of `pages`, by
-    path."""
+    path, with the status in `statuses`. `keys` are those that it was asked with."""
 
     daemon_threads = True
     # The default of 5 drops connections where this process is slow to accept them, and a dropped one waits for minutes.
@@ -35,6 +35,8 @@ class Stub(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.pages: dict[str, bytes] = {}
+        self.statuses: dict[str, int] = {}
+        self.keys: set[str | None] = set()
         self.fault: Callable[[dict[str, Any], int], tuple[int, dict[str, Any] | bytes, dict[str, str]] | None] = (
             lambda body, n: None
         )
@@ -91,10 +93,11 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        self.server.keys.add(self.headers["Authorization"])
         if self.server.down:
             self.close_connection = True
         elif self.path in self.server.pages:
-            self.reply(200, self.server.pages[self.path])
+            self.reply(self.server.statuses.get(self.path, 200), self.server.pages[self.path])
         elif self.path == "/health":
             engines = {engine: {"weights": self.server.weights} for engine in ("slm", "teacher", "s2t-local")}
             self.reply(200, {"status": "ok", "engines": engines})
@@ -119,6 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def do_POST(self) -> None:
+        self.server.keys.add(self.headers["Authorization"])
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = json.dumps([body["model"], body.get("seed"), body["messages"]])
         before = self.server.asked[key]

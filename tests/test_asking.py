@@ -235,6 +235,12 @@ def test_any_health_page_will_do(stub: Stub, page: bytes) -> None:
     assert served_models(stub.url, ["greedy"])["greedy"]["engines"] == {}
 
 
+def test_an_endpoint_that_is_not_ready_is_not_benchmarked_without_its_weights(stub: Stub) -> None:
+    stub.pages, stub.statuses = {"/health": b'{"status": "unavailable"}'}, {"/health": 503}
+    with pytest.raises(EndpointError, match="503 Service Unavailable"):
+        served_models(stub.url, ["greedy"])
+
+
 def test_what_an_entry_says_anew_each_time_is_left_out(stub: Stub) -> None:
     entry = {"id": "greedy", "created": 1, "permission": [{"id": "modelperm-1"}], "root": "path"}
     stub.pages = {"/v1/models": json.dumps({"data": [entry]}).encode()}

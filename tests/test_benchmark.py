@@ -54,6 +54,22 @@ def test_every_question_is_asked_once_and_graded(
     assert len(list((tmp_path / "out" / "figures").glob("*.png"))) >= 4
 
 
+def test_an_endpoint_is_asked_with_the_key_of_the_environment(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("benchmark.policies=[greedy]", "benchmark.items=2", "benchmark.seeds=[0]")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    run(job(recipe_path, *few), tmp_path / "without", stub)
+    assert stub.keys == {None}
+    stub.keys.clear()
+    monkeypatch.setenv("OPENAI_API_KEY", "correct-horse-battery")
+    run(job(recipe_path, *few), tmp_path / "with", stub)
+    assert stub.keys == {"Bearer correct-horse-battery"}
+    kept = [path.read_bytes() for path in (tmp_path / "with").rglob("*") if path.is_file()]
+    assert kept
+    assert not any(b"correct-horse" in content for content in kept)
+
+
 def test_a_second_run_asks_nothing_and_says_the_same(
     ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path
 ) -> None:

@@ -8,10 +8,15 @@ import sys
 import textwrap
 
 import pytest
+from ray.serve._private.build_app import build_app
+from ray.serve._private.config import DeploymentConfig
 
+from s2t_models.hosting import host
 from s2t_models.recipe import RecipeError, load_recipe
 from s2t_models.settings import ModelSettings
-from serving.placement import actor_options, bundles, replica_options
+from serving.app import build
+from serving.keys import Keys
+from serving.placement import GATEWAY_REQUESTS, actor_options, bundles, replica_options
 
 
 def vllm(**settings: object) -> ModelSettings:
@@ -67,7 +72,9 @@ def test_serve_and_data_get_the_placement_groups_on_a_cluster_of_pretended_gpus(
         from ray.data import ActorPoolStrategy
         from ray.util import get_current_placement_group
         from ray.util.placement_group import placement_group_table
-        from serving.placement import actor_options, replica_options
+        from serving.app import build
+from serving.keys import Keys
+from serving.placement import actor_options, replica_options
         from s2t_models.settings import ModelSettings
 
         ray.init(address="local", num_cpus=8, num_gpus=8, log_to_driver=False, logging_level="ERROR")
@@ -101,3 +108,22 @@ def test_serve_and_data_get_the_placement_groups_on_a_cluster_of_pretended_gpus(
     served, free, actor = json.loads(done.stdout.strip().splitlines()[-1])
     assert served == actor == [[1, 1, 1, 1], "CREATED"]
     assert free == 4
+
+
+def test_the_gateway_and_the_teacher_scale_with_the_load_where_the_recipe_says_so(recipe_path):
+    def options(*settings: str) -> dict[str, DeploymentConfig]:
+        hosting = host(load_recipe(recipe_path, settings))
+        built = build_app(build(hosting, Keys()), name="s2t", default_runtime_env={})
+        return {deployment.name: deployment._deployment_config for deployment in built.deployments}
+
+    fixed = options("serving.gateway_replicas=2", "teacher.num_replicas=3", "serving.drain_s=7")
+    assert (fixed["gateway"].num_replicas, fixed["teacher"].num_replicas, fixed["slm"].num_replicas) == (2, 3, 1)
+    assert all(config.autoscaling_config is None for config in fixed.values())
+    assert {config.graceful_shutdown_timeout_s for config in fixed.values()} == {7}
+    scaled = options("serving.gateway_max_replicas=5", "teacher.max_replicas=4", "teacher.slots=6")
+    for name, least, most, requests in (("gateway", 1, 5, GATEWAY_REQUESTS), ("teacher", 1, 4, 6)):
+        scaling = scaled[name].autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (least, most, requests)
+    assert scaled["slm"].autoscaling_config is None
+    with pytest.raises(RecipeError, match="gateway_max_replicas = 1 is below gateway_replicas = 2"):
+        options("serving.gateway_replicas=2", "serving.gateway_max_replicas=1")

@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy
 from pipelines.benchmark.answer_log import Answer, AnswerLog, Question
 from pipelines.benchmark.endpoint import LONGEST_REPLY, EndpointError, Reply, merge, read_error, read_reply
 from s2t_models.errors import one_line
-from serving.http import base_url, is_near
+from serving.http import authorization, base_url, is_near
 
 ATTEMPTS = 8
 FIRST_DELAY_S = 0.25
@@ -51,8 +51,9 @@ class Asker:
     Each row comes back as {"key", "fault", "reason"}: fault is None where the answer is kept, "row" where only this
     question could not be answered, "endpoint" where nothing answers any more; the rest is then not asked."""
 
-    def __init__(self, endpoint: str, folder: str, concurrency: int, first_delay_s: float) -> None:
+    def __init__(self, endpoint: str, folder: str, concurrency: int, first_delay_s: float, api_key: str) -> None:
         self.url, self.log = base_url(endpoint), AnswerLog(Path(folder))
+        self.headers = authorization(api_key)
         self.concurrency, self.first_delay_s = concurrency, first_delay_s
         self.slots: asyncio.Semaphore | None = None
         self.session: aiohttp.ClientSession | None = None
@@ -63,6 +64,7 @@ class Asker:
             self.slots = asyncio.Semaphore(self.concurrency)
             self.session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0),
+                headers=self.headers,
                 timeout=aiohttp.ClientTimeout(total=TIMEOUT_S, connect=30),
                 trust_env=not is_near(self.url),
             )
@@ -163,13 +165,13 @@ async def read_body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-def ask(questions: list[Question], endpoint: str, folder: Path, concurrency: int) -> dict[str, str]:
+def ask(questions: list[Question], endpoint: str, folder: Path, concurrency: int, api_key: str = "") -> dict[str, str]:
     """Ask every question of `questions` on Ray Data; answers land in `folder`. Needs a running Ray.
 
     Returns key -> reason for the questions that could not be answered this time. Raises EndpointError where the
     endpoint stopped answering: what was answered is kept."""
     unanswered: dict[str, str] = {}
-    for row in _rows(questions, endpoint, folder, concurrency):
+    for row in _rows(questions, endpoint, folder, concurrency, api_key):
         if row["fault"] == "endpoint":
             raise EndpointError(
                 f"{endpoint} stopped answering ({row['reason']}); what it answered is kept: start it and run the same "
@@ -180,7 +182,9 @@ def ask(questions: list[Question], endpoint: str, folder: Path, concurrency: int
     return unanswered
 
 
-def _rows(questions: list[Question], endpoint: str, folder: Path, concurrency: int) -> Iterator[dict[str, Any]]:
+def _rows(
+    questions: list[Question], endpoint: str, folder: Path, concurrency: int, api_key: str
+) -> Iterator[dict[str, Any]]:
     actors = -(-concurrency // ACTOR_CONCURRENCY)
     each = -(-concurrency // actors)
     # A small block comes back early and one slow row holds few others up; twice the blocks that fill the slots keep
@@ -191,7 +195,7 @@ def _rows(questions: list[Question], endpoint: str, folder: Path, concurrency: i
     # Asking waits for the network: it takes no CPU that a model could use.
     yield from rows.map(
         Asker,  # type: ignore[arg-type]
-        fn_constructor_args=(endpoint, str(folder.resolve()), each, FIRST_DELAY_S),
+        fn_constructor_args=(endpoint, str(folder.resolve()), each, FIRST_DELAY_S, api_key),
         compute=pool,
         num_cpus=0,
     ).iter_rows()

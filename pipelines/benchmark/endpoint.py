@@ -154,13 +154,13 @@ def read_error(text: str) -> tuple[str, str | None]:
     return _shown(str(text)) or "no message", code if isinstance(code, str) else None
 
 
-def served_models(endpoint: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def served_models(endpoint: str, names: Iterable[str], api_key: str = "") -> dict[str, dict[str, Any]]:
     """What the endpoint says about each model of `names`: its /v1/models entry, and the weight and tokenizer hashes of
     the engines it needs where the server has them (/health). Raises EndpointError where nothing answers there, or a
     model is not served."""
     url, names = base_url(endpoint), list(names)
     try:
-        with http.client(url, timeout=60) as client:
+        with http.client(url, timeout=60, headers=http.authorization(api_key)) as client:
             response = client.get(f"{url}/models")
             response.raise_for_status()
             entries = {entry.id: entry for entry in _ModelList.model_validate_json(response.content).data}

@@ -21,14 +21,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray import serve
 
 from pipelines.benchmark.answer_log import AnswerCount, read_answers
-from pipelines.benchmark.asking import ask
+from pipelines.benchmark.asking import TIMEOUT_S, ask
 from pipelines.benchmark.endpoint import served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan, tight_limits
 from pipelines.benchmark.verdicts import grade, remembered
@@ -44,16 +44,28 @@ from s2t_models.hosting import Hosting, host
 from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
 from serving import cluster
-from serving.app import run
+from serving.app import run_for_job
+from serving.keys import new_key
 from serving.store import use_store
 from serving.written import new_board, total
 
 #: How many tokens the engines have written so far; None where that is not known.
 Written = Callable[[], int] | None
+#: The key of an endpoint that is given, and of a judge.
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class BenchmarkError(UserError):
     """A job that cannot begin or go on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class AskedEndpoint:
+    """The endpoint that a job asks, with the key it has there."""
+
+    url: str
+    api_key: str
+    written: Written = None
 
 
 @dataclass(frozen=True)
@@ -81,16 +93,16 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> tuple[str, str]
         splits = check_splits(recipe, chosen, options.data)
         use_store(options.tracking)  # before the first question: a store that is not there must not cost them
         cluster.start()
-        with _endpoint(recipe, chosen, options, output) as (url, written):
+        with _endpoint(recipe, chosen, options, output) as asked:
             # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.
-            settings = served_models(url, recipe.benchmark.policies)
+            settings = served_models(asked.url, recipe.benchmark.policies, asked.api_key)
             rows = plan(recipe, chosen, settings, options.repeats)
             for line in tight_limits(rows):
                 print(f"benchmark: {line}", file=sys.stderr)
-            unanswered = _ask_missing(rows, url, output / ANSWERS, recipe.benchmark.concurrency, written)
+            unanswered = _ask_missing(rows, asked, output / ANSWERS, recipe.benchmark.concurrency)
             answers = read_answers(output / ANSWERS)
             judged = any(task.judged for task, _ in chosen)
-            judge = _judge(options, url, output) if judged else None
+            judge = _judge(options, asked, output) if judged else None
             graded = grade(rows, answers, unanswered, judge, recipe.benchmark.concurrency)
         metadata = {
             "s2t.recipe": recipe.model_dump_json(),
@@ -134,49 +146,54 @@ def _engines(hosting: Hosting, names: Sequence[str]) -> set[str]:
     return {engine for wanted in policies for engine in wanted.needs}
 
 
-def _judge(options: Options, url: str, output: Path) -> Ask:
+def _judge(options: Options, asked: AskedEndpoint, output: Path) -> Ask:
     """The judge: another endpoint, or a model of this one; what it said is kept in the output folder."""
     # Another judge, or the same one with other weights, is asked anew.
-    identity = options.judge or json.dumps(served_models(url, [options.judge_model]), sort_keys=True)
-    ask = endpoint(
-        options.judge or url, options.judge_model, os.environ.get("OPENAI_API_KEY", "") if options.judge else ""
+    identity = options.judge or json.dumps(
+        served_models(asked.url, [options.judge_model], asked.api_key), sort_keys=True
     )
+    key = os.environ.get(KEY_VARIABLE, "") if options.judge else asked.api_key
+    ask = endpoint(options.judge or asked.url, options.judge_model, key)
     return remembered(ask, f"{options.judge_model} {identity}", output / JUDGEMENTS)
 
 
-def _ask_missing(rows: Sequence[Row], url: str, folder: Path, concurrency: int, written: Written) -> dict[str, str]:
-    """Ask what has no answer in `folder` yet; returns key -> reason for what still has none. `written` counts the
-    engines' tokens, where that is known."""
+def _ask_missing(rows: Sequence[Row], asked: AskedEndpoint, folder: Path, concurrency: int) -> dict[str, str]:
+    """Ask what has no answer in `folder` yet; returns key -> reason for what still has none."""
     folder.mkdir(exist_ok=True)
     known = read_answers(folder)
     missing = [question for row in rows if (question := row.question())["key"] not in known]
     if not missing:
         return {}
     done, kept = len(rows) - len(missing), AnswerCount(folder)
-    with Progress("benchmark", "answers", len(rows), lambda: done + kept(), written):
-        return ask(missing, url, folder, concurrency)
+    with Progress("benchmark", "answers", len(rows), lambda: done + kept(), asked.written):
+        return ask(missing, asked.url, folder, concurrency, asked.api_key)
 
 
 @contextmanager
-def _endpoint(
-    recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path
-) -> Iterator[tuple[str, Written]]:
-    """The endpoint given, or the engines that the job needs served here for as long as it needs them; and in
-    the second case how many tokens they have written."""
+def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path) -> Iterator[AskedEndpoint]:
+    """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
     if options.endpoint is not None:
-        yield options.endpoint, None
+        yield AskedEndpoint(options.endpoint, os.environ.get(KEY_VARIABLE, ""))
         return
     asks_here = options.judge is None and any(task.judged for task, _ in chosen)
     names = [*recipe.benchmark.policies, *([options.judge_model] if asks_here else [])]
-    hosting = host(recipe)
+    hosting = _patient(host(recipe))
     hosting = hosting.only(_engines(hosting, names))
     # A name of this job's own: what else the cluster serves is left alone, and what a killed job left is replaced.
     name = f"benchmark-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
     board = new_board()
-    url = run(hosting, blocking=False, name=name, board=board)
+    keys, key = new_key("benchmark")
+    url = run_for_job(hosting, name, keys, board, "benchmark")
     try:
-        yield url, lambda: total(board)
+        yield AskedEndpoint(url, key, lambda: total(board))
     except BaseException:
         serve.delete(name, _blocking=False)  # not a minute's wait after Ctrl-C
         raise
     serve.delete(name)
+
+
+def _patient(hosting: Hosting) -> Hosting:
+    """With an endpoint that waits for an answer as long as the job does: how long it takes is what is measured."""
+    serving = hosting.recipe.serving
+    serving = serving.model_copy(update={"request_timeout_s": max(serving.request_timeout_s, TIMEOUT_S)})
+    return replace(hosting, recipe=hosting.recipe.model_copy(update={"serving": serving}))

@@ -85,7 +85,7 @@ def endpoint(url: str, model: str, api_key: str = "", seconds: float = 600.0) ->
 
     What it returns raises JudgeError where the endpoint cannot be asked, refuses, or gives no text."""
     address = f"{http.base_url(url)}/chat/completions"
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = http.authorization(api_key)
 
     def ask(chat: list[dict[str, str]]) -> str:
         body: dict[str, object] = {"model": model, "messages": chat, "temperature": 0.0}

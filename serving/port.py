@@ -1,0 +1,93 @@
+"""Serve's one port on a cluster: free, taken, or Serve's already; and starting Serve on it."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import httpx
+
+from s2t_models.errors import one_line
+from s2t_models.recipe import RecipeError
+from s2t_models.settings import ServingSettings
+from serving.proxy import ENVIRONMENT
+
+#: A free port may be taken by another between the look and the use; not three times in a row.
+TRIES = 3
+#: Without it two proxies may share a port, and each would get some of the other's requests.
+EXCLUSIVE = {"SERVE_SOCKET_REUSE_PORT_ENABLED": "0"}
+
+
+def check_is_free(serving: ServingSettings) -> None:
+    """Raise RecipeError where the recipe's port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serving.host, serving.port))
+        except OSError as error:
+            raise RecipeError(
+                f"serving.port: {serving.host}:{serving.port} cannot be had ({error.strerror}); choose another with "
+                "--set serving.port=PORT"
+            ) from None
+
+
+def check_is_serves(serving: ServingSettings) -> None:
+    """Raise RecipeError where Serve, which runs, does not answer at the recipe's port: it has one port a cluster."""
+    address = f"{serving.host}:{serving.port}"
+    try:
+        answers = httpx.get(f"http://{address}/-/healthz", timeout=10, trust_env=False).is_success
+    except httpx.HTTPError:
+        answers = False
+    if not answers:
+        raise RecipeError(f"serving.port: Serve runs on this cluster already, and not at {address}; give its port")
+
+
+def start_serve(serving: ServingSettings, logging: dict[str, Any]) -> ServingSettings:
+    """Start Serve where the recipe says. Returns the settings."""
+    check_is_free(serving)
+    _start(serving, logging, ENVIRONMENT)
+    return serving
+
+
+def start_serve_anywhere(serving: ServingSettings, logging: dict[str, Any]) -> ServingSettings:
+    """Start Serve on a free port of this machine; returns the settings with it. Raises RecipeError where that cannot
+    be."""
+    from ray import serve
+
+    for left in reversed(range(TRIES)):
+        chosen = serving.model_copy(update={"host": "127.0.0.1", "port": _free_port()})
+        try:
+            _start(chosen, logging, ENVIRONMENT | EXCLUSIVE)
+        except (RuntimeError, TimeoutError) as error:  # it was free a moment ago
+            serve.shutdown()
+            if not left:
+                raise RecipeError(f"serving.port: Serve does not start: {one_line(error)}") from error
+        else:
+            return chosen
+    raise AssertionError("unreachable: the last try returns or raises")
+
+
+def serves_own(serving: ServingSettings) -> ServingSettings:
+    """The settings with the address at which Serve, which runs on this cluster, listens."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client()
+    assert client is not None
+    return serving.model_copy(update={"host": client.http_config.host, "port": client.http_config.port})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start(serving: ServingSettings, logging: dict[str, Any], environment: dict[str, str]) -> None:
+    from ray import serve
+
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": serving.host, "port": serving.port},
+        logging_config=logging,
+        controller_options={"runtime_env": {"env_vars": environment}},
+    )
