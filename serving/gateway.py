@@ -42,6 +42,7 @@ from serving.errors import ApiError, failed
 from serving.front import Front, note_policy
 from serving.keys import Keys
 from serving.openai_answers import Answer, Written
+from serving.openapi import describe
 from serving.operations import Operated, router
 from serving.placement import places
 from serving.text import written_alone
@@ -49,9 +50,10 @@ from serving.text import written_alone
 log = logging.getLogger("ray.serve")
 # `serve.ingress` pickles the app where it decorates the class, before this module is whole: routes see only names
 # defined above it, and their annotations have to be objects, not the strings of `from __future__ import annotations`.
-app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None, openapi_url=None)
+app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None)
 app.add_middleware(Front)
 app.include_router(router)
+describe(app)
 
 
 async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:

@@ -49,12 +49,19 @@ class Reciting:
         return Draft(ids, "length", Usage(prefill=len(prefix), decode=len(ids), forwards=len(ids)))
 
 
+class _Gateway(Gateway):
+    """Serve's gateway has an asynchronous destructor, which Serve awaits."""
+
+    def __del__(self) -> None:
+        pass
+
+
 class Alone:
     """The gateway's application (`app`), its parts, and the handles of its engines by name."""
 
     def __init__(self, hosting: Hosting, patch: pytest.MonkeyPatch, keys: Keys = Keys()) -> None:  # noqa: B008
         self.handles = {name: Reciting(hosted) for name, hosted in hosting.engines.items()}
-        self.gateway: Any = Gateway.__new__(Gateway)
+        self.gateway: Any = _Gateway.__new__(_Gateway)
         asyncio.run(self.gateway.__init__(hosting, self.handles, keys))
         self.app = self.gateway.app
         self.app.middleware_stack = None  # which knows the gateway of the test before

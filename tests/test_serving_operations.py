@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 from gateway_alone import Alone
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,13 +25,11 @@ from s2t_models.hosting import host
 from s2t_models.recipe import load_recipe
 from s2t_models.settings import ServingSettings
 from serving import metrics, readiness
+from serving import openai_protocol as api
 from serving.errors import ApiError, failed
 from serving.front import Rules, ruled
 from serving.keys import Keys, KeysError, read_keys
 from serving.proxy import ProxyFront
-
-# Serve's gateway has an asynchronous destructor, which Serve awaits.
-pytestmark = pytest.mark.filterwarnings("ignore:coroutine .*__del__:RuntimeWarning")
 
 
 def ask(app: ASGIApp, path: str = "/v1/chat/completions", method: str = "POST", **options: Any) -> httpx.Response:
@@ -460,3 +459,46 @@ def test_an_engine_whose_thread_is_stuck_or_has_ended_is_not_well(monkeypatch: p
     asyncio.run(decode())
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     asyncio.run(fall_over())
+
+
+def test_the_openapi_document_is_true_of_what_is_answered(alone: Alone):
+    document = ask(alone.app, "/openapi.json", "GET").json()
+    schemas = document["components"]["schemas"]
+    assert set(schemas["ChatRequest"]["properties"]) == set(api.ChatRequest.model_fields)
+    assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    body = document["paths"]["/v1/completions"]["post"]["requestBody"]
+    assert body["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/CompletionRequest"}
+
+    def is_documented(path: str, method: str, response: httpx.Response) -> None:
+        said = document["paths"][path][method.lower()]["responses"][str(response.status_code)]["content"]
+        kind = response.headers["content-type"].split(";")[0]
+        if kind == "application/json":
+            schema = said[kind]["schema"] | {"components": document["components"]}
+            jsonschema.validate(response.json(), schema)
+        else:
+            assert kind in said
+
+    completion = {"model": "greedy", "prompt": "3 eggs", "max_tokens": 3}
+    for path, json_body, status in (
+        ("/v1/chat/completions", chat(), 200),
+        ("/v1/chat/completions", chat(s2t={"decisions": True}), 200),
+        ("/v1/chat/completions", chat(model="none"), 404),
+        ("/v1/chat/completions", chat(seed=-1), 400),
+        ("/v1/completions", completion, 200),
+        ("/v1/completions", completion | {"prompt": []}, 400),
+    ):
+        response = ask(alone.app, path, json=json_body)
+        assert response.status_code == status, response.text
+        is_documented(path, "POST", response)
+    for path, asked in (
+        ("/v1/models", "/v1/models"),
+        ("/v1/models/{name}", "/v1/models/maj@3"),
+        ("/v1/models/{name}", "/v1/models/none"),
+        ("/health", "/health"),
+        ("/livez", "/livez"),
+        ("/metrics", "/metrics"),
+    ):
+        is_documented(path, "GET", ask(alone.app, asked, "GET"))
+    asyncio.run(alone.gateway.drain())
+    is_documented("/health", "GET", ask(alone.app, "/health", "GET"))
+    is_documented("/v1/completions", "POST", ask(alone.app, "/v1/completions", json=completion))

@@ -170,7 +170,9 @@ def _ask_missing(rows: Sequence[Row], asked: AskedEndpoint, folder: Path, concur
 
 
 @contextmanager
-def _endpoint(recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path) -> Iterator[AskedEndpoint]:
+def _endpoint(
+    recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path
+) -> Iterator[AskedEndpoint]:
     """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
     if options.endpoint is not None:
         yield AskedEndpoint(options.endpoint, os.environ.get(KEY_VARIABLE, ""))
