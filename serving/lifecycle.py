@@ -21,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 GATEWAY = "gateway"
 #: How often a line says what still loads, where nothing has changed.
 SAYS_EVERY_S = 10.0
-_LOOKS_EVERY_S = 0.5
+_LOOKS_EVERY_S = 1.0
 _ANSWERS_WITHIN_S = 5.0
 #: What a gateway has sent off may still be on its way through Serve's proxy.
 _FLUSH_S = 0.5
@@ -53,7 +53,7 @@ class Loading:
         said, when = "", 0.0
         while not self._done.wait(_LOOKS_EVERY_S):
             text, now = self._states(), time.monotonic()
-            if text and (text != said or now - when >= SAYS_EVERY_S):
+            if text and not self._done.is_set() and (text != said or now - when >= SAYS_EVERY_S):
                 said, when = text, now
                 print(f"{self._command}: {text}, {now - self._began:.0f} s", file=sys.stderr, flush=True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextvars import Context
 
 from s2t_models.engines.contract import ModelCard
 
@@ -25,7 +26,8 @@ class Readiness:
     async def cards(self) -> dict[str, ModelCard | None]:
         """Each engine's card, None where it does not answer."""
         if self._asked is None or (self._asked.done() and time.monotonic() - self._when > FRESH_S):
-            self._asked = asyncio.create_task(self._ask())
+            # In a context of its own: Serve ends the calls of a request that is gone, and this is not one request's.
+            self._asked = asyncio.create_task(self._ask(), context=Context())
         # Of several that wait for it, one going away must not take it from the others.
         return await asyncio.shield(self._asked)
 

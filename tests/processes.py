@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -56,10 +57,22 @@ def end(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str,
 
 def has_child(process: subprocess.Popen[str], name: str) -> bool:
     """Whether a process of the group has `name` in its command line."""
+    return bool(children(process, name))
+
+
+def children(process: subprocess.Popen[str], name: str) -> list[int]:
+    """The ids of the group's processes that have `name` in their command lines."""
+    found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if os.getpgid(int(folder.name)) == process.pid and name in (folder / "cmdline").read_text():
-                return True
+                found.append(int(folder.name))
         except OSError:  # it has ended meanwhile
             continue
-    return False
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

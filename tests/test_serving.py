@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 from made_up import calibration
-from processes import ctrl_c, end, has_child, start, wait_until
+from processes import ctrl_c, end, free_port, has_child, start, wait_until
 
 from s2t_models import loading
 from s2t_models.answers.voting import vote
@@ -25,7 +25,7 @@ from s2t_models.engines.contract import ContextOverflow, Sampling
 from s2t_models.hosting import host
 from s2t_models.recipe import RecipeError, load_recipe
 from s2t_models.settings import ModelSettings
-from serving import app
+from serving import app, port
 
 SLM = ModelSettings(path="embedded:slm", dtype="float32", device="cpu")
 TEACHER = ModelSettings(path="embedded:teacher", dtype="float32", device="cpu")
@@ -396,21 +396,18 @@ def test_an_artifacts_kl_thresholds_hold_for_its_divergence_only(recipe_path: Pa
 
 
 def test_a_port_that_is_taken_and_a_cluster_too_small_are_refused(capsys, endpoint: str, recipe_path: Path):
-    port = endpoint.removesuffix("/v1").rpartition(":")[2]
-    assert "take 1001 CPUs" in refusal(capsys, recipe_path, "slm.num_cpus=1000", f"serving.port={port}")
+    serves = endpoint.removesuffix("/v1").rpartition(":")[2]
+    assert "take 1001 CPUs" in refusal(capsys, recipe_path, "slm.num_cpus=1000", f"serving.port={serves}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         free = taken.getsockname()[1]
         assert "Serve runs on this cluster already, and not at" in refusal(capsys, recipe_path, f"serving.port={free}")
         with pytest.raises(RecipeError, match="Address already in use"):
-            app._check_port_is_free(load_recipe(recipe_path, [f"serving.port={free}"]))
+            port.check_is_free(load_recipe(recipe_path, [f"serving.port={free}"]).serving)
 
 
 def test_ctrl_c_while_it_starts_ends_in_one_line(recipe_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = start("-m", "serving.app", "--recipe", str(recipe_path), "--set", f"serving.port={port}")
+    process = start("-m", "serving.app", "--recipe", str(recipe_path), "--set", f"serving.port={free_port()}")
     wait_until(lambda: has_child(process, "raylet"), process)
     ctrl_c(process)
     assert end(process) == (130, "", "serve: stopped\n")
