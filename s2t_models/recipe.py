@@ -146,6 +146,9 @@ def _absolute(recipe: Recipe) -> Recipe:
     def of(path: str | None) -> str | None:
         return path if path is None or not Path(path).exists() else str(Path(path).resolve())
 
+    def to_write(path: str | None) -> str | None:
+        return path and str(Path(path).absolute())
+
     def model(settings: ModelSettings) -> ModelSettings:
         return settings.model_copy(update={"path": of(settings.path)})
 
@@ -157,6 +160,9 @@ def _absolute(recipe: Recipe) -> Recipe:
             "checkpoints": {name: of(path) for name, path in recipe.checkpoints.items()},
             "router": recipe.router.model_copy(update={"path": of(recipe.router.path)}),
             "trigger": recipe.trigger.model_copy(update={"calibration": of(recipe.trigger.calibration)}),
+            "serving": recipe.serving.model_copy(
+                update={"keys_file": of(recipe.serving.keys_file), "access_log": to_write(recipe.serving.access_log)}
+            ),
         }
     )
 
