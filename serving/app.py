@@ -111,7 +111,7 @@ def run(hosting: Hosting, blocking: bool = True) -> str:
     import ray
     from ray import serve
 
-    from serving.lifecycle import until_stopped
+    from serving.lifecycle import Deployed, until_stopped
 
     serving = hosting.recipe.serving
     keys = read_keys(serving.keys_file)
@@ -135,10 +135,11 @@ def run(hosting: Hosting, blocking: bool = True) -> str:
         _deploy(build(hosting, keys, spare=_has_room(hosting)), NAME, "serve")
         url = _url(serving, NAME)
         if blocking:
+            application = Deployed(NAME)
             if serving_already:
-                undo.callback(serve.delete, NAME)
+                undo.callback(application.delete)
             print(_screen(hosting, url), flush=True)
-            until_stopped(NAME, serving.drain_s)
+            until_stopped(application, serving.drain_s)
         else:
             undo.pop_all()
     return url

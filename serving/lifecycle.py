@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from types import FrameType, TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ray import serve
 from ray.exceptions import RayError
@@ -22,6 +22,7 @@ GATEWAY = "gateway"
 #: How often a line says what still loads, where nothing has changed.
 SAYS_EVERY_S = 10.0
 _LOOKS_EVERY_S = 1.0
+_COUNTS_EVERY_S = 0.3
 _ANSWERS_WITHIN_S = 5.0
 #: What a gateway has sent off may still be on its way through Serve's proxy.
 _FLUSH_S = 0.5
@@ -70,7 +71,52 @@ class Loading:
         return f"loading {', '.join(loading)}" + (f"; up: {', '.join(up)}" if up else "")
 
 
-def until_stopped(name: str, drain_s: float) -> None:
+class Deployed:
+    """An application as it stands when this is made. Whoever deploys it again takes it over: from then on it is not
+    drained or deleted by this."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._when = self._deployed_at()
+
+    def delete(self) -> None:
+        """Take it down."""
+        if self._is_ours():
+            serve.delete(self._name)
+
+    def drain(self, seconds: float) -> None:
+        """Let no more requests in, and wait for those that it has, `seconds` at most."""
+        deadline = time.monotonic() + seconds
+        with contextlib.suppress(RayError, RayServeException, TimeoutError):  # the gateway is gone
+            if not self._is_ours():
+                return
+            self._ask("drain")
+            said = False
+            while left := sum(count for count in self._ask("in_flight") if isinstance(count, int)):
+                if time.monotonic() > deadline:
+                    print(f"serve: {left} in flight were not ready in time", file=sys.stderr, flush=True)
+                    return
+                if not said:
+                    again = "Ctrl-C again ends at once"
+                    print(f"serve: ending; {left} in flight have {seconds:g} s ({again})", file=sys.stderr, flush=True)
+                    said = True
+                time.sleep(_COUNTS_EVERY_S)
+            time.sleep(_FLUSH_S)
+
+    def _ask(self, method: str) -> list[Any]:
+        """What every replica of the gateway answers."""
+        gateway = serve.get_deployment_handle(GATEWAY, self._name)
+        return gateway.broadcast(method).results(timeout_s=_ANSWERS_WITHIN_S, return_exceptions=True)
+
+    def _is_ours(self) -> bool:
+        return self._when == self._deployed_at()
+
+    def _deployed_at(self) -> float | None:
+        found = serve.status().applications.get(self._name)
+        return found.last_deployed_time_s if found else None
+
+
+def until_stopped(application: Deployed, drain_s: float) -> None:
     """Wait for Ctrl-C or SIGTERM, then until the application has answered what it has, `drain_s` seconds at most. A
     second signal ends at once.
 
@@ -95,31 +141,6 @@ def until_stopped(name: str, drain_s: float) -> None:
     if interrupt is not signal.SIG_IGN:  # the background job of a shell
         signal.signal(signal.SIGINT, first)
     stopped.wait()
-    drain(name, drain_s)
+    application.drain(drain_s)
     if was_interrupted and callable(interrupt):
         interrupt(signal.SIGINT, None)
-
-
-def drain(name: str, seconds: float) -> None:
-    """Let no more requests into the application, and wait for those that it has, `seconds` at most."""
-    gateway = serve.get_deployment_handle(GATEWAY, name)
-    deadline = time.monotonic() + seconds
-    with contextlib.suppress(RayError, RayServeException, TimeoutError):  # the gateway has ended: nothing is in flight
-        gateway.broadcast("drain").results(timeout_s=_ANSWERS_WITHIN_S, return_exceptions=True)
-        said = False
-        while left := _in_flight(name):
-            if not said:
-                again = "Ctrl-C again ends at once"
-                print(f"serve: ending; {left} in flight have {seconds:g} s ({again})", file=sys.stderr, flush=True)
-                said = True
-            if time.monotonic() > deadline:
-                print(f"serve: {left} in flight were not ready in time", file=sys.stderr, flush=True)
-                break
-            time.sleep(_LOOKS_EVERY_S)
-        time.sleep(_FLUSH_S)
-
-
-def _in_flight(name: str) -> int:
-    gateway = serve.get_deployment_handle(GATEWAY, name)
-    counts = gateway.broadcast("in_flight").results(timeout_s=_ANSWERS_WITHIN_S, return_exceptions=True)
-    return sum(count for count in counts if isinstance(count, int))
