@@ -31,6 +31,14 @@ CLIENT_GONE = 499
 _about: ContextVar[dict[str, Any]] = ContextVar("about")
 
 
+_arrived: ContextVar[float] = ContextVar("arrived")
+
+
+def arrived() -> float:
+    """When the request at hand came, by `time.perf_counter`."""
+    return _arrived.get()
+
+
 def note_policy(name: str) -> None:
     """Say which policy answers the request at hand, for its count and its line in the log."""
     _about.get()["policy"] = name
@@ -102,8 +110,9 @@ class Observed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"] = {**scope.get("state", {}), "policy": "", "key": ""}
-        _about.set(state)
         began = time.perf_counter()
+        _about.set(state)
+        _arrived.set(began)
         status, written = 500, 0
 
         async def noted(message: Message) -> None:

@@ -32,15 +32,16 @@ from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
 from s2t_models.policies import PolicyError, base, lacking, offer
 from s2t_models.policies import policy as policy_named
-from serving import decoding, responses_answers
+from serving import decoding, metrics, responses_answers
 from serving import openai_answers as answers
 from serving import openai_protocol as api
 from serving.admission import Admission, Busy
 from serving.decoding import Ended, Piece, StepLogprobs
 from serving.engine_deployment import RemoteEngine
 from serving.errors import ApiError, failed
-from serving.front import Front, note_policy
+from serving.front import Front, arrived, note_policy
 from serving.keys import Keys
+from serving.measuring import measured
 from serving.openai_answers import Answer, Written
 from serving.openapi import describe
 from serving.operations import Operated, router
@@ -77,6 +78,7 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ContextOverflow):
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, Busy):
+        metrics.refused("busy")
         message = f"{error}; try again in {error.retry_after} s"
         return ApiError(429, message, kind="overloaded", code="overloaded", retry_after=error.retry_after)
     if isinstance(error, RayActorError | DeploymentUnavailableError | BackPressureError | EngineDied):
@@ -175,6 +177,7 @@ class Gateway(Operated):
         gateways = serving.gateway_max_replicas or serving.gateway_replicas
         room = {name: max(1, places(hosted.settings) // gateways) for name, hosted in hosting.engines.items()}
         self._admission = Admission(room, serving.max_waiting)
+        metrics.waiting.set_function(lambda: self._admission.waiting)
         self._policies, self._refused = offer(hosting)
         self._started = int(time.time())
         self.operate(hosting, self._remote, keys)
@@ -305,7 +308,8 @@ class Gateway(Operated):
                     live=bool(request.stream),
                 )
                 number = i * request.n_each + j
-                choices.append(self._choice(number, policy, engines, one, top, echoed[i] if echoed else None))
+                pieces = self._choice(number, policy, engines, one, top, echoed[i] if echoed else None)
+                choices.append(measured(policy.name, arrived(), pieces))
         models = {name: card.weights for name, card in cards.items()}
         answer = Answer(
             policy.name, sum(map(len, prompts)), seed, models, self._word, request.s2t.decisions, id=identity

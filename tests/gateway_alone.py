@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,13 +11,28 @@ import pytest
 from ray import serve
 
 from s2t_models import loading
-from s2t_models.engines.contract import Draft, ModelCard, Sampling, Usage
+from s2t_models.engines.contract import Draft, ModelCard, Sampling, Usage, Written
 from s2t_models.hosting import Hosted, Hosting
 from serving.gateway import Gateway
 from serving.keys import Keys
 
 #: What one of its engines does instead of answering, if anything.
 Fault = Callable[[], Coroutine[Any, Any, Any]]
+
+
+class Parts:
+    """A streamed draft that is told in one part."""
+
+    def __init__(self, draft: asyncio.Task[Draft]) -> None:
+        self._draft = draft
+
+    async def __aiter__(self) -> AsyncIterator[Written | Draft]:
+        draft = await self._draft
+        yield Written(draft.ids)
+        yield draft
+
+    def cancel(self) -> None:
+        self._draft.cancel()
 
 
 class Reciting:
@@ -28,6 +43,7 @@ class Reciting:
         self.fault: Fault | None = None
         self._card = ModelCard(hosted.name, "w", "t", len(tokenizer), 1024, (tokenizer.eos_token_id,))
         self.call = SimpleNamespace(remote=lambda method, arguments: self._call(method, *arguments))
+        self.stream = SimpleNamespace(remote=lambda method, arguments: Parts(self._call(method, *arguments)))
         self.answering = SimpleNamespace(remote=lambda: self._call("card"))
 
     def options(self, **_: Any) -> Reciting:

@@ -16,12 +16,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp
 
+from s2t_models.engines.contract import Decision, Usage
 from s2t_models.settings import ServingSettings
 from serving import metrics
 from serving.app import _cautions
+from serving.decoding import Ended, Piece
 from serving.errors import ApiError, failed
-from serving.front import Rules, ruled
+from serving.front import Rules, note_policy, ruled
 from serving.keys import Keys, KeysError, new_key, read_keys
+from serving.measuring import measured
 from serving.proxy import ProxyFront
 
 
@@ -260,7 +263,7 @@ def app_for_a(tmp_path: Path) -> ASGIApp:
 
 def test_the_access_log_says_who_asked_and_not_what(tmp_path: Path):
     async def app(scope, receive, send):
-        scope["state"]["policy"] = "greedy"
+        note_policy("greedy")
         await reads(scope, receive, send)
 
     path = tmp_path / "logs" / "access.jsonl"
@@ -279,7 +282,7 @@ def test_the_access_log_says_who_asked_and_not_what(tmp_path: Path):
 
 def test_requests_are_counted_by_policy_status_and_key(tmp_path: Path):
     async def app(scope, receive, send):
-        scope["state"]["policy"] = "maj@8"
+        note_policy("maj@8")
         await JSONResponse({}, status_code=429)(scope, receive, send)
 
     labels = {"policy": "maj@8", "status": "429", "key": "ann"}
@@ -291,26 +294,29 @@ def test_requests_are_counted_by_policy_status_and_key(tmp_path: Path):
 
 
 def test_what_answers_cost_is_counted_and_the_replicas_are_told_apart():
-    metrics.observe_decode("s2t", {"slm": {"prefill": 3, "decode": 5, "leaves": 8, "forwards": 9}}, 4, 1)
+    metrics.observe_decode("s2t", {"counted": {"prefill": 3, "decode": 5, "leaves": 8, "forwards": 9}}, 4, 1)
     metrics.observe_first_token("s2t", 0.2)
     metrics.refused("busy")
     counted = metrics.counted()
     page = metrics.page({"a": counted, "b": counted}).decode()
     families = {family.name: family for family in text_string_to_metric_families(page)}
     assert set(families) >= {"s2t_requests", "s2t_request_seconds", "s2t_first_token_seconds", "s2t_in_flight"}
-    written = [sample for sample in families["s2t_tokens"].samples if sample.labels["kind"] == "decode"]
-    assert [(sample.labels["replica"], sample.value) for sample in written] == [("a", 5), ("b", 5)]
+    tokens = [sample for sample in families["s2t_tokens"].samples if sample.labels["engine"] == "counted"]
+    written = [(sample.labels["replica"], sample.value) for sample in tokens if sample.labels["kind"] == "decode"]
+    assert written == [("a", 5), ("b", 5)]
     assert {sample.labels["replica"] for sample in families["s2t_rescues"].samples} == {"a", "b"}
     assert "_created" not in page
     assert page.count("# TYPE s2t_tokens_total counter") == 1
 
 
-def test_names_without_end_do_not_make_series_without_end():
-    for number in range(metrics.MOST_POLICIES + 50):
-        metrics.observe_first_token(f"s2t@0.{number}", 0.1)
+def test_names_without_end_do_not_make_series_without_end(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(metrics, "_policies", set())
+    monkeypatch.setattr(metrics, "MOST_POLICIES", 5)
+    for number in range(50):
+        metrics.observe_first_token(f"s2t@0.9{number}", 0.1)
     samples = next(family for family in metrics.counted() if family.name == "s2t_first_token_seconds").samples
-    assert len({sample.labels["policy"] for sample in samples}) <= metrics.MOST_POLICIES + 1
-    assert count("s2t_first_token_seconds_count", policy="other") >= 50
+    assert len({name for sample in samples if (name := sample.labels["policy"]).startswith("s2t@0.9")}) == 5
+    assert count("s2t_first_token_seconds_count", policy="other") == 45
 
 
 def test_whoever_serves_for_others_is_told_what_that_takes(tmp_path: Path):
@@ -327,3 +333,21 @@ def test_whoever_serves_for_others_is_told_what_that_takes(tmp_path: Path):
     file.chmod(0o600)
     assert not cautions(keys, keys_file=str(file))
     assert new_key("job")[0].owner(new_key("job")[1]) is None, "each is another"
+
+
+def test_decisions_and_rescues_are_counted_as_an_answers_pieces_pass():
+    def decision(chosen: int) -> Decision:
+        return Decision(0, 1.0, [7, 8], [-2.0, -0.5], [0.5, 0.5], [0.5, 0.5], chosen)
+
+    async def pieces():
+        yield Piece(0, "a", [8], decisions=[decision(8), decision(7)])
+        yield Piece(0, "b", [7], decisions=[decision(7)])
+        yield Ended(0, "length", {"slm": Usage(decode=2)}, [])
+
+    async def passed() -> list[Piece | Ended]:
+        return [piece async for piece in measured("takeover@0.3", 0.0, pieces())]
+
+    assert len(asyncio.run(passed())) == 3
+    assert count("s2t_decisions_total", policy="takeover@0.3") == 3
+    assert count("s2t_rescues_total", policy="takeover@0.3") == 2
+    assert count("s2t_first_token_seconds_count", policy="takeover@0.3") == 1

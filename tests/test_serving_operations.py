@@ -109,6 +109,11 @@ def test_metrics_name_the_policy_that_answered(alone: Alone):
     families = {family.name: family for family in text_string_to_metric_families(page.text)}
     answered = [sample.labels for sample in families["s2t_requests"].samples if sample.value]
     assert {"policy": "greedy", "status": "200", "key": "", "replica": "alone"} in answered
+    tokens = {(sample.labels["engine"], sample.labels["kind"]): sample for sample in families["s2t_tokens"].samples}
+    assert tokens["slm", "decode"].value >= 4
+    first = families["s2t_first_token_seconds"].samples
+    assert any(sample.name.endswith("_count") and sample.value for sample in first)
+    assert families["s2t_waiting"].samples[0].value == 0
 
 
 def test_an_engine_whose_thread_is_stuck_or_has_ended_is_not_well(monkeypatch: pytest.MonkeyPatch):
@@ -168,7 +173,9 @@ def test_the_openapi_document_is_true_of_what_is_answered(alone: Alone):
         ("/v1/chat/completions", chat(), 200),
         ("/v1/chat/completions", chat(s2t={"decisions": True}), 200),
         ("/v1/chat/completions", chat(model="none"), 404),
-        ("/v1/chat/completions", chat(seed=-1), 400),
+        ("/v1/chat/completions", chat(seed=-2), 400),
+        ("/v1/chat/completions", chat(stream=True), 200),
+        ("/v1/responses", {"model": "greedy", "input": "3 eggs"}, 200),
         ("/v1/completions", completion, 200),
         ("/v1/completions", completion | {"prompt": []}, 400),
     ):
