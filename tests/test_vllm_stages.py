@@ -22,7 +22,8 @@ from pipelines.collect.job import collect
 from pipelines.data.shards import read_shards
 from s2t_models.hosting import host
 from s2t_models.recipe import Recipe, load_recipe
-from serving.app import run
+from serving.app import run_for_job
+from serving.keys import Keys
 
 NAME = "vllm"
 EXACT = [f"{model}.{key}" for model in ("slm", "teacher") for key in ("dtype=float32", "device=cpu")]
@@ -89,7 +90,7 @@ def test_a_served_vllm_engine_that_dies_is_replaced_and_no_call_hangs(
     port = urlparse(endpoint).port
     settings = [f"artifact={untrained_artifact}", f"serving.port={port}", "slm.engine=vllm", "slm.num_cpus=0.1"]
     hosting = host(recipe(recipe_path, *settings))
-    url = run(hosting.only(["slm", "teacher", "s2t-local"]), blocking=False, name=NAME)
+    url = run_for_job(hosting.only(["slm", "teacher", "s2t-local"]), NAME, Keys(), None, "test")
     bodies = [
         {"model": name, "messages": [{"role": "user", "content": f"What is {i} + 4?"}], "max_tokens": 40, "seed": i}
         for i in range(6)
