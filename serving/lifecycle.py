@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 
 #: The deployment that speaks HTTP.
 GATEWAY = "gateway"
@@ -104,9 +104,16 @@ class Deployed:
             time.sleep(_FLUSH_S)
 
     def _ask(self, method: str) -> list[Any]:
-        """What every replica of the gateway answers."""
+        """What every replica of the gateway answers. Raises DeploymentUnavailableError where there is none."""
         gateway = serve.get_deployment_handle(GATEWAY, self._name)
-        return gateway.broadcast(method).results(timeout_s=_ANSWERS_WITHIN_S, return_exceptions=True)
+        deadline = time.monotonic() + _ANSWERS_WITHIN_S
+        while True:
+            try:
+                return gateway.broadcast(method).results(timeout_s=_ANSWERS_WITHIN_S, return_exceptions=True)
+            except DeploymentUnavailableError:  # a new handle is told of the replicas a moment later
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_COUNTS_EVERY_S)
 
     def _is_ours(self) -> bool:
         return self._when == self._deployed_at()
