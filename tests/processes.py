@@ -56,16 +56,17 @@ def end(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str,
 
 
 def has_child(process: subprocess.Popen[str], name: str) -> bool:
-    """Whether a process of the group has `name` in its command line."""
+    """Whether one of the process's descendants has `name` in its command line."""
     return bool(children(process, name))
 
 
 def children(process: subprocess.Popen[str], name: str) -> list[int]:
-    """The ids of the group's processes that have `name` in their command lines."""
+    """The ids of the process's descendants that have `name` in their command lines: those of its session, for Ray's
+    workers have groups of their own."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if os.getpgid(int(folder.name)) == process.pid and name in (folder / "cmdline").read_text():
+            if os.getsid(int(folder.name)) == process.pid and name in (folder / "cmdline").read_text():
                 found.append(int(folder.name))
         except OSError:  # it has ended meanwhile
             continue
