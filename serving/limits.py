@@ -38,17 +38,22 @@ class Started:
         await self._send(message)
 
 
+class BodyTooLarge(ApiError):
+    """Raised into who reads the body, and answered here where it comes back."""
+
+    def __init__(self, megabytes: float) -> None:
+        message = f"the body is larger than {megabytes:g} MB (serving.max_body_mb)"
+        super().__init__(413, message, code="body_too_large")
+        metrics.refused("body")
+
+
 class BodyLimit:
     """Refuses a body of more than `megabytes` (413), by what its header says, else by counting as it comes in."""
 
     def __init__(self, app: ASGIApp, megabytes: float) -> None:
-        self._app, self._limit = app, int(megabytes * MB)
-        self._error = ApiError(
-            413, f"the body is larger than {megabytes:g} MB (serving.max_body_mb)", code="body_too_large"
-        )
+        self._app, self._megabytes, self._limit = app, megabytes, int(megabytes * MB)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        announced = Headers(scope=scope).get("content-length", "")
         read = 0
 
         async def counted() -> Message:
@@ -56,21 +61,19 @@ class BodyLimit:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self._limit:
-                raise self._error
+                raise BodyTooLarge(self._megabytes)
             return message
 
         started = Started(send)
+        announced = Headers(scope=scope).get("content-length", "")
         try:
             if announced.isdecimal() and int(announced) > self._limit:
-                raise self._error
+                raise BodyTooLarge(self._megabytes)
             await self._app(scope, counted, started.send)
-        except ApiError as error:
-            if started.begun or error is not self._error:
+        except BodyTooLarge as error:
+            if started.begun:
                 raise
             await failed(error)(scope, receive, send)
-        finally:
-            if read > self._limit or (announced.isdecimal() and int(announced) > self._limit):
-                metrics.refused("body")
 
 
 class TimeLimit:
