@@ -15,6 +15,8 @@ from serving import metrics
 from serving.errors import ApiError, failed
 
 MB = 1024**2
+#: As many of a number as tell that it is too large.
+_DIGITS = 18
 #: What a client is told to wait where this server is ending: another may have taken its place.
 AFTER_DRAINING_S = 10
 
@@ -67,7 +69,7 @@ class BodyLimit:
         started = Started(send)
         announced = Headers(scope=scope).get("content-length", "")
         try:
-            if announced.isdecimal() and int(announced) > self._limit:
+            if announced.isdecimal() and int(announced[:_DIGITS]) > self._limit:
                 raise BodyTooLarge(self._megabytes)
             await self._app(scope, counted, started.send)
         except BodyTooLarge as error:
