@@ -195,7 +195,12 @@ def _endpoint(
 
 
 def _patient(hosting: Hosting) -> Hosting:
-    """With an endpoint that waits for an answer as long as the job does: how long it takes is what is measured."""
-    serving = hosting.recipe.serving
-    serving = serving.model_copy(update={"request_timeout_s": max(serving.request_timeout_s, TIMEOUT_S)})
+    """With an endpoint that lets wait all that the job asks at once, for as long as the job does: how long it takes is
+    what is measured."""
+    serving, concurrency = hosting.recipe.serving, hosting.recipe.benchmark.concurrency
+    patience = {
+        "request_timeout_s": max(serving.request_timeout_s, TIMEOUT_S),
+        "max_waiting": max(serving.max_waiting, concurrency),
+    }
+    serving = serving.model_copy(update=patience)
     return replace(hosting, recipe=hosting.recipe.model_copy(update={"serving": serving}))
