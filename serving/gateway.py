@@ -31,11 +31,13 @@ from s2t_models.policies import PolicyError, base, lacking, offer
 from s2t_models.policies import policy as policy_named
 from serving import openai_protocol as api
 from serving.engine_deployment import RemoteEngine
+from serving.playground.routes import router as playground
 
 log = logging.getLogger("ray.serve")
 # `serve.ingress` pickles the app where it decorates the class, before this module is whole: routes see only names
 # defined above it, and their annotations have to be objects, not the strings of `from __future__ import annotations`.
 app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None, openapi_url=None)
+app.include_router(playground)
 
 
 async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:
