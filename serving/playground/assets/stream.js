@@ -4,19 +4,23 @@
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "", data = [];
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("The connection ended before the answer did.");
-    const lines = (rest + value).split("\n");
-    rest = lines.pop();
-    for (const line of lines.map((line) => line.replace(/\r$/, ""))) {
-      if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
-      if (line !== "" || !data.length) continue;
-      const text = data.join("\n");
-      data = [];
-      if (text === "[DONE]") return;
-      yield JSON.parse(text);
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) throw new Error("The connection ended before the answer did.");
+      const lines = (rest + value).split("\n");
+      rest = lines.pop();
+      for (const line of lines.map((line) => line.replace(/\r$/, ""))) {
+        if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
+        if (line !== "" || !data.length) continue;
+        const text = data.join("\n");
+        data = [];
+        if (text === "[DONE]") return;
+        yield JSON.parse(text);
+      }
     }
+  } finally {
+    reader.cancel().catch(() => {}); // whoever stops reading wants no more
   }
 }
 
