@@ -85,6 +85,7 @@ export class TrajectoryView {
     this.open = null; // the step whose panel is open
     this.id = `trajectory-${++views}`;
     this.#build();
+    this.#say("waiting");
     this.append({ tokens, decisions });
     if (this.trajectory.finish) this.finish({});
   }
@@ -200,7 +201,7 @@ export class TrajectoryView {
     span.replaceChildren(before, button, after);
     this.buttons.set(step, button);
     if (this.buttons.size === 1) button.tabIndex = 0;
-    if (this.open !== null) this.#show(this.open); // "3 of 5" has become "3 of 6"
+    if (this.open !== null) this.#fill(); // "3 of 5" has become "3 of 6"
   }
 
   /** One decision of a text is a stop of the Tab key; arrows lead to the others. */
@@ -233,25 +234,30 @@ export class TrajectoryView {
   }
 
   #close() {
-    const button = this.buttons.get(this.open);
+    const button = this.buttons.get(this.open), inside = this.panel.contains(document.activeElement);
     button.setAttribute("aria-expanded", "false");
     this.open = null;
     this.panel.hidden = true;
-    if (this.panel.contains(document.activeElement) || document.activeElement === document.body) button.focus();
+    if (inside) button.focus();
   }
 
   #show(step) {
     if (this.open !== null) this.buttons.get(this.open).setAttribute("aria-expanded", "false");
-    const focused = this.panel.contains(document.activeElement) ? document.activeElement.className : null;
     this.open = step;
     const button = this.buttons.get(step);
     button.setAttribute("aria-expanded", "true");
+    this.#only(step);
     this.panel.hidden = false;
-    this.panel.replaceChildren(...this.#panelParts(step));
-    if (focused) this.panel.getElementsByClassName(focused)[0]?.focus();
+    this.#fill();
     // The panel lies over the end of a long text: keep what it is about in sight.
     button.style.scrollMarginBottom = `${this.panel.offsetHeight + 24}px`;
     button.scrollIntoView({ block: "nearest" });
+  }
+
+  #fill() {
+    const focused = this.panel.contains(document.activeElement) ? document.activeElement.className : null;
+    this.panel.replaceChildren(...this.#panelParts(this.open));
+    if (focused) (this.panel.querySelector(`.${focused}:not(:disabled)`) ?? this.panel.querySelector("button:not(:disabled)")).focus();
   }
 
   #panelParts(step) {
@@ -265,11 +271,7 @@ export class TrajectoryView {
     const next = tool("next", "Next decision", "›", () => this.#show(steps[now + 1]));
     previous.disabled = now === 0;
     next.disabled = now === steps.length - 1;
-    const close = tool("close", "Close the decision", "×", () => {
-      const button = this.buttons.get(this.open);
-      this.#close();
-      button.focus();
-    });
+    const close = tool("close", "Close the decision", "×", () => this.#close());
     const heading = make("h3", { id: `${this.id}-decision`, text: `Decision ${now + 1} of ${steps.length}` });
     const rescue = isRescue(decision);
     const head = make("div", { className: "panel-head" }, heading);
