@@ -95,11 +95,13 @@ def trajectory(row: Mapping[str, Any], prompt: str, tokenizer: PreTrainedTokeniz
         return None if token is None else str(tokenizer.decode([token]))
 
     decisions = [
-        SavedDecision(
-            **one,
-            texts_K=[str(text(candidate)) for candidate in one["candidates_K"]],
-            chosen_text=str(text(one["chosen"])),
-            argmax_text=text(one["argmax"]),
+        SavedDecision.model_validate(
+            one
+            | {
+                "texts_K": [text(candidate) for candidate in one["candidates_K"]],
+                "chosen_text": text(one["chosen"]),
+                "argmax_text": text(one["argmax"]),
+            }
         )
         for one in json.loads(row["decisions"])
     ]

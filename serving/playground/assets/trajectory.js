@@ -198,7 +198,7 @@ export class TrajectoryView {
     button.addEventListener("click", () => (this.open === step ? this.#close() : this.#show(step)));
     button.addEventListener("focus", () => this.#only(step));
     span.className = "token";
-    span.replaceChildren(before, button, after);
+    span.replaceChildren(...(core ? [before, button, after] : [button, before]));
     this.buttons.set(step, button);
     if (this.buttons.size === 1) button.tabIndex = 0;
     if (this.open !== null) this.#fill(); // "3 of 5" has become "3 of 6"
