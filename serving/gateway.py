@@ -46,6 +46,7 @@ from serving.openai_answers import Answer, Written
 from serving.openapi import describe
 from serving.operations import Operated, router
 from serving.placement import places
+from serving.playground.routes import router as playground
 from serving.text import written_alone
 
 log = logging.getLogger("ray.serve")
@@ -54,6 +55,7 @@ log = logging.getLogger("ray.serve")
 app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None)
 app.add_middleware(Front)
 app.include_router(router)
+app.include_router(playground)
 describe(app)
 
 

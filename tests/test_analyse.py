@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import mlflow
@@ -11,15 +12,19 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
-from recorded import RECIPE, recorded_results, recorded_shards
+from recorded import ITEMS, RECIPE, recorded_results, recorded_shards
 
 from pipelines.analyse.__main__ import main
 from pipelines.analyse.audit import audit, judge
 from pipelines.analyse.decisions import scores_by_rank, tables
+from pipelines.analyse.pages import token_texts
 from pipelines.analyse.shard_tables import hits, read_steps
 from pipelines.data.shards import read_shards
 from pipelines.results.summary import read_results, write_results
+from pipelines.tasks import load
+from s2t_models.loading import load_tokenizer
 from s2t_models.recipe import load_recipe
+from serving.playground.saved import SavedTrajectory
 
 
 @pytest.fixture
@@ -73,6 +78,65 @@ def test_results_give_the_error_split_alignment_and_agreement(store: str, tmp_pa
     assert (output / "embedded-accuracy-over-tau.png").is_file()
 
 
+def test_answers_that_selecting_turned_get_pages_of_their_own(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(load_recipe(RECIPE).slm)
+    ids = tokenizer.encode("On Friday we add 7 and get 42+7=49 caf\u00e9s. The answer is \\boxed{49}.")
+    items = load("embedded", None)[1][:ITEMS]
+    recorded = recorded_results(tmp_path / "recorded.parquet")
+    rows = pq.read_table(recorded).to_pylist()
+    for row in rows:
+        row |= {"item": items[int(row["item"].split("/")[1])].uid, "output_ids": ids}
+    write_results(tmp_path / "results.parquet", rows, read_results(recorded)[1])
+    output = tmp_path / "analysis"
+    options = ["--output", str(output), "--tracking", store, "--pages", "3"]
+    assert main([str(tmp_path / "results.parquet"), *options]) == 0
+    assert f" answers: {output / 'pages' / 'index.html'}\n" in capsys.readouterr().out
+
+    verdicts = {(row["policy"], row["item"], row["seed"]): row["verdict"] == "correct" for row in rows}
+    index = (output / "pages" / "index.html").read_text()
+    files = sorted(path.name for path in (output / "pages").iterdir() if path.name != "index.html")
+    assert sorted(re.findall(r'href="([^"]+)"', index)) == files
+    expected = 0
+    for policy in ("s2t", "s2t@0.05", "s2t-local"):
+        turned = [key for key in verdicts if key[0] == policy and verdicts[key] != verdicts["greedy", *key[1:]]]
+        for right, name in ((True, "rescued"), (False, "flipped")):
+            number = min(3, sum(verdicts[key] is right for key in turned))
+            assert sum(file.endswith(f"-{name}-{policy}.html") for file in files) == number
+            expected += number
+    assert len(files) == expected > 6
+    for file in files:
+        page = (output / "pages" / file).read_text()
+        (data,) = re.findall(r'<script type="application/json" id="trajectories">(.*?)</script>', page)
+        greedy, other = (SavedTrajectory.model_validate(one) for one in json.loads(data))
+        assert (greedy.policy, other.policy) == ("greedy", file.removesuffix(".html").split("-", 2)[2])
+        assert (greedy.verdict == "correct", other.verdict == "correct") == ("flipped" in file, "rescued" in file)
+        assert other.prompt == next(item.question for item in items if item.uid == other.item)
+        assert "".join(text for text, _ in other.tokens) == tokenizer.decode(ids)
+        assert {step for step, (_, source) in enumerate(other.tokens) if source == "selected"} == {
+            decision.step for decision in other.decisions
+        }
+        for decision in other.decisions:
+            assert decision.texts_K == [tokenizer.decode([token]) for token in decision.candidates_K]
+    (run,) = mlflow.search_runs(experiment_names=["s2t"], output_format="list")
+    logged = mlflow.MlflowClient().list_artifacts(run.info.run_id, "pages")
+    assert {Path(entry.path).name for entry in logged} == {"index.html", *files}
+
+    assert main([str(tmp_path / "results.parquet"), *options[:-1], "0"]) == 0
+    assert not (output / "pages").exists(), "pages of another analysis"
+
+
+def test_the_texts_of_tokens_are_the_text() -> None:
+    tokenizer = load_tokenizer(load_recipe(RECIPE).slm)
+    text = "Zo\u00eb has 3 \U0001f34e, \u4e94\u4e2a."
+    ids = tokenizer.encode(text)
+    texts = token_texts(tokenizer, [*ids, tokenizer.eos_token_id])
+    assert "".join(texts) == text
+    assert "" in texts[:-1], "a character of several tokens"
+    assert texts[-1] == ""
+
+
 def test_scores_are_sorted_by_the_teachers_rank() -> None:
     decision = {"scores_K": [0.1, 0.9, 0.5]}
     ranked = scores_by_rank([(decision, np.array([0.2, 0.7, 0.1])), (decision, np.array([0.6, 0.3, 0.1]))])
@@ -92,13 +156,12 @@ def test_several_results_make_curves_over_k(tmp_path: Path) -> None:
 def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from s2t_models.engines.load import load
+    from s2t_models.engines.load import load as load_engine
     from s2t_models.hosting import Hosted
-    from s2t_models.loading import load_tokenizer
 
     recipe = load_recipe(RECIPE)
     tokenizer = load_tokenizer(recipe.teacher)
-    engine = load(Hosted("teacher", recipe.teacher))
+    engine = load_engine(Hosted("teacher", recipe.teacher))
     prompt, output = tokenizer.encode("How many apples are 3 + 4?"), tokenizer.encode("There are 7 apples in all")
     decisions = [
         {"step": 1, "candidates_K": [output[1], 5, 6], "chosen": output[1], "argmax": None},
@@ -124,9 +187,6 @@ def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
 
 def test_the_audit_reads_the_recorded_ids_and_not_the_text() -> None:
     """Ids that the text would not give back: the same words, tokenised otherwise."""
-    from pipelines.tasks import load
-    from s2t_models.loading import load_tokenizer
-
     recipe = load_recipe(RECIPE)
     tokenizer = load_tokenizer(recipe.slm)
     item = load("embedded", None)[1][0]

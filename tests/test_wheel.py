@@ -70,7 +70,11 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel):
     assert {name.split("/")[0] for name in files} == {*wings, metadata}
     assert f"{metadata}/licenses/LICENSE" in files
     sources = [path for wing in wings for path in (REPOSITORY / wing).rglob("*.py")]
-    data = [*REPOSITORY.glob("cluster/recipes/**/*.yaml"), *REPOSITORY.glob("s2t_models/embedded/weights/*/*")]
+    data = [
+        *REPOSITORY.glob("cluster/recipes/**/*.yaml"),
+        *REPOSITORY.glob("s2t_models/embedded/weights/*/*"),
+        *REPOSITORY.glob("serving/playground/assets/*"),
+    ]
     assert data
     assert {path.relative_to(REPOSITORY).as_posix() for path in sources + data} <= files
     assert not [name for name in files if re.search(r"(^|/)(test|conftest|benchmarks)", name)]

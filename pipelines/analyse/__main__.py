@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipelines.analyse import PAGES
 from pipelines.runtime.arguments import add_tracking
 from s2t_models.commands import run_command
 
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         from pipelines.analyse.job import analyse
 
-        print(analyse(options.inputs, output, options.tracking, options.audit, options.data))
+        print(analyse(options.inputs, output, options.tracking, options.audit, options.data, options.pages))
         print(f"tables and figures: {output}")
 
     return run_command("analyse", work, output)
@@ -33,8 +34,19 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_tracking(parser)
     parser.add_argument("--audit", action="store_true", help="ask the recipe's teacher about the choices of s2t-local")
-    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files, for --audit")
-    return parser.parse_args(argv)
+    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files, for --audit and the pages")
+    parser.add_argument(
+        "--pages",
+        type=int,
+        default=PAGES,
+        metavar="N",
+        help="write pages of the first N answers that S2T or S2T-Local got right and greedy decoding wrong, and of the "
+        f"first N the other way round, for each task and policy (default: {PAGES})",
+    )
+    options = parser.parse_args(argv)
+    if options.pages < 0:
+        parser.error("--pages: give 0 or more")
+    return options
 
 
 if __name__ == "__main__":

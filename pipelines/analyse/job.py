@@ -7,12 +7,14 @@ in MLflow.
 
 A folder is a collection of shards, a .parquet file a benchmark's results; several results files (of other
 budgets, other K) make curves. `--audit` asks the recipe's teacher about the choices of s2t-local: one forward
-an answer, here in this process.
+an answer, here in this process. Results that hold greedy decoding beside S2T also make pages of single answers
+(`pages`).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,18 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from pipelines.analyse import PAGES
 from pipelines.analyse import decisions as decision_analysis
 from pipelines.analyse import shard_tables as shard_analysis
 from pipelines.analyse.audit import audit
 from pipelines.analyse.decisions import Results
+from pipelines.analyse.pages import INDEX, write_pages
 from pipelines.data.layout import RESULTS
 from pipelines.data.shards import read_shards
 from pipelines.results.summary import markdown_table, read_results
 from pipelines.runtime import tracking as store
 from s2t_models.errors import NothingDone, UserError, one_line
-from s2t_models.recipe import Recipe
+from s2t_models.recipe import Recipe, RecipeError
 from serving.store import use_store
 
 
@@ -37,15 +41,24 @@ class AnalysisError(UserError):
     """Input that cannot be analysed; the message is one line."""
 
 
+_PAGES_FOLDER = "pages"
+
+
 def analyse(
-    inputs: list[Path], output: Path, tracking: str | None = None, audited: bool = False, data: Path | None = None
+    inputs: list[Path],
+    output: Path,
+    tracking: str | None = None,
+    audited: bool = False,
+    data: Path | None = None,
+    most_pages: int = PAGES,
 ) -> str:
-    """Write the tables (CSV) and figures (PNG) of `inputs` to `output`, log them to MLflow, and return the
-    tables as Markdown.
+    """Write the tables (CSV), figures (PNG) and pages (HTML) of `inputs` to `output`, log them to MLflow, and return
+    the tables as Markdown, and where the pages are.
 
     Raises UserError: the inputs are none, cannot be read, every row of one errored, or what an audit needs is missing.
     """
     tables: dict[str, list[dict[str, Any]]] = {}
+    pages = ""
     figures: dict[str, Figure] = {}
     collections, files = _sort(inputs)
     if collections:
@@ -58,9 +71,11 @@ def analyse(
             results = [(_audited(frame, metadata, data), metadata) for frame, metadata in results]
         tables |= decision_analysis.tables(results)
         figures |= decision_analysis.figures(results, tables)
+        pages = _pages(results, output / _PAGES_FOLDER, most_pages, data)
     _write(output, tables, figures)
-    _track(inputs, tables, figures, tracking)
-    return "\n\n".join(f"### {name.replace('_', ' ')}\n\n{_markdown(rows)}" for name, rows in tables.items() if rows)
+    _track(inputs, output, tables, figures, tracking)
+    parts = [f"### {name.replace('_', ' ')}\n\n{_markdown(rows)}" for name, rows in tables.items() if rows]
+    return "\n\n".join([*parts, *([pages] if pages else [])])
 
 
 def _sort(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -96,6 +111,20 @@ def _audited(frame: Any, metadata: Mapping[str, str], data: Path | None) -> Any:
     return audit(frame, Recipe.model_validate_json(metadata["s2t.recipe"]), data)
 
 
+def _pages(results: Results, folder: Path, most: int, data: Path | None) -> str:
+    """Write the pages of single answers; in a line, where they are, "" where there are none."""
+    if folder.is_dir():
+        shutil.rmtree(folder)  # those of other results
+    try:
+        made = write_pages(results, folder, most, data)
+    except RecipeError as error:
+        return f"no pages of single answers: {one_line(error)}"
+    if not any(made.values()):
+        return ""
+    numbers = " and ".join(f"{number} {turned}" for turned, number in made.items())
+    return f"pages of {numbers} answers: {folder / INDEX}"
+
+
 def _write(output: Path, tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     for name, rows in tables.items():
@@ -106,7 +135,11 @@ def _write(output: Path, tables: dict[str, list[dict[str, Any]]], figures: dict[
 
 
 def _track(
-    inputs: list[Path], tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure], tracking: str | None
+    inputs: list[Path],
+    output: Path,
+    tables: dict[str, list[dict[str, Any]]],
+    figures: dict[str, Figure],
+    tracking: str | None,
 ) -> None:
     use_store(tracking)
     names = " ".join(path.name if path.is_dir() else path.parent.name for path in inputs)
@@ -117,6 +150,8 @@ def _track(
             store.log_table(rows, f"tables/{name}.json")
         for name, figure in figures.items():
             store.log_figure(figure, f"figures/{name}")
+        if (output / _PAGES_FOLDER).is_dir():
+            store.log_folder(output / _PAGES_FOLDER, _PAGES_FOLDER)
         for row in tables.get("hit", ()):
             if row["k"] in (1, 2, 4, 8):
                 store.log_metrics({f"hit_{row['k']}_at_{100 * row['tau']:g}pct": row["hit"]})

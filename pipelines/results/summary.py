@@ -113,8 +113,8 @@ def _summary(task: str, policy: str, rows: pd.DataFrame) -> Summary:
         task=task,
         policy=policy,
         kind=str(rows["kind"].iloc[0]),
-        k=_known(rows["k"].iloc[0], int),
-        budget=_known(rows["budget"].iloc[0], float),
+        k=known(rows["k"].iloc[0], int),
+        budget=known(rows["budget"].iloc[0], float),
         accuracy=figures.accuracy,
         low=figures.low,
         high=figures.high,
@@ -134,8 +134,8 @@ def _summary(task: str, policy: str, rows: pd.DataFrame) -> Summary:
     )
 
 
-def _known(value: Any, kind: type) -> Any:
-    """A null of a column comes as NaN."""
+def known(value: Any, kind: type) -> Any:
+    """A column's value, or None: a null comes as NaN."""
     return None if pd.isna(value) else kind(value)
 
 

@@ -140,6 +140,13 @@ def log_file(path: Path) -> None:
     mlflow.log_artifact(str(path))
 
 
+def log_folder(folder: Path, name: str) -> None:
+    """The files of a folder, below `name`."""
+    import mlflow
+
+    mlflow.log_artifacts(str(folder), name)
+
+
 def log_figure(figure: Figure, name: str) -> None:
     import mlflow
 
