@@ -10,9 +10,11 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
 
 from s2t_models.engines.contract import (
@@ -27,10 +29,11 @@ from s2t_models.engines.contract import (
     Selected,
     Selection,
     Tell,
+    Usage,
     Written,
 )
 from s2t_models.engines.load import load
-from s2t_models.engines.telling import told
+from s2t_models.engines.telling import joined, told
 from s2t_models.hosting import Hosted
 from s2t_models.settings import MultiplexSettings
 from s2t_models.threads import use_threads
@@ -39,6 +42,14 @@ from serving.written import keep_posted
 #: A streamed draft is told of this often at the most, in seconds: a reader sees no difference, and a message a token of
 #: a small model would cost more than the tokens.
 PART_EVERY_S = 0.02
+
+
+#: What a call fails with where its replica has ended.
+LOST = (RayActorError, EngineDied)
+#: How long a call waits for another replica, in seconds, before it fails.
+ANOTHER_WITHIN_S = 15.0
+#: Drafts that can go on behind tokens that are there. Multiplex reads mean embeddings, which are not.
+GOES_ON = ("generate", "generate_selecting")
 
 
 class EngineDeployment:
@@ -141,9 +152,34 @@ class RemoteEngine:
     def close(self) -> None:
         """Nothing to free here: the engine ends with its deployment."""
 
-    async def _draft(self, method: str, tell: Tell | None, *arguments: Any) -> Draft:
+    async def _draft(self, method: str, tell: Tell | None, prefix: list[int], asked: Sampling, *more: Any) -> Draft:
+        """A draft, told of as it is written where `tell` is given. Where its replica ends half-way, another goes on
+        behind the tokens that are there: noise goes by (seed, step), so the text is the same."""
         if tell is None:
-            return await self._call(method, *arguments)
+            return await self._call(method, prefix, asked, *more)
+        begun = Written([])
+
+        def note(part: Written) -> None:
+            nonlocal begun
+            begun = joined([begun, part])
+            tell(part)
+
+        try:
+            return await self._stream(method, note, prefix, asked, *more)
+        except LOST as error:
+            if method not in GOES_ON and begun.ids:
+                raise
+            await self._another(error)
+        done = len(begun.ids)
+        if done >= asked.max_tokens:  # its last token came, and its end did not
+            return Draft(begun.ids, "length", Usage(decode=done), begun.support, None, begun.decisions)
+        rest = replace(asked, max_tokens=asked.max_tokens - done, first_step=asked.first_step + done)
+        draft = await self._stream(method, tell, [*prefix, *begun.ids], rest, *more)
+        whole = joined([begun, Written(draft.ids, draft.support, draft.decisions)])
+        usage = draft.usage + Usage(decode=done)
+        return Draft(whole.ids, draft.finish, usage, whole.support, draft.triggered, whole.decisions)
+
+    async def _stream(self, method: str, tell: Tell, *arguments: Any) -> Draft:
         answer: Any = None
         parts: Any = self._streaming.stream.remote(method, arguments)
         try:
@@ -157,7 +193,25 @@ class RemoteEngine:
         return _answered(answer)
 
     async def _call(self, method: str, *arguments: Any) -> Any:
-        return _answered(await self._handle.call.remote(method, arguments))
+        """A call carries all that it needs: where its replica ends under it, another one is asked."""
+        try:
+            return _answered(await self._handle.call.remote(method, arguments))
+        except LOST as error:
+            await self._another(error)
+            return _answered(await self._handle.call.remote(method, arguments))
+
+    async def _another(self, error: Exception) -> None:
+        """Wait for a replica that answers; raise `error` where none does soon."""
+        try:
+            async with asyncio.timeout(ANOTHER_WITHIN_S):
+                while True:
+                    try:
+                        await self.answering()
+                        return
+                    except LOST:
+                        await asyncio.sleep(0.25)
+        except TimeoutError:
+            raise error from None
 
 
 def _answered(answer: Any) -> Any:

@@ -240,18 +240,14 @@ class Gateway(Operated):
         return responses_answers.response(job.answer, written)
 
     async def _conversation(self, request: api.Decoded, messages: list[dict[str, str]], field: str) -> Job:
-        policy = self._policy(request.model)
-        note_policy(policy.name)
-        self._admission.check()
+        policy = self._let_in(request.model)
         characters = sum(len(message["content"]) for message in messages)
         prompt = await self._tokenised(policy, field, characters, chat.prompt_ids, messages)
         return await self._job(policy, request, [prompt], field)
 
     async def _completions(self, http: Request) -> Any:
         request = api.read(api.CompletionRequest, await http.body())
-        policy = self._policy(request.model)
-        note_policy(policy.name)
-        self._admission.check()
+        policy = self._let_in(request.model)
         special = request.add_special_tokens is not False
         prompts = [
             await self._tokenised(policy, "prompt", len(prompt), chat.encode, prompt, special)
@@ -346,6 +342,17 @@ class Gateway(Operated):
                     for name, usage in scored.items():
                         piece.usage[name] = piece.usage.get(name, Usage()) + usage
                 yield piece
+
+    def _let_in(self, name: str) -> base.Policy:
+        """The policy of a request, where its engines are there and there is room for it. Raises ApiError (404, 503),
+        or Busy."""
+        policy = self._policy(name)
+        note_policy(policy.name)
+        if missing := self._readiness.silent() & policy.needs.keys():
+            message = f"{policy.name} needs {', '.join(sorted(missing))}, which does not answer just now; try again"
+            raise ApiError(503, message, kind="server_error", code="engine_unavailable")
+        self._admission.check()
+        return policy
 
     async def _limit(self, policy: base.Policy, prompt: int, asked: int | None, field: str) -> int:
         """The tokens to decode. Raises ApiError (400) where they do not fit every engine's context."""

@@ -31,6 +31,8 @@ async def measured(policy: str, arrived: float, pieces: AsyncGenerator[Piece | E
 
 
 def _rescues(decision: Decision) -> bool:
-    """Whether the token chosen is not the SLM's own first among the candidates."""
+    """Whether the token chosen is not the SLM's own first among the candidates, where there are any."""
+    if not decision.candidates_K:
+        return False
     best = max(range(len(decision.candidates_K)), key=lambda k: decision.logprobs_K[k])
     return decision.chosen != decision.candidates_K[best]
