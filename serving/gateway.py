@@ -6,28 +6,23 @@ holds no model. A client that goes away cancels its request: Serve cancels the h
 
 import asyncio
 import dataclasses
-import logging
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic_core import to_jsonable_python
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from s2t_models import chat
-from s2t_models.engines.contract import ContextOverflow, EngineDied, ModelCard, Usage
-from s2t_models.errors import one_line
+from s2t_models.engines.contract import ModelCard, Usage
 from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
 from s2t_models.policies import PolicyError, base, lacking, offer
@@ -35,21 +30,21 @@ from s2t_models.policies import policy as policy_named
 from serving import decoding, metrics, responses_answers
 from serving import openai_answers as answers
 from serving import openai_protocol as api
-from serving.admission import Admission, Busy
+from serving.admission import Admission
+from serving.answering import Job, answered, chunks, streamed
 from serving.decoding import Ended, Piece, StepLogprobs
 from serving.engine_deployment import RemoteEngine
 from serving.errors import ApiError, failed
 from serving.front import Front, arrived, note_policy
 from serving.keys import Keys
 from serving.measuring import measured
-from serving.openai_answers import Answer, Written
+from serving.openai_answers import Answer
 from serving.openapi import describe
 from serving.operations import Operated, router
 from serving.placement import places
 from serving.playground.routes import router as playground
 from serving.text import written_alone
 
-log = logging.getLogger("ray.serve")
 # `serve.ingress` pickles the app where it decorates the class, before this module is whole: routes see only names
 # defined above it, and their annotations have to be objects, not the strings of `from __future__ import annotations`.
 app = FastAPI(title="Select to Think", docs_url=None, redoc_url=None)
@@ -57,39 +52,6 @@ app.add_middleware(Front)
 app.include_router(router)
 app.include_router(playground)
 describe(app)
-
-
-async def _answered(handle: Callable[[], Awaitable[Any]]) -> Response:
-    """The answer, or the error in OpenAI's shape."""
-    try:
-        answer = await handle()
-    except Exception as error:
-        return failed(_as_api_error(error))
-    if isinstance(answer, Response):
-        return answer
-    if isinstance(answer, dict):
-        return JSONResponse(answer)
-    return Response(answer.model_dump_json(), media_type="application/json")
-
-
-def _as_api_error(error: Exception) -> ApiError:
-    """This is the one place that takes every error: a failed request must not be more to its client than a failed
-    request."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, ContextOverflow):
-        return ApiError(400, str(error), code="context_length_exceeded")
-    if isinstance(error, Busy):
-        metrics.refused("busy")
-        message = f"{error}; try again in {error.retry_after} s"
-        return ApiError(429, message, kind="overloaded", code="overloaded", retry_after=error.retry_after)
-    if isinstance(error, RayActorError | DeploymentUnavailableError | BackPressureError | EngineDied):
-        message = "an engine of this policy is not available just now; try again"
-        return ApiError(503, message, kind="server_error", code="engine_unavailable")
-    log.error("a request failed", exc_info=error)
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    message = f"internal error: {type(cause).__name__}: {one_line(cause)}"
-    return ApiError(500, message, kind="server_error", code="internal_error")
 
 
 @app.exception_handler(HTTPException)
@@ -100,66 +62,6 @@ async def no_such_route(request: Request, error: HTTPException) -> Response:
     response = failed(ApiError(error.status_code, message, code=code))
     response.headers.update(error.headers or {})
     return response
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A request that is understood and fits: its choices are yet to be decoded."""
-
-    answer: Answer
-    choices: list[AsyncGenerator[Piece | Ended]]
-    top: int | None
-
-    def pieces(self) -> AsyncGenerator[Piece | Ended]:
-        """Of all choices, as they come."""
-        return decoding.merged(self.choices)
-
-    async def gathered(self) -> list[Written]:
-        written = [Written() for _ in self.choices]
-        async with aclosing(self.pieces()) as pieces:
-            async for piece in pieces:
-                written[piece.choice].add(piece)
-        return written
-
-
-async def _chunks(
-    job: Job, chunk: Callable[..., dict[str, Any]], kind: str, options: api.StreamOptions | None
-) -> AsyncGenerator[str]:
-    """The choices of a completion as server-sent events."""
-    written = [Written() for _ in job.choices]
-    async with aclosing(job.pieces()) as pieces:
-        begun = False
-        async for piece in pieces:
-            if not begun:
-                begun = True
-                for number in range(len(written)):
-                    yield answers.event(chunk(job.answer, number, job.top, None))
-            written[piece.choice].add(piece)
-            if isinstance(piece, Ended):
-                yield answers.event(chunk(job.answer, piece.choice, job.top, written[piece.choice].reason))
-            elif piece.text or piece.logprobs or job.answer.shown(piece):
-                yield answers.event(chunk(job.answer, piece.choice, job.top, piece))
-    if options is not None and options.include_usage:
-        yield answers.event(answers.usage_chunk(job.answer, kind, written))
-    yield answers.DONE
-
-
-async def _streamed(events: AsyncGenerator[str]) -> StreamingResponse:
-    """The events as a response, which begins with the first of them: what fails before it is answered as an error,
-    what fails later is the last event."""
-    first = await anext(events)
-
-    async def body() -> AsyncGenerator[str]:
-        yield first
-        try:
-            async with aclosing(events):
-                async for event in events:
-                    yield event
-        except Exception as error:
-            yield answers.event(_as_api_error(error).body())
-            yield answers.DONE
-
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 @serve.ingress(app)
@@ -186,23 +88,27 @@ class Gateway(Operated):
 
     @app.get("/v1/models")
     async def models(self) -> Response:
-        return await _answered(self._models)
+        return await answered(self._models)
 
     @app.get("/v1/models/{name:path}")
     async def model(self, name: str) -> Response:
-        return await _answered(lambda: self._entry(self._policy(name)))
+        return await answered(lambda: self._entry(self._policy(name)))
 
     @app.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
-        return await _answered(lambda: self._chat(request))
+        return await answered(lambda: self._chat(request))
 
     @app.post("/v1/responses")
     async def responses(self, request: Request) -> Response:
-        return await _answered(lambda: self._responses(request))
+        return await answered(lambda: self._responses(request))
 
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
-        return await _answered(lambda: self._completions(request))
+        return await answered(lambda: self._completions(request))
+
+    @app.post("/v1/score")
+    async def score(self, request: Request) -> Response:
+        return await answered(lambda: self._score(request))
 
     async def _models(self) -> answers.ModelList:
         entries = [await self._entry(policy) for policy in self._policies.values()]
@@ -228,14 +134,14 @@ class Gateway(Operated):
         request = api.read(api.ChatRequest, await http.body())
         job = await self._conversation(request, [message.plain() for message in request.messages], "messages")
         if request.stream:
-            return await _streamed(_chunks(job, answers.chat_chunk, "chat.completion.chunk", request.stream_options))
+            return await streamed(chunks(job, answers.chat_chunk, "chat.completion.chunk", request.stream_options))
         return answers.chat_response(job.answer, await job.gathered(), job.top)
 
     async def _responses(self, http: Request) -> Any:
         request = api.read(api.ResponsesRequest, await http.body())
         job = await self._conversation(request, request.messages, "input")
         if request.stream:
-            return await _streamed(responses_answers.events(job.answer, job.pieces()))
+            return await streamed(responses_answers.events(job.answer, job.pieces()))
         (written,) = await job.gathered()
         return responses_answers.response(job.answer, written)
 
@@ -259,8 +165,39 @@ class Gateway(Operated):
             self._check_ids(prompt)
         job = await self._job(policy, request, prompts, "prompt", echoed=request.prompts if request.echo else None)
         if request.stream:
-            return await _streamed(_chunks(job, answers.completion_chunk, "text_completion", request.stream_options))
+            return await streamed(chunks(job, answers.completion_chunk, "text_completion", request.stream_options))
         return answers.completion_response(job.answer, await job.gathered(), job.top)
+
+    async def _score(self, http: Request) -> answers.ScoreResponse:
+        """What the policy's scorer says of the candidates for the next token."""
+        request = api.read(api.ScoreRequest, await http.body())
+        policy = self._let_in(request.model)
+        if not isinstance(policy, base.Deciding):
+            raise ApiError(400, f"model: {policy.name} has no scorer", param="model", code="invalid_value")
+        if request.messages is not None:
+            messages = [message.plain() for message in request.messages]
+            characters = sum(len(message["content"]) for message in messages) + len(request.answer)
+            prompt = await self._tokenised(policy, "messages", characters, chat.prompt_ids, messages)
+            if request.answer:
+                prompt += await self._tokenised(policy, "answer", len(request.answer), chat.encode, request.answer)
+        elif isinstance(request.prompt, str):
+            prompt = await self._tokenised(policy, "prompt", len(request.prompt), chat.encode, request.prompt, True)
+        else:
+            prompt = request.prompt or []
+        self._check_ids(prompt)
+        await self._limit(policy, len(prompt), 1, "prompt" if request.messages is None else "messages")
+        identity = uuid.uuid4().hex
+        state = base.Request(prompt, 1, max(request.seed or 0, 0))
+        async with self._admission.place(identity, policy.needs):
+            decision, triggered, usage = await policy.decide(self._engines(identity), state)
+        return answers.ScoreResponse(
+            id=f"score-{identity}",
+            created=int(time.time()),
+            model=policy.name,
+            triggered=triggered,
+            decision=answers.as_decision(decision, self._word),
+            usage=answers.usage_by_engine([usage]),
+        )
 
     async def _job(
         self,
@@ -283,12 +220,7 @@ class Gateway(Operated):
         seed = secrets.randbelow(2**32) if drawn else request.seed
         assert seed is not None
         identity = uuid.uuid4().hex
-        engines = base.Engines(
-            by_name={**self._remote},
-            decode=self._text,
-            encode=partial(chat.encode, self._tokenizer),
-            place=partial(self._admission.place, identity),
-        )
+        engines = self._engines(identity)
         choices = []
         for i, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
             for j in range(request.n_each):
@@ -342,6 +274,15 @@ class Gateway(Operated):
                     for name, usage in scored.items():
                         piece.usage[name] = piece.usage.get(name, Usage()) + usage
                 yield piece
+
+    def _engines(self, request: str) -> base.Engines:
+        """The engines for the request of that id."""
+        return base.Engines(
+            by_name={**self._remote},
+            decode=self._text,
+            encode=partial(chat.encode, self._tokenizer),
+            place=partial(self._admission.place, request),
+        )
 
     def _let_in(self, name: str) -> base.Policy:
         """The policy of a request, where its engines are there and there is room for it. Raises ApiError (404, 503),

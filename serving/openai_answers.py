@@ -85,6 +85,19 @@ class CompletionResponse(BaseModel):
     s2t: S2T
 
 
+class ScoreResponse(BaseModel):
+    """What a policy's scorer says of one state: the `decision`, and whether the trigger fires there, so that the policy
+    would ask at all."""
+
+    id: str
+    object: Literal["s2t.score"] = "s2t.score"
+    created: int
+    model: str
+    triggered: bool
+    decision: dict[str, Any]
+    usage: dict[str, dict[str, int]]
+
+
 class ModelEntry(BaseModel):
     """A policy as a model. `kind` is its name without K and budget; these and `votes` are null where they mean nothing
     to it. `needs` names the engines it calls, `context` counts the tokens of prompt and answer, and `settings` are all

@@ -285,6 +285,26 @@ class ResponsesRequest(Decoded):
         return [*head, *(message.plain() for message in self.input)]
 
 
+class ScoreRequest(Body):
+    """A state to decide: a chat's, where the answer is about to begin or goes on behind `answer`, or a text's or token
+    ids' end."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    answer: str = ""
+    prompt: str | list[int] | None = None
+    seed: int | None = Field(None, ge=-1, lt=2**63)
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _one_state(self) -> ScoreRequest:
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("messages: send either messages or a prompt")
+        if self.answer and self.messages is None:
+            raise ValueError("answer: it goes with messages")
+        return self
+
+
 R = TypeVar("R", bound=Body)
 
 

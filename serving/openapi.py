@@ -22,6 +22,7 @@ from serving.keys import OPEN
 BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel] | None]] = {
     "/v1/chat/completions": (api.ChatRequest, answers.ChatResponse),
     "/v1/completions": (api.CompletionRequest, answers.CompletionResponse),
+    "/v1/score": (api.ScoreRequest, answers.ScoreResponse),
     "/v1/responses": (api.ResponsesRequest, None),
     "/v1/models": (None, answers.ModelList),
     "/v1/models/{name}": (None, answers.ModelEntry),

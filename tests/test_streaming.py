@@ -299,3 +299,30 @@ def test_the_responses_api(client, endpoint: str):
     assert models.responses.create(model="greedy", input=turns, max_output_tokens=3, store=False).output_text
     with pytest.raises(openai.BadRequestError, match="previous_response_id: not supported here"):
         models.responses.create(model="greedy", input="x", previous_response_id="resp_1")
+
+
+def test_the_scorer_can_be_asked_about_one_state(client, tokenizer):
+    """The decision of a state is the one that decoding took there."""
+    messages = chat()["messages"]
+    for name in ("s2t", "takeover", "s2t-local", "s2t-local-kl"):
+        answer = whole(client, chat(model=name, seed=2, s2t={"decisions": True}))["s2t"]
+        assert answer["decisions"]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        for decision in answer["decisions"][:2]:
+            state = {"model": name, "prompt": prompt + answer["ids"][: decision["step"]], "seed": 2}
+            scored = client.post("/score", json=state).json()
+            assert scored["triggered"]
+            for field in ("candidates_K", "texts_K", "chosen", "argmax"):
+                assert scored["decision"][field] == decision[field]
+            np.testing.assert_allclose(scored["decision"]["scores_K"], decision["scores_K"], atol=1e-5)
+            assert set(scored["usage"]) == set(answer["usage"])
+    said = client.post("/score", json={"model": "s2t", "messages": messages, "answer": "So"}).json()
+    assert len(said["decision"]["candidates_K"]) == 8
+    for body, words in (
+        ({"model": "greedy", "prompt": "x"}, "greedy has no scorer"),
+        ({"model": "s2t"}, "either messages or a prompt"),
+        ({"model": "s2t", "prompt": []}, "empty"),
+    ):
+        refused = client.post("/score", json=body)
+        assert refused.status_code == 400
+        assert words in refused.json()["error"]["message"]

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from s2t_models.engines.contract import (
     Capability,
@@ -122,6 +122,15 @@ class Policy(ABC):
 
     @abstractmethod
     def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]: ...
+
+
+@runtime_checkable
+class Deciding(Protocol):
+    """A policy whose scorer can be asked about one state."""
+
+    async def decide(self, engines: Engines, request: Request) -> tuple[Decision, bool, dict[str, Usage]]:
+        """What it would choose as the next token behind the prompt, whether its trigger fires there, and the cost."""
+        ...
 
 
 #: Takes the likeliest token at every step.

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from s2t_models.engines.contract import Finish, Selection, Usage
+from s2t_models.engines.contract import Decision, Finish, Selection, Usage
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.hosting import LOCAL, Hosting
 from s2t_models.policies.base import (
@@ -103,6 +103,18 @@ class Collaborate(Policy):
             # Critical steps come in bursts: draft less after one, more again where the draft held.
             length = max(1, length // 2) if len(critical) else min(self.chunk, 2 * length)
         yield Done(finish or "length", dict(usage))
+
+    async def decide(self, engines: Engines, request: Request) -> tuple[Decision, bool, dict[str, Usage]]:
+        """What the scorer chooses behind the prompt, and whether the trigger fires there (`base.Deciding`)."""
+        asked = sampling(GREEDY, request, 1, support=self.support)
+        draft = await engines[self.drafter].generate(request.prompt, asked)
+        usage: dict[str, Usage] = defaultdict(Usage, {self.drafter: draft.usage})
+        drafted = Drafted(request.prompt, draft.ids, draft.supported, 0, 0, request.seed)
+        judgement = await self.trigger.judge(engines, drafted)
+        decision, cost = await self.scorer.decide(engines, CriticalStep(drafted, judgement, 0), self.candidates)
+        for costs in (judgement.usage, cost):
+            _add(usage, costs)
+        return decision, bool(judgement.fires_T[0]), dict(usage)
 
     async def _judge(self, engines: Engines, drafted: Drafted) -> Judgement:
         if drafted.first >= len(drafted.ids):

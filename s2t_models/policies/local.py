@@ -6,12 +6,23 @@ in which the scoring pass is the next decode step: the same text, faster.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from s2t_models.candidates import candidates_at, reach
-from s2t_models.engines.contract import Decision, Draft, FusedSelecting, Sampling, Selection, Tell, Usage, Written
+from s2t_models.engines.contract import (
+    Decision,
+    Draft,
+    FusedSelecting,
+    Sampling,
+    Selection,
+    Tell,
+    Triggered,
+    Usage,
+    Written,
+)
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.hosting import LOCAL, Hosting
 from s2t_models.policies.base import GREEDY, Done, Engines, Event, Needs, Policy, Request, Span, drafting, sampling
@@ -60,6 +71,17 @@ class Local(Policy):
                 yield decision
             step += len(part.ids)
 
+    async def decide(self, engines: Engines, request: Request) -> tuple[Decision, bool, dict[str, Usage]]:
+        """What the selector chooses behind the prompt, and whether its head triggers there (`base.Deciding`)."""
+        engine, selection = engines[LOCAL], self.selection
+        always = replace(
+            sampling(GREEDY, request, 1), trigger_threshold=-math.inf, trigger_support=reach(selection.candidates)
+        )
+        draft = await engine.generate(request.prompt, always)
+        assert draft.triggered is not None
+        decision, cost = await _decide(engine, request.prompt, draft.triggered, 0, request.seed, selection)
+        return decision, draft.triggered.value >= selection.threshold, {LOCAL: draft.usage + cost}
+
 
 async def generate_selecting(
     engine: Any,
@@ -91,22 +113,30 @@ async def generate_selecting(
         ids, usage = ids + draft.ids, usage + draft.usage
         if draft.triggered is None:
             return Draft(ids, draft.finish, usage, decisions=decisions)
-        step, seen = asked.first_step + len(ids), draft.triggered
-        candidates_K, logprobs_K = candidates_at(seen.ids_N, seen.logprobs_N, selection.candidates, asked.seed, step)
-        selected = await engine.select(prefix + ids, candidates_K)
-        preferences_K = selection.preferences(selected.scores_K, logprobs_K)
-        chosen = candidates_K[int(preferences_K.argmax())]
-        scores_K = selected.scores_K.tolist()
-        decision = Decision(
-            step, seen.value, candidates_K, logprobs_K.tolist(), scores_K, preferences_K.tolist(), chosen
+        decision, cost = await _decide(
+            engine, prefix + ids, draft.triggered, asked.first_step + len(ids), asked.seed, selection
         )
+        chosen = decision.chosen
         decisions.append(decision)
-        ids, usage = [*ids, chosen], usage + selected.usage + Usage(decode=1)
+        ids, usage = [*ids, chosen], usage + cost + Usage(decode=1)
         if tell is not None:
             tell(Written([chosen], None, [decision]))
         if chosen in end_ids or stops.reached(ids):
             return Draft(ids, "end" if chosen in end_ids else "stop", usage, decisions=decisions)
     return Draft(ids, "length", usage, decisions=decisions)
+
+
+async def _decide(
+    engine: Any, state: list[int], seen: Triggered, step: int, seed: int, selection: Selection
+) -> tuple[Decision, Usage]:
+    """Propose, score and select at a state whose next step is `step`."""
+    candidates_K, logprobs_K = candidates_at(seen.ids_N, seen.logprobs_N, selection.candidates, seed, step)
+    selected = await engine.select(state, candidates_K)
+    preferences_K = selection.preferences(selected.scores_K, logprobs_K)
+    chosen = candidates_K[int(preferences_K.argmax())]
+    scores_K = selected.scores_K.tolist()
+    decision = Decision(step, seen.value, candidates_K, logprobs_K.tolist(), scores_K, preferences_K.tolist(), chosen)
+    return decision, selected.usage
 
 
 def spans_of(ids: list[int], decisions: list[Decision], first: int = 0) -> list[Span]:
