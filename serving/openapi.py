@@ -27,6 +27,8 @@ BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel] | None]] = {
     "/v1/models": (None, answers.ModelList),
     "/v1/models/{name}": (None, answers.ModelEntry),
 }
+#: The page for readers, which is no part of the API.
+PAGE = "/playground"
 #: Where text is written, of which kind.
 TEXTS = {"/metrics": "text/plain"}
 EVENTS = "text/event-stream"
@@ -64,6 +66,7 @@ def _made(app: FastAPI) -> dict[str, Any]:
         "schemas": definitions["$defs"] | {"Error": _error()},
         "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
     }
+    made["paths"] = {path: found for path, found in made["paths"].items() if not path.startswith(PAGE)}
     for path, operations in made["paths"].items():
         for method, operation in operations.items():
             _complete(operation, path, method)

@@ -156,6 +156,10 @@ def test_the_openapi_document_is_true_of_what_is_answered(alone: Alone):
     schemas = document["components"]["schemas"]
     assert set(schemas["ChatRequest"]["properties"]) == set(api.ChatRequest.model_fields)
     assert set(document["paths"]) >= {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics"}
+    posts = [operations["post"] for operations in document["paths"].values() if "post" in operations]
+    assert len(posts) >= 3
+    assert all("requestBody" in operation for operation in posts)
+    assert not [path for path in document["paths"] if "playground" in path]
     body = document["paths"]["/v1/completions"]["post"]["requestBody"]
     assert body["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/CompletionRequest"}
 
