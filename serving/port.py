@@ -6,12 +6,15 @@ import socket
 from typing import Any
 
 import httpx
+from ray.exceptions import RayError
 
 from s2t_models.errors import one_line
 from s2t_models.recipe import RecipeError
 from s2t_models.settings import ServingSettings
 from serving.proxy import ENVIRONMENT
 
+#: What Serve fails with where a proxy does not start.
+FAULTS = (RayError, RuntimeError, TimeoutError)
 #: A free port may be taken by another between the look and the use; not three times in a row.
 TRIES = 3
 #: Without it two proxies may share a port, and each would get some of the other's requests.
@@ -43,9 +46,12 @@ def check_is_serves(serving: ServingSettings) -> None:
 
 
 def start_serve(serving: ServingSettings, logging: dict[str, Any]) -> ServingSettings:
-    """Start Serve where the recipe says. Returns the settings."""
+    """Start Serve where the recipe says; returns the settings. Raises RecipeError where that cannot be."""
     check_is_free(serving)
-    _start(serving, logging, ENVIRONMENT)
+    try:
+        _start(serving, logging, ENVIRONMENT)
+    except FAULTS as error:
+        raise _does_not_start(error) from error
     return serving
 
 
@@ -58,10 +64,10 @@ def start_serve_anywhere(serving: ServingSettings, logging: dict[str, Any]) -> S
         chosen = serving.model_copy(update={"host": "127.0.0.1", "port": _free_port()})
         try:
             _start(chosen, logging, ENVIRONMENT | EXCLUSIVE)
-        except (RuntimeError, TimeoutError) as error:  # it was free a moment ago
+        except FAULTS as error:  # it was free a moment ago
             serve.shutdown()
             if not left:
-                raise RecipeError(f"serving.port: Serve does not start: {one_line(error)}") from error
+                raise _does_not_start(error) from error
         else:
             return chosen
     raise AssertionError("unreachable: the last try returns or raises")
@@ -74,6 +80,10 @@ def serves_own(serving: ServingSettings) -> ServingSettings:
     client = _get_global_client()
     assert client is not None
     return serving.model_copy(update={"host": client.http_config.host, "port": client.http_config.port})
+
+
+def _does_not_start(error: Exception) -> RecipeError:
+    return RecipeError(f"serving.port: Serve does not start: {one_line(error)}")
 
 
 def _free_port() -> int:

@@ -17,10 +17,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.errors import ApiError, failed
 
 #: For the process of Serve's controller, whose children the proxies are. A replica that does not answer its health
-#: checks will not answer a request to stop either: it is killed at once, and what waits for it fails.
+#: checks will not answer a request to stop either: it is killed at once, and what waits for it fails. A proxy has time
+#: to start where the machine is busy: Serve's own five seconds are for one that waits for it already.
 ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 REQUEST_ID = b"x-request-id"
 #: Headers by which a client could lift Serve's limits on its own request.
