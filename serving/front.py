@@ -22,8 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from s2t_models.settings import ServingSettings
 from serving import metrics
-from serving.keys import KeyCheck, Keys
-from serving.limits import BodyLimit, Door, TimeLimit, Traffic
+from serving.keys import Keys
+from serving.limits import BodyLimit, Door, KeyCheck, TimeLimit, Traffic
 
 #: The status of a request whose client went away, as proxies log it.
 CLIENT_GONE = 499

@@ -15,20 +15,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from s2t_models.errors import UserError
-from serving import metrics
-from serving.errors import ApiError, failed
 
 VARIABLE = "S2T_API_KEYS"
 SHORTEST = 16
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KEY = re.compile(rf"[!-~]{{{SHORTEST},}}")
-#: What is answered without a key: probes cannot hold one, and the rest tells nothing of anyone. The page's own requests
-#: need a key as all do.
-OPEN = ("/health", "/livez", "/openapi.json", "/playground")
 
 
 class KeysError(UserError):
@@ -80,34 +72,6 @@ def new_key(name: str) -> tuple[Keys, str]:
 def is_readable_by_others(file: str) -> bool:
     """Whether other users of the machine can read the file."""
     return bool(Path(file).stat().st_mode & 0o077)
-
-
-class KeyCheck:
-    """Lets in who has a key (401 to others), and notes the key's name as `key` in the request's state."""
-
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self._app, self._keys = app, keys
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._keys or is_open(scope):
-            await self._app(scope, receive, send)
-            return
-        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        name = self._keys.owner(key.strip()) if kind.lower() == "bearer" else None
-        if name is None:
-            metrics.refused("key")
-            message = "no such API key" if key else "an API key is needed: send it as Authorization: Bearer KEY"
-            error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-            await failed(error)(scope, receive, send)
-            return
-        scope["state"]["key"] = name
-        await self._app(scope, receive, send)
-
-
-def is_open(scope: Scope) -> bool:
-    """Whether the path needs no key."""
-    path = scope["path"].removeprefix(scope.get("root_path", ""))
-    return any(path == open_path or path.startswith(f"{open_path}/") for open_path in OPEN)
 
 
 def _digest(key: str) -> bytes:

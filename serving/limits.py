@@ -1,4 +1,4 @@
-"""What one request may take of a gateway: the size of its body, its time, and whether it is let in at all.
+"""Whether a request is let in at a gateway, by its key, and what it may take: the size of its body, and its time.
 
 ASGI middlewares, each of one limit. They know nothing of models or policies.
 """
@@ -13,10 +13,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import metrics
 from serving.errors import ApiError, failed
+from serving.keys import Keys
 
 MB = 1024**2
 #: As many of a number as tell that it is too large.
 _DIGITS = 18
+#: What is answered without a key: probes cannot hold one, and the rest tells nothing of anyone. The page's own requests
+#: need a key as all do.
+OPEN = ("/health", "/livez", "/openapi.json", "/playground")
 #: What a client is told to wait where this server is ending: another may have taken its place.
 AFTER_DRAINING_S = 10
 
@@ -38,6 +42,34 @@ class Started:
     async def send(self, message: Message) -> None:
         self.begun = True
         await self._send(message)
+
+
+class KeyCheck:
+    """Lets in who has a key (401 to others), and notes the key's name as `key` in the request's state."""
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self._app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._keys or is_open(scope):
+            await self._app(scope, receive, send)
+            return
+        kind, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        name = self._keys.owner(key.strip()) if kind.lower() == "bearer" else None
+        if name is None:
+            metrics.refused("key")
+            message = "no such API key" if key else "an API key is needed: send it as Authorization: Bearer KEY"
+            error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+            await failed(error)(scope, receive, send)
+            return
+        scope["state"]["key"] = name
+        await self._app(scope, receive, send)
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether the path needs no key."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return any(path == open_path or path.startswith(f"{open_path}/") for open_path in OPEN)
 
 
 class BodyTooLarge(ApiError):

@@ -16,7 +16,7 @@ from pydantic.json_schema import models_json_schema
 
 from serving import openai_answers as answers
 from serving import openai_protocol as api
-from serving.keys import OPEN
+from serving.limits import OPEN
 
 #: What a route reads and what it writes, by its path.
 BODIES: dict[str, tuple[type[BaseModel] | None, type[BaseModel] | None]] = {

@@ -6,15 +6,11 @@ import socket
 from typing import Any
 
 import httpx
-from ray.exceptions import RayError
 
 from s2t_models.errors import one_line
 from s2t_models.recipe import RecipeError
 from s2t_models.settings import ServingSettings
-from serving.proxy import ENVIRONMENT
 
-#: What Serve fails with where a proxy does not start.
-FAULTS = (RayError, RuntimeError, TimeoutError)
 #: A free port may be taken by another between the look and the use; not three times in a row.
 TRIES = 3
 #: Without it two proxies may share a port, and each would get some of the other's requests.
@@ -48,10 +44,7 @@ def check_is_serves(serving: ServingSettings) -> None:
 def start_serve(serving: ServingSettings, logging: dict[str, Any]) -> ServingSettings:
     """Start Serve where the recipe says; returns the settings. Raises RecipeError where that cannot be."""
     check_is_free(serving)
-    try:
-        _start(serving, logging, ENVIRONMENT)
-    except FAULTS as error:
-        raise _does_not_start(error) from error
+    _start(serving, logging)
     return serving
 
 
@@ -63,11 +56,11 @@ def start_serve_anywhere(serving: ServingSettings, logging: dict[str, Any]) -> S
     for left in reversed(range(TRIES)):
         chosen = serving.model_copy(update={"host": "127.0.0.1", "port": _free_port()})
         try:
-            _start(chosen, logging, ENVIRONMENT | EXCLUSIVE)
-        except FAULTS as error:  # it was free a moment ago
+            _start(chosen, logging, **EXCLUSIVE)
+        except RecipeError:  # it was free a moment ago
             serve.shutdown()
             if not left:
-                raise _does_not_start(error) from error
+                raise
         else:
             return chosen
     raise AssertionError("unreachable: the last try returns or raises")
@@ -82,22 +75,24 @@ def serves_own(serving: ServingSettings) -> ServingSettings:
     return serving.model_copy(update={"host": client.http_config.host, "port": client.http_config.port})
 
 
-def _does_not_start(error: Exception) -> RecipeError:
-    return RecipeError(f"serving.port: Serve does not start: {one_line(error)}")
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _start(serving: ServingSettings, logging: dict[str, Any], environment: dict[str, str]) -> None:
+def _start(serving: ServingSettings, logging: dict[str, Any], **environment: str) -> None:
     from ray import serve
+    from ray.exceptions import RayError
 
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": serving.host, "port": serving.port},
-        logging_config=logging,
-        controller_options={"runtime_env": {"env_vars": environment}},
-    )
+    from serving.proxy import ENVIRONMENT
+
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": serving.host, "port": serving.port},
+            logging_config=logging,
+            controller_options={"runtime_env": {"env_vars": ENVIRONMENT | environment}},
+        )
+    except (RayError, RuntimeError, TimeoutError) as error:  # of the proxy
+        raise RecipeError(f"serving.port: Serve does not start: {one_line(error)}") from error
