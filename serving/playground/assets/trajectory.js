@@ -2,7 +2,6 @@
 // file show it with the same code. Texts come from models and are put in as text alone, never as HTML. Nothing here
 // knows where a trajectory came from; its JSON form is `SavedTrajectory` in serving/playground/saved.py.
 
-const WRITERS = { slm: "SLM", selected: "selected", teacher: "teacher" };
 const FINISHES = {
   stop: "finished",
   length: "ended at max tokens",
@@ -57,10 +56,10 @@ function terms(pairs) {
 export function legend() {
   const entries = [
     ["slm", false, "the SLM wrote it"],
-    ["selected", false, "selected: the SLM’s first was kept"],
-    ["selected", true, "selected: a rescue, not the SLM’s first"],
+    ["selected", false, "selected, and the SLM’s first"],
+    ["selected", true, "selected, a rescue"],
     ["teacher", false, "the teacher wrote it"],
-    ["teacher", true, "the teacher: a rescue"],
+    ["teacher", true, "the teacher wrote it, a rescue"],
   ];
   const list = make("ul", { className: "legend", "aria-label": "What the marks mean" });
   for (const [source, rescue, says] of entries) {
