@@ -248,8 +248,10 @@ export class TrajectoryView {
     this.#only(step);
     this.panel.hidden = false;
     this.#fill();
-    // The panel lies over the end of a long text: keep what it is about in sight.
-    button.style.scrollMarginBottom = `${this.panel.offsetHeight + 24}px`;
+    // Scroll until the panel lies below the text, or over the end of a long one, and the decision is still in sight.
+    const rest = this.text.getBoundingClientRect().bottom - button.getBoundingClientRect().bottom;
+    const below = Math.min(rest + this.panel.offsetHeight + 40, window.innerHeight - 100);
+    button.style.scrollMarginBottom = `${Math.max(below, 0)}px`;
     button.scrollIntoView({ block: "nearest" });
   }
 
