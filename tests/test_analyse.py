@@ -17,7 +17,6 @@ from recorded import ITEMS, RECIPE, recorded_results, recorded_shards
 from pipelines.analyse.__main__ import main
 from pipelines.analyse.audit import audit, judge
 from pipelines.analyse.decisions import scores_by_rank, tables
-from pipelines.analyse.pages import token_texts
 from pipelines.analyse.shard_tables import hits, read_steps
 from pipelines.data.shards import read_shards
 from pipelines.results.summary import read_results, write_results
@@ -125,16 +124,6 @@ def test_answers_that_selecting_turned_get_pages_of_their_own(
 
     assert main([str(tmp_path / "results.parquet"), *options[:-1], "0"]) == 0
     assert not (output / "pages").exists(), "pages of another analysis"
-
-
-def test_the_texts_of_tokens_are_the_text() -> None:
-    tokenizer = load_tokenizer(load_recipe(RECIPE).slm)
-    text = "Zo\u00eb has 3 \U0001f34e, \u4e94\u4e2a."
-    ids = tokenizer.encode(text)
-    texts = token_texts(tokenizer, [*ids, tokenizer.eos_token_id])
-    assert "".join(texts) == text
-    assert "" in texts[:-1], "a character of several tokens"
-    assert texts[-1] == ""
 
 
 def test_scores_are_sorted_by_the_teachers_rank() -> None:

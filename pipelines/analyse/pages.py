@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from pipelines.analyse.decisions import Results, rescued
 from pipelines.results.summary import PAIR, compare, known
@@ -23,6 +23,7 @@ from s2t_models.files import whole
 from s2t_models.loading import load_tokenizer
 from s2t_models.recipe import Recipe
 from serving.playground.saved import SavedDecision, SavedTrajectory, index_page, trajectory_page
+from serving.text import TextStream, written_alone
 
 BASELINE, KINDS = "greedy", ("s2t", "s2t-local")
 #: What a page shows: the selecting policy is right where the baseline is wrong, or the other way round.
@@ -87,12 +88,12 @@ def turned_answers(frame: pd.DataFrame, most: int) -> Iterator[TurnedAnswer]:
                     yield TurnedAnswer(turned, greedy, other)
 
 
-def trajectory(row: Mapping[str, Any], prompt: str, tokenizer: PreTrainedTokenizerBase) -> SavedTrajectory:
+def trajectory(row: Mapping[str, Any], prompt: str, tokenizer: PreTrainedTokenizerFast) -> SavedTrajectory:
     """A row (schema RESULT) of greedy decoding, S2T or S2T-Local as it is shown: at its decisions a token was selected,
     the others are the SLM's."""
 
     def text(token: int | None) -> str | None:
-        return None if token is None else str(tokenizer.decode([token]))
+        return None if token is None else written_alone(tokenizer, token)
 
     decisions = [
         SavedDecision.model_validate(
@@ -106,7 +107,7 @@ def trajectory(row: Mapping[str, Any], prompt: str, tokenizer: PreTrainedTokeniz
         for one in json.loads(row["decisions"])
     ]
     steps = {decision.step for decision in decisions}
-    texts = token_texts(tokenizer, [int(token) for token in row["output_ids"]])
+    _, texts = TextStream(tokenizer, ()).add([int(token) for token in row["output_ids"]])
     return SavedTrajectory(
         policy=row["policy"],
         prompt=prompt,
@@ -123,25 +124,6 @@ def trajectory(row: Mapping[str, Any], prompt: str, tokenizer: PreTrainedTokeniz
         extracted=known(row["extracted"], str),
         gold=known(row["answer"], str),
     )
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """The text that each token adds to an answer, without special tokens; a character of several tokens comes with
-    its last. Together they are the answer's text, up to a character that was cut off."""
-
-    def text(first: int, end: int) -> str:
-        return str(tokenizer.decode(ids[first:end], skip_special_tokens=True))
-
-    texts = []
-    first = shown = 0  # of the window that is decoded, and of what has not been given out
-    for end in range(1, len(ids) + 1):
-        known, now = text(first, shown), text(first, end)
-        if now.endswith("\ufffd"):  # half a character
-            texts.append("")
-            continue
-        texts.append(now[len(known) :])
-        first, shown = shown, end
-    return texts
 
 
 def _prompts(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> dict[str, str]:

@@ -3,10 +3,11 @@
 /** Each event of a response of server-sent events, parsed. Throws where the connection ends before "[DONE]". */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "", data = [];
+  let rest = "", data = [], ended = false;
   try {
     for (;;) {
       const { value, done } = await reader.read();
+      if (done && ended) return;
       if (done) throw new Error("The connection ended before the answer did.");
       const lines = (rest + value).split("\n");
       rest = lines.pop();
@@ -15,8 +16,8 @@ export async function* events(response) {
         if (line !== "" || !data.length) continue;
         const text = data.join("\n");
         data = [];
-        if (text === "[DONE]") return;
-        yield JSON.parse(text);
+        ended ||= text === "[DONE]"; // read on: a response that is not read to its end counts as given up
+        if (!ended) yield JSON.parse(text);
       }
     }
   } finally {

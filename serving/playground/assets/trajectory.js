@@ -2,7 +2,6 @@
 // file show it with the same code. Texts come from models and are put in as text alone, never as HTML. Nothing here
 // knows where a trajectory came from; its JSON form is `SavedTrajectory` in serving/playground/saved.py.
 
-const WRITERS = { slm: "SLM", selected: "selected", teacher: "teacher" };
 const FINISHES = {
   stop: "finished",
   length: "ended at max tokens",
@@ -57,10 +56,10 @@ function terms(pairs) {
 export function legend() {
   const entries = [
     ["slm", false, "the SLM wrote it"],
-    ["selected", false, "selected: the SLM’s first was kept"],
-    ["selected", true, "selected: a rescue, not the SLM’s first"],
+    ["selected", false, "selected, and the SLM’s first"],
+    ["selected", true, "selected, a rescue"],
     ["teacher", false, "the teacher wrote it"],
-    ["teacher", true, "the teacher: a rescue"],
+    ["teacher", true, "the teacher wrote it, a rescue"],
   ];
   const list = make("ul", { className: "legend", "aria-label": "What the marks mean" });
   for (const [source, rescue, says] of entries) {
@@ -249,8 +248,10 @@ export class TrajectoryView {
     this.#only(step);
     this.panel.hidden = false;
     this.#fill();
-    // The panel lies over the end of a long text: keep what it is about in sight.
-    button.style.scrollMarginBottom = `${this.panel.offsetHeight + 24}px`;
+    // Scroll until the panel lies below the text, or over the end of a long one, and the decision is still in sight.
+    const rest = this.text.getBoundingClientRect().bottom - button.getBoundingClientRect().bottom;
+    const below = Math.min(rest + this.panel.offsetHeight + 40, window.innerHeight - 100);
+    button.style.scrollMarginBottom = `${Math.max(below, 0)}px`;
     button.scrollIntoView({ block: "nearest" });
   }
 
