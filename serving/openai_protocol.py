@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from serving.errors import ApiError
 
@@ -32,6 +41,14 @@ def _only(*values: Any) -> Any:
         raise ValueError(f"not supported here; leave it out, or send {shown}")
 
     return Annotated[Any, AfterValidator(check), WithJsonSchema({"enum": [None, *values]})]
+
+
+def _whole(value: Any) -> Any:
+    """3.0 is an integer to JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Extension(Body):
@@ -85,9 +102,9 @@ class Decoded(Body):
     model: str
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, lt=2**31)
+    top_k: Whole | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-1, lt=2**63)
+    seed: Whole | None = Field(None, ge=-1, lt=2**63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -120,8 +137,8 @@ class Decoded(Body):
 class CompletionSettings(Decoded):
     """What chat and text completions share."""
 
-    max_tokens: int | None = Field(None, ge=0)
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    max_tokens: Whole | None = Field(None, ge=0)
+    n: Whole | None = Field(None, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
     store: _only(False) = None  # type: ignore[valid-type]
     presence_penalty: _only(0) = None  # type: ignore[valid-type]
@@ -162,10 +179,10 @@ class CompletionSettings(Decoded):
 
 class ChatRequest(CompletionSettings):
     messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: Whole | None = Field(None, ge=0, le=20)
     tools: _only([]) = None  # type: ignore[valid-type]
     tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
     parallel_tool_calls: bool | None = None
@@ -196,9 +213,14 @@ class CompletionRequest(CompletionSettings):
     """One prompt or several, each a text or its token ids; 16 tokens unless told otherwise, as in OpenAI's API. With
     `echo` the prompt comes before the answer; with `max_tokens` 0 nothing is written, and the prompt is scored."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[Whole], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Whole], Field(min_length=1)]], Field(min_length=1)]
+    )
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: Whole | None = Field(None, ge=0, le=20)
     add_special_tokens: bool | None = None
     suffix: _only("") = None  # type: ignore[valid-type]
     best_of: _only(1) = None  # type: ignore[valid-type]
@@ -225,8 +247,6 @@ class CompletionRequest(CompletionSettings):
 
     @model_validator(mode="after")
     def _few_choices(self) -> CompletionRequest:
-        if not self.prompts:
-            raise ValueError("prompt: it is empty")
         if self.choices > MOST_CHOICES:
             raise ValueError(f"prompt: {self.choices} choices, prompts times n; at most {MOST_CHOICES}")
         return self
@@ -256,14 +276,14 @@ class ResponsesRequest(Decoded):
 
     input: str | Annotated[list[InputMessage], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1)
+    max_output_tokens: Whole | None = Field(None, ge=1)
     text: TextFormat | None = None
     store: bool | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     tools: _only([]) = None  # type: ignore[valid-type]
     tool_choice: _only("none", "auto") = None  # type: ignore[valid-type]
     parallel_tool_calls: bool | None = None
-    max_tool_calls: int | None = None
+    max_tool_calls: Whole | None = None
     truncation: _only("disabled") = None  # type: ignore[valid-type]
     background: _only(False) = None  # type: ignore[valid-type]
     reasoning: _only({}, {"effort": "none"}) = None  # type: ignore[valid-type]
@@ -292,8 +312,8 @@ class ScoreRequest(Body):
     model: str
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     answer: str = ""
-    prompt: str | list[int] | None = None
-    seed: int | None = Field(None, ge=-1, lt=2**63)
+    prompt: str | list[Whole] | None = None
+    seed: Whole | None = Field(None, ge=-1, lt=2**63)
     user: str | None = None
 
     @model_validator(mode="after")
@@ -334,6 +354,8 @@ def _refusal(error: ValidationError) -> ApiError:
         return ApiError(400, f"{field}: unknown or unsupported field", param=field, code="unknown_parameter")
     if problem["type"] == "missing":
         return ApiError(400, f"{field}: this field is required", param=field, code="missing_required_parameter")
+    if any(other["type"] == "too_short" for other in problems if _field(other["loc"]) == field):
+        return ApiError(400, f"{field}: it is empty", param=field, code="invalid_value")
     wanted = " or ".join(dict.fromkeys(other["msg"] for other in problems if _field(other["loc"]) == field))
     wanted = wanted.replace(" or Input should be", " or")
     return ApiError(400, f"{field}: {wanted[0].lower()}{wanted[1:]}", param=field, code="invalid_value")

@@ -228,7 +228,7 @@ def test_health_and_models_say_what_is_served(client, endpoint: str):
         (chat(seed=-2), 400, "seed", "invalid_value", "greater than or equal to -1"),
         (chat(stop=5), 400, "stop", "invalid_value", "valid string or a valid array"),
         (chat(messages="hello"), 400, "messages", "invalid_value", "valid array"),
-        (chat(messages=[]), 400, "messages", "invalid_value", "at least 1 item"),
+        (chat(messages=[]), 400, "messages", "invalid_value", "it is empty"),
         (chat(messages=[{"role": "boss", "content": "x"}]), 400, "messages.0.role", "invalid_value", "'user'"),
         (chat(messages=[{"role": "user", "content": 3}]), 400, "messages.0.content", "invalid_value", "string"),
         ({"model": "greedy"}, 400, "messages", "missing_required_parameter", "required"),
