@@ -59,7 +59,7 @@ class Version:
 
 def register(recipe: Recipe, folder: Path, provenance: Provenance) -> Version:
     """Keep the trained model in `folder` with the active run, as the next version of RECIPE-OBJECTIVE in the store of
-    the last `use_store`. One that is registered already is left as it is."""
+    the last `use_store`; what a name may not hold there becomes a dash. One that is registered already is left as it is."""
     import mlflow
 
     weights = weights_of(folder, recipe)
@@ -74,7 +74,7 @@ def register(recipe: Recipe, folder: Path, provenance: Provenance) -> Version:
         "s2t.budget": f"{recipe.budget:g}",
         **{f"s2t.{role}": digest for role, digest in provenance.shards.items()},
     }
-    name = re.sub("[/:@]", "-", f"{recipe.name}-{provenance.objective}")
+    name = re.sub(r"[^\w-]+", "-", f"{recipe.name}-{provenance.objective}")  # MLflow takes no dots, as in Qwen2.5
     parameters = {key: str(value)[:500] for key, value in provenance.settings.items()}
     model = mlflow.initialize_logged_model(name, tags=tags, params=parameters, model_type=provenance.objective)
     try:

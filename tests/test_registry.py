@@ -181,8 +181,8 @@ def test_a_plain_checkpoint_becomes_one_of_the_recipes(jobs: object, recipe: Rec
     made = provenance(objective="kd", base_weights=loading.weights_hash(recipe.slm))
     made.write(folder)
     with mlflow.start_run():
-        version = register(recipe.model_copy(update={"name": "a/b:c"}), folder, made)
-    assert version.uri == "models:/a-b-c-kd/1"
+        version = register(recipe.model_copy(update={"name": "a/b:c-2.5"}), folder, made)
+    assert version.uri == "models:/a-b-c-2-5-kd/1"
     served = recipe_of(version.uri)
     assert host(served).engines["kd"].settings.path == served.checkpoints["kd"]
     assert loading.weights_hash(host(served).engines["kd"].settings) == loading.weights_hash(recipe.teacher)

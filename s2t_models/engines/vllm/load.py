@@ -93,6 +93,7 @@ def _engine_arguments() -> Any:
     processes too."""
     os.environ.update(_ENVIRONMENT)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if debugging() else "ERROR")
+    os.environ.setdefault("PYTHONWARNINGS", "default" if debugging() else "ignore")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from vllm import AsyncEngineArgs
