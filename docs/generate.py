@@ -28,6 +28,7 @@ ROW = re.compile(r"^\| `(?P<key>[^`]+)` \|.*\| (?P<text>[^|]*?) *\|$", re.MULTIL
 FOLDERS = {
     "docs": "What the README leaves out.",
     "notebooks": "Read what the pipelines wrote; they compute nothing heavy.",
+    "clients": "Evaluation harnesses, unmodified, against the endpoint: `make test-clients`.",
     "tests": "On the embedded pair, a real Ray cluster, real HTTP and a real MLflow store.",
 }
 #: What commands leave behind in a checkout.

@@ -326,3 +326,49 @@ def test_the_scorer_can_be_asked_about_one_state(client, tokenizer):
         refused = client.post("/score", json=body)
         assert refused.status_code == 400
         assert words in refused.json()["error"]["message"]
+
+
+def test_openais_asynchronous_client(client, endpoint: str):
+    """Chats, text completions and responses, whole and streamed, all at once. `parse` takes only an answer that came to
+    its end."""
+    messages: Any = [{"role": "user", "content": QUESTIONS[0]}]
+    asked: Any = chat(model="llm", max_tokens=300)
+    expected = whole(client, asked)["choices"][0]["message"]["content"]
+    scored: Any = {"model": "greedy", "prompt": QUESTIONS[:2], "max_tokens": 4, "echo": True, "logprobs": 2}
+
+    async def whole_chat(models: openai.AsyncOpenAI) -> str | None:
+        return (await models.chat.completions.create(**asked)).choices[0].message.content
+
+    async def streamed_chat(models: openai.AsyncOpenAI) -> str | None:
+        chunks = await models.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+        return "".join([choice.delta.content or "" async for chunk in chunks for choice in chunk.choices])
+
+    async def gathered_chat(models: openai.AsyncOpenAI) -> str | None:
+        async with models.chat.completions.stream(**asked) as events:
+            return (await events.get_final_completion()).choices[0].message.content
+
+    async def parsed_chat(models: openai.AsyncOpenAI) -> str | None:
+        return (await models.chat.completions.parse(**asked)).choices[0].message.content
+
+    async def streamed_response(models: openai.AsyncOpenAI) -> str:
+        async with models.responses.stream(model="llm", input=messages) as events:
+            return (await events.get_final_response()).output_text
+
+    async def scores(models: openai.AsyncOpenAI) -> tuple[list[str], list[str]]:
+        answer = await models.completions.create(**scored)
+        assert all(choice.logprobs and choice.logprobs.token_logprobs for choice in answer.choices)
+        streamed = ["", ""]
+        async for chunk in await models.completions.create(**scored, stream=True):
+            for choice in chunk.choices:
+                streamed[choice.index] += choice.text
+        return [choice.text for choice in answer.choices], streamed
+
+    async def together() -> Any:
+        async with openai.AsyncOpenAI(base_url=endpoint, api_key="none", max_retries=0) as models:
+            chats = (whole_chat, streamed_chat, gathered_chat, parsed_chat, streamed_response)
+            return await asyncio.gather(scores(models), *(ask(models) for ask in chats))
+
+    (texts, streamed), *answers = asyncio.run(together())
+    assert answers == [expected] * 5
+    assert texts == streamed
+    assert all(text.startswith(question) for text, question in zip(texts, QUESTIONS, strict=False))
