@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -37,6 +38,8 @@ SLOTS, WIDTHS_OF_PLACES = 8, (4, 24)
 
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
+    # As sys.exit would: the endpoint ends with this process.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     def work() -> int:
         from benchmarks.serving.endpoint import ServedEndpoint

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.serving.client import Body, Client, Outcome, arrivals
 from benchmarks.serving.direct import DirectEngine
-from benchmarks.serving.endpoint import GATEWAY, RAY, Processes, spent
+from benchmarks.serving.endpoint import GATEWAY, RAY, EndpointFailed, Processes, spent
 from benchmarks.serving.tables import percentiles, show, together
 from s2t_models.embedded.generator import problems
 
@@ -104,11 +104,7 @@ async def opened(load: Load, policy: str, multiples: Sequence[float], seconds: f
     """Arrivals at multiples of what the endpoint can do, which is found out anew before each of them."""
     rows = []
     for multiple in multiples:
-        began = time.perf_counter()
-        outcomes = await load.client.closed_loop(load.bodies(policy, 3 * FULL), FULL)
-        # Without the beginning and the end, where it is not full.
-        ends = sorted(outcome.ended_s for outcome in outcomes if outcome.answered)[FULL // 2 : -FULL]
-        capacity = (len(ends) - 1) / (ends[-1] - ends[0])
+        capacity = await _capacity(load, policy)
         times = arrivals(multiple * capacity, seconds, seed)
         bodies = load.bodies(policy, len(times))
         began = time.perf_counter()
@@ -141,6 +137,15 @@ async def opened(load: Load, policy: str, multiples: Sequence[float], seconds: f
         ],
         rows,
     )
+
+
+async def _capacity(load: Load, policy: str) -> float:
+    """Answers a second with FULL requests at once, without the beginning and the end, where there are fewer."""
+    outcomes = await load.client.closed_loop(load.bodies(policy, 3 * FULL), FULL)
+    ends = sorted(outcome.ended_s for outcome in outcomes if outcome.answered)[FULL // 2 : -FULL]
+    if len(ends) < 2:
+        raise EndpointFailed(f"with {FULL} at once it refuses too many to tell what it can do; raise its slots")
+    return (len(ends) - 1) / (ends[-1] - ends[0])
 
 
 async def overhead(load: Load, direct: DirectEngine, widths: Sequence[int], requests: int, rounds: int) -> None:
