@@ -58,8 +58,8 @@ class Version:
 
 
 def register(recipe: Recipe, folder: Path, provenance: Provenance) -> Version:
-    """Keep the trained model in `folder` with the active run, as the next version of RECIPE-OBJECTIVE in the store of
-    the last `use_store`; what a name may not hold there becomes a dash. One that is registered already is left as it is."""
+    """Keep the trained model in `folder` with the active run, as the next version of RECIPE-OBJECTIVE (what a name may
+    not hold becomes a dash) in the store of the last `use_store`. One that is registered already is left as it is."""
     import mlflow
 
     weights = weights_of(folder, recipe)
