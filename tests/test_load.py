@@ -21,7 +21,7 @@ from benchmarks.serving.parts import Load, closed, questions
 from benchmarks.serving.soak import kills_engines, soak, verdict
 from benchmarks.serving.tables import percentiles, together
 
-ANSWERED = Outcome(began_s=0.0, ended_s=2.0, first_s=1.0, status=200, texts=["six eggs"], tokens=6)
+ANSWERED = Outcome(began_s=0.0, ended_s=2.0, first_s=1.0, pieces=3, status=200, texts=["six eggs"], tokens=6)
 
 
 def test_arrivals_are_those_of_a_poisson_process():
@@ -45,7 +45,7 @@ def test_percentiles_are_those_of_what_is_there():
 def test_a_requests_times():
     assert (ANSWERED.seconds, ANSWERED.seconds_to_first, ANSWERED.seconds_per_token) == (2.0, 1.0, 0.2)
     assert replace(ANSWERED, first_s=None).seconds_per_token is None
-    assert replace(ANSWERED, tokens=1).seconds_per_token is None
+    assert replace(ANSWERED, pieces=1).seconds_per_token is None
 
 
 @pytest.mark.parametrize(
@@ -126,6 +126,7 @@ def test_streams_that_break_off_are_no_answers(events: list[str], code: str | No
     outcome = asyncio.run(run())
     assert (outcome.code, outcome.texts, outcome.answered) == (code, ["six eggs"], code is None)
     assert outcome.began_s < outcome.first_s <= outcome.ended_s
+    assert outcome.pieces == 2
 
 
 def test_replicas_are_known_by_their_titles_and_killed():

@@ -29,12 +29,13 @@ Body = dict[str, Any]
 class Outcome:
     """What became of a request. `status` is that of HTTP, None where there was none within the limit or the connection
     broke; `code` is the error's. A stream that begins and then fails has status 200 and a code. Times are
-    `time.perf_counter`'s; `first_s` is when the first text came, of a stream. `texts` are those of the choices, `usage`
-    each engine's."""
+    `time.perf_counter`'s; `first_s` is when the first text came, of a stream that had `pieces` with text. `texts` are
+    those of the choices, `usage` each engine's."""
 
     began_s: float
     ended_s: float = 0.0
     first_s: float | None = None
+    pieces: int = 0
     status: int | None = None
     code: str | None = None
     retry_after_s: float | None = None
@@ -62,8 +63,8 @@ class Outcome:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Between the first text and the last token; None where they came together."""
-        if self.first_s is None or self.tokens < 2 or self.ended_s <= self.first_s:
+        """From the first text to the end; None where all of it came at once, as of a vote."""
+        if self.first_s is None or min(self.pieces, self.tokens) < 2:
             return None
         return (self.ended_s - self.first_s) / (self.tokens - 1)
 
@@ -159,8 +160,9 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome) -> No
         for choice in event["choices"]:
             text = choice["delta"].get("content") or ""
             texts.setdefault(choice["index"], []).append(text)
-            if text and outcome.first_s is None:
-                outcome.first_s = time.perf_counter()
+            if text:
+                outcome.pieces += 1
+                outcome.first_s = outcome.first_s or time.perf_counter()
         if event.get("usage"):
             _note_cost(event, outcome)
     outcome.texts = ["".join(texts[number]) for number in sorted(texts)]

@@ -23,7 +23,7 @@ READY_WITHIN_S = 300.0
 ENDS_WITHIN_S = 60.0
 #: Processes by their titles, in the order of the tables; a replica goes by its deployment.
 KINDS = {"ProxyActor": "proxy", "ServeController": "controller"}
-#: Ray's own: node manager, store, dashboard, and workers that wait.
+#: Ray's own (node manager, store, dashboard, workers that wait) and `s2t serve` itself, which waits too.
 RAY = "Ray"
 GATEWAY = "gateway"
 _REPLICA = re.compile(r"ServeReplica:[^:]+:([^.\s]+)")

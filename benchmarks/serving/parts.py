@@ -107,8 +107,10 @@ async def opened(load: Load, policy: str, multiples: Sequence[float], seconds: f
         capacity = await _capacity(load, policy)
         times = arrivals(multiple * capacity, seconds, seed)
         bodies = load.bodies(policy, len(times))
-        began = time.perf_counter()
+        before, own, began = load.processes.cpu(), time.process_time(), time.perf_counter()
         outcomes = await load.client.open_loop(bodies, times)
+        lasted, own = time.perf_counter() - began, time.process_time() - own
+        taken = sum(spent(before, load.processes.cpu()).values())
         start, stop = began + WARM_UP * seconds, began + seconds
         window = stop - start
         came = [outcome for outcome in outcomes if start <= outcome.began_s < stop]
@@ -125,6 +127,7 @@ async def opened(load: Load, policy: str, multiples: Sequence[float], seconds: f
                 f"{finished / window / capacity:.2f}",
                 together(percentiles((outcome.seconds for outcome in accepted), (50, 95)), 1, 2),
                 together(percentiles((outcome.seconds for outcome in refused), (95,)), 1000, 0),
+                f"{taken / lasted:.2f} / {own / lasted:.2f}",
                 str(sum(not outcome.answered and not outcome.refused for outcome in outcomes)),
             ]
         )
@@ -133,7 +136,7 @@ async def opened(load: Load, policy: str, multiples: Sequence[float], seconds: f
         "accepted keep their latency, refusals come at once)",
         [
             *("arrivals", "capacity/s", "came/s", "accepted/s", "refused/s", "throughput / capacity"),
-            *("accepted s p50 / p95", "refusal ms p95", "failed"),
+            *("accepted s p50 / p95", "refusal ms p95", "cores: endpoint / load", "failed"),
         ],
         rows,
     )
