@@ -288,8 +288,10 @@ def test_the_responses_api(client, endpoint: str):
     last = events[-1]
     assert last.type == f"response.{answer.status}"
     assert last.response.usage == answer.usage
-    with models.responses.stream(model="s2t", input=QUESTIONS[0], max_output_tokens=LONG) as stream:
-        assert stream.get_final_response().output_text == chatted
+    complete = whole(client, chat(model="llm", max_tokens=400))["choices"][0]
+    assert complete["finish_reason"] == "stop"
+    with models.responses.stream(model="llm", input=QUESTIONS[0], max_output_tokens=400) as stream:
+        assert stream.get_final_response().output_text == complete["message"]["content"]
     turns: Any = [
         {"role": "developer", "content": "Be brief."},
         {"role": "user", "content": [{"type": "input_text", "text": QUESTIONS[1]}]},
