@@ -31,7 +31,7 @@ lint: $(INSTALLED)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo --no-cache
 
-# What takes longer: the pair trained again from nothing, the whole demo.
+# What takes longer: the pair trained again from nothing, the whole demo, deploying and benchmarking beside others.
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
 

@@ -185,6 +185,7 @@ def test_ctrl_c_while_engines_load_ends_in_one_line(recipe_path: Path, tmp_path:
     assert all(line.startswith("serve: ") for line in served.said), served.said
 
 
+@pytest.mark.slow
 def test_two_benchmarks_serve_at_once_on_one_machine(recipe_path: Path, tmp_path: Path):
     def begin(name: str) -> subprocess.Popen[str]:
         return start(
@@ -201,6 +202,7 @@ def test_two_benchmarks_serve_at_once_on_one_machine(recipe_path: Path, tmp_path
     assert keys[0] == keys[1]
 
 
+@pytest.mark.slow
 def test_requests_are_answered_while_the_application_is_replaced(
     endpoint: str, recipe_path: Path, untrained_artifact: Path
 ):
