@@ -72,9 +72,7 @@ def test_serve_and_data_get_the_placement_groups_on_a_cluster_of_pretended_gpus(
         from ray.data import ActorPoolStrategy
         from ray.util import get_current_placement_group
         from ray.util.placement_group import placement_group_table
-        from serving.app import build
-from serving.keys import Keys
-from serving.placement import actor_options, replica_options
+        from serving.placement import actor_options, replica_options
         from s2t_models.settings import ModelSettings
 
         ray.init(address="local", num_cpus=8, num_gpus=8, log_to_driver=False, logging_level="ERROR")
