@@ -5,6 +5,7 @@ Axes: _N the SLM's top-N support in order of probability, _K candidate.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -66,3 +67,9 @@ def _draw_without_replacement(weights_N: np.ndarray, uniforms_K: np.ndarray) -> 
             drawn[draw] = weights_N.argmax()
         weights_N[drawn[draw]] = 0.0
     return drawn
+
+
+def is_rescue(candidates_K: Sequence[int], logprobs_K: Sequence[float], chosen: int) -> bool:
+    """Whether a decision chose a token that is not the SLM's own first among the candidates, by its log-probabilities;
+    where there are no candidates it did not."""
+    return bool(candidates_K) and chosen != candidates_K[int(np.argmax(logprobs_K))]

@@ -53,6 +53,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False)
     return tokenizer.encode(text, add_special_tokens=special and not begun)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
 def follow_up(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
     """What comes behind an answer under way where the user asks `question` next, as text: the end of the answer's turn,
     the user's turn, and the beginning of the next answer. Raises ChatError where the template refuses that, or leaves

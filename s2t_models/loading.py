@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2t_models import chat
 from s2t_models.errors import one_line
 from s2t_models.recipe import RecipeError
 from s2t_models.settings import ModelSettings
@@ -137,8 +138,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
 
 def decoder(settings: ModelSettings) -> Callable[[list[int]], str]:
     """From token ids to text, without special tokens. Raises RecipeError as `load_tokenizer` does."""
-    tokenizer = load_tokenizer(settings)
-    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))
+    return partial(chat.decode, load_tokenizer(settings))
 
 
 def weights_hash(settings: ModelSettings) -> str:

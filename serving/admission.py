@@ -50,7 +50,7 @@ class Admission:
     @property
     def waiting(self) -> int:
         """Requests that wait for their first place."""
-        return len({one.request for one in self._waiting if not self._has_any(one)})
+        return len({one.request for one in self._waiting if not self._most_held(one)})
 
     def check(self) -> None:
         """Raise Busy where a new request would be one too many."""
@@ -67,10 +67,11 @@ class Admission:
         try:
             await waiting.granted
         except asyncio.CancelledError:
-            if waiting.granted.done() and not waiting.granted.cancelled():
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                self._grant()  # what was kept for it
+            else:  # it was given its place in the same turn of the loop
                 self._give_back(waiting)
-            else:
-                self._waiting = [one for one in self._waiting if one is not waiting]
             raise
         began = time.monotonic()
         try:
@@ -83,8 +84,9 @@ class Admission:
         """Give out what is free, in order: the request with the fewest places first, then the one that came first. What
         one waits for is kept for it, so that those who need less do not pass it for ever."""
         kept: Counter[str] = Counter()
-        self._waiting = [one for one in self._waiting if not one.granted.cancelled()]
         for one in sorted(self._waiting, key=self._most_held):
+            if one.granted.cancelled():  # its decode is about to be told
+                continue
             if any(self._held[one.request, name] >= self._share[name] for name in one.engines):
                 continue
             if all(self._free[name] > kept[name] for name in one.engines):
@@ -106,6 +108,3 @@ class Admission:
 
     def _most_held(self, one: _Waiting) -> int:
         return max(self._held[one.request, name] for name in one.engines)
-
-    def _has_any(self, one: _Waiting) -> bool:
-        return any(self._held[one.request, name] for name in one.engines)

@@ -79,9 +79,7 @@ class Job:
         return written
 
 
-async def chunks(
-    job: Job, chunk: Callable[..., dict[str, Any]], kind: str, options: api.StreamOptions | None
-) -> AsyncGenerator[str]:
+async def chunks(job: Job, form: answers.Streaming, options: api.StreamOptions | None) -> AsyncGenerator[str]:
     """The choices of a completion as server-sent events."""
     written = [Written() for _ in job.choices]
     async with aclosing(job.pieces()) as pieces:
@@ -90,14 +88,14 @@ async def chunks(
             if not begun:
                 begun = True
                 for number in range(len(written)):
-                    yield answers.event(chunk(job.answer, number, job.top, None))
+                    yield answers.event(form.chunk(job.answer, number, job.top, None))
             written[piece.choice].add(piece)
             if isinstance(piece, Ended):
-                yield answers.event(chunk(job.answer, piece.choice, job.top, written[piece.choice].reason))
+                yield answers.event(form.chunk(job.answer, piece.choice, job.top, written[piece.choice].reason))
             elif piece.text or piece.logprobs or job.answer.shown(piece):
-                yield answers.event(chunk(job.answer, piece.choice, job.top, piece))
+                yield answers.event(form.chunk(job.answer, piece.choice, job.top, piece))
     if options is not None and options.include_usage:
-        yield answers.event(answers.usage_chunk(job.answer, kind, written))
+        yield answers.event(form.usage(job.answer, written))
     yield answers.DONE
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from s2t_models import chat
 from s2t_models.engines.contract import Decision, Engine, Finish, Support, Usage
 from s2t_models.policies import base
 from serving.text import TextStream
@@ -87,7 +88,7 @@ async def choice(
     if done is None:
         raise RuntimeError(f"{policy.name} ended without saying so")
     yield Piece(number, text.end())
-    samples = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in done.samples]
+    samples = [chat.decode(tokenizer, ids) for ids in done.samples]
     yield Ended(number, "stop" if text.stopped else done.finish, done.usage, samples)
 
 

@@ -21,6 +21,7 @@ from s2t_models.engines.contract import (
     ContextOverflow,
     Draft,
     EngineDied,
+    Finish,
     HasHealth,
     ModelCard,
     Routed,
@@ -171,8 +172,10 @@ class RemoteEngine:
                 raise
             await self._another(error)
         done = len(begun.ids)
-        if done >= asked.max_tokens:  # its last token came, and its end did not
-            return Draft(begun.ids, "length", Usage(decode=done), begun.support, None, begun.decisions)
+        has_ended = begun.ids[-1:] and begun.ids[-1] in (await self.card()).end_ids
+        if has_ended or done >= asked.max_tokens:  # its last token came, and its end did not
+            finish: Finish = "end" if has_ended else "length"
+            return Draft(begun.ids, finish, Usage(decode=done), begun.support, None, begun.decisions)
         rest = replace(asked, max_tokens=asked.max_tokens - done, first_step=asked.first_step + done)
         draft = await self._stream(method, tell, [*prefix, *begun.ids], rest, *more)
         whole = joined([begun, Written(draft.ids, draft.support, draft.decisions)])

@@ -134,7 +134,7 @@ class Gateway(Operated):
         request = api.read(api.ChatRequest, await http.body())
         job = await self._conversation(request, [message.plain() for message in request.messages], "messages")
         if request.stream:
-            return await streamed(chunks(job, answers.chat_chunk, "chat.completion.chunk", request.stream_options))
+            return await streamed(chunks(job, answers.CHAT, request.stream_options))
         return answers.chat_response(job.answer, await job.gathered(), job.top)
 
     async def _responses(self, http: Request) -> Any:
@@ -147,9 +147,7 @@ class Gateway(Operated):
 
     async def _conversation(self, request: api.Decoded, messages: list[dict[str, str]], field: str) -> Job:
         policy = self._let_in(request.model)
-        characters = sum(len(message["content"]) for message in messages)
-        prompt = await self._tokenised(policy, field, characters, chat.prompt_ids, messages)
-        return await self._job(policy, request, [prompt], field)
+        return await self._job(policy, request, [await self._chat_ids(policy, messages, field)], field)
 
     async def _completions(self, http: Request) -> Any:
         request = api.read(api.CompletionRequest, await http.body())
@@ -165,7 +163,7 @@ class Gateway(Operated):
             self._check_ids(prompt)
         job = await self._job(policy, request, prompts, "prompt", echoed=request.prompts if request.echo else None)
         if request.stream:
-            return await streamed(chunks(job, answers.completion_chunk, "text_completion", request.stream_options))
+            return await streamed(chunks(job, answers.TEXT, request.stream_options))
         return answers.completion_response(job.answer, await job.gathered(), job.top)
 
     async def _score(self, http: Request) -> answers.ScoreResponse:
@@ -175,9 +173,7 @@ class Gateway(Operated):
         if not isinstance(policy, base.Deciding):
             raise ApiError(400, f"model: {policy.name} has no scorer", param="model", code="invalid_value")
         if request.messages is not None:
-            messages = [message.plain() for message in request.messages]
-            characters = sum(len(message["content"]) for message in messages) + len(request.answer)
-            prompt = await self._tokenised(policy, "messages", characters, chat.prompt_ids, messages)
+            prompt = await self._chat_ids(policy, [message.plain() for message in request.messages], "messages")
             if request.answer:
                 prompt += await self._tokenised(policy, "answer", len(request.answer), chat.encode, request.answer)
         elif isinstance(request.prompt, str):
@@ -271,15 +267,14 @@ class Gateway(Operated):
         async with aclosing(decoding.choice(number, policy, engines, self._tokenizer, request, top)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, Ended):
-                    for name, usage in scored.items():
-                        piece.usage[name] = piece.usage.get(name, Usage()) + usage
+                    piece.usage = answers.summed([scored, piece.usage])
                 yield piece
 
     def _engines(self, request: str) -> base.Engines:
         """The engines for the request of that id."""
         return base.Engines(
             by_name={**self._remote},
-            decode=self._text,
+            decode=partial(chat.decode, self._tokenizer),
             encode=partial(chat.encode, self._tokenizer),
             place=partial(self._admission.place, request),
         )
@@ -326,6 +321,10 @@ class Gateway(Operated):
             raise ApiError(404, message, param="model", code="model_not_found")
         return found
 
+    async def _chat_ids(self, policy: base.Policy, messages: list[dict[str, str]], field: str) -> list[int]:
+        characters = sum(len(message["content"]) for message in messages)
+        return await self._tokenised(policy, field, characters, chat.prompt_ids, messages)
+
     async def _tokenised(
         self, policy: base.Policy, field: str, characters: int, tokenise: Callable[..., list[int]], *arguments: Any
     ) -> list[int]:
@@ -346,6 +345,3 @@ class Gateway(Operated):
         if not all(0 <= token < len(self._tokenizer) for token in prompt):
             message = f"prompt: a token id lies outside the vocabulary, 0 to {len(self._tokenizer) - 1}"
             raise ApiError(400, message, param="prompt", code="invalid_value")
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict
 
-from s2t_models.engines.contract import Decision
+from s2t_models.candidates import is_rescue
 from serving import metrics
 from serving.decoding import Ended, Piece
 
@@ -26,13 +26,8 @@ async def measured(policy: str, arrived: float, pieces: AsyncGenerator[Piece | E
                     metrics.observe_first_token(policy, time.perf_counter() - arrived)
                     waits = False
                 decisions += len(piece.decisions)
-                rescues += sum(map(_rescues, piece.decisions))
+                rescues += sum(
+                    is_rescue(decision.candidates_K, decision.logprobs_K, decision.chosen)
+                    for decision in piece.decisions
+                )
             yield piece
-
-
-def _rescues(decision: Decision) -> bool:
-    """Whether the token chosen is not the SLM's own first among the candidates, where there are any."""
-    if not decision.candidates_K:
-        return False
-    best = max(range(len(decision.candidates_K)), key=lambda k: decision.logprobs_K[k])
-    return decision.chosen != decision.candidates_K[best]

@@ -10,22 +10,20 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from s2t_models.engines.contract import Decision, Finish, Usage
 from serving.decoding import Ended, Piece, StepLogprobs
+from serving.text import Word, with_texts
 
 FinishReason = Literal["stop", "length"]
 _REASONS: dict[Finish, FinishReason] = {"end": "stop", "stop": "stop", "length": "length"}
 
 #: The last event of a stream.
 DONE = "data: [DONE]\n\n"
-
-#: The text of one token alone.
-Word = Callable[[int], str]
 
 
 class TokenUsage(BaseModel):
@@ -171,8 +169,8 @@ class Answer:
             prompt_tokens=self.prompt_tokens, completion_tokens=written, total_tokens=self.prompt_tokens + written
         )
 
-    def s2t(self, choices: Sequence[Written], scored: Usage | None = None, whole: bool = True) -> S2T:
-        """`scored` is what scoring the prompts has cost; `whole` shows decisions, spans and tokens where asked."""
+    def s2t(self, choices: Sequence[Written], whole: bool = True) -> S2T:
+        """`whole` shows decisions, spans and tokens where they were asked for."""
         ended = [choice.ended for choice in choices if choice.ended is not None]
         shown = choices[0] if whole and self.shows_decisions else None
         return S2T(
@@ -233,59 +231,6 @@ def completion_response(answer: Answer, choices: Sequence[Written], top: int | N
     )
 
 
-def chat_chunk(answer: Answer, number: int, top: int | None, piece: Piece | FinishReason | None) -> dict[str, Any]:
-    """A piece of a choice as a streamed chunk; its beginning (None), which names the role, or its end."""
-    delta: dict[str, str] = {"role": "assistant", "content": ""} if piece is None else {}
-    choice: dict[str, Any] = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
-    chunk = {
-        "id": f"chatcmpl-{answer.id}",
-        "object": "chat.completion.chunk",
-        "created": answer.created,
-        "model": answer.model,
-        "choices": [choice],
-    }
-    if isinstance(piece, Piece):
-        delta["content"] = piece.text
-        if top is not None and piece.logprobs:
-            choice["logprobs"] = chat_logprobs(piece.logprobs, answer.word)
-        return chunk | answer.shown(piece)
-    choice["finish_reason"] = piece
-    return chunk
-
-
-def completion_chunk(
-    answer: Answer, number: int, top: int | None, piece: Piece | FinishReason | None
-) -> dict[str, Any]:
-    choice: dict[str, Any] = {"index": number, "text": "", "logprobs": None, "finish_reason": None}
-    chunk = {
-        "id": f"cmpl-{answer.id}",
-        "object": "text_completion",
-        "created": answer.created,
-        "model": answer.model,
-        "choices": [choice],
-    }
-    if isinstance(piece, Piece):
-        choice["text"] = piece.text
-        if top is not None and piece.logprobs:
-            choice["logprobs"] = text_logprobs(piece.logprobs, answer.word)
-        return chunk | answer.shown(piece)
-    choice["finish_reason"] = piece
-    return chunk
-
-
-def usage_chunk(answer: Answer, kind: str, choices: Sequence[Written]) -> dict[str, Any]:
-    """The last chunk of a stream with `include_usage`; `kind` is its object."""
-    return {
-        "id": f"{'chatcmpl' if kind == 'chat.completion.chunk' else 'cmpl'}-{answer.id}",
-        "object": kind,
-        "created": answer.created,
-        "model": answer.model,
-        "choices": [],
-        "usage": answer.usage(choices).model_dump(),
-        "s2t": answer.s2t(choices, whole=False).model_dump(exclude_none=True),
-    }
-
-
 def event(data: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
@@ -309,7 +254,7 @@ def text_logprobs(steps: Sequence[StepLogprobs], word: Word) -> dict[str, Any]:
     """The older form, of text completions. Where two of the most probable tokens have the same text, the more probable
     one's is shown."""
     words = [word(step.token) for step in steps]
-    offsets = [sum(len(text) for text in words[:i]) for i in range(len(words))]
+    offsets = list(accumulate(map(len, words[:-1]), initial=0))[: len(words)]
     return {
         "tokens": words,
         "token_logprobs": [step.logprob for step in steps],
@@ -321,22 +266,80 @@ def text_logprobs(steps: Sequence[StepLogprobs], word: Word) -> dict[str, Any]:
     }
 
 
-def usage_by_engine(usages: Sequence[dict[str, Usage]]) -> dict[str, dict[str, int]]:
-    """Each engine's costs, summed over the choices."""
+@dataclass(frozen=True)
+class Streaming:
+    """How chat or text completions are streamed: chunks of `kind` with ids that begin with `prefix`; `begun`, `text`
+    and `ended` are what a choice holds at its beginning, with a piece of text, and at its end."""
+
+    kind: str
+    prefix: str
+    begun: dict[str, Any]
+    text: Callable[[str], dict[str, Any]]
+    ended: dict[str, Any]
+    logprobs: Callable[[Sequence[StepLogprobs], Word], dict[str, Any]]
+
+    def chunk(self, answer: Answer, number: int, top: int | None, piece: Piece | FinishReason | None) -> dict[str, Any]:
+        """A piece of a choice; its beginning (None), or its end."""
+        if not isinstance(piece, Piece):
+            content = self.begun if piece is None else self.ended
+            return self._with(answer, [{"index": number, **content, "logprobs": None, "finish_reason": piece}])
+        logprobs = self.logprobs(piece.logprobs, answer.word) if top is not None and piece.logprobs else None
+        content = self.text(piece.text)
+        choice = {"index": number, **content, "logprobs": logprobs, "finish_reason": None}
+        return self._with(answer, [choice]) | answer.shown(piece)
+
+    def usage(self, answer: Answer, choices: Sequence[Written]) -> dict[str, Any]:
+        """The last chunk of a stream with `include_usage`."""
+        return self._with(answer, []) | {
+            "usage": answer.usage(choices).model_dump(),
+            "s2t": answer.s2t(choices, whole=False).model_dump(exclude_none=True),
+        }
+
+    def _with(self, answer: Answer, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": f"{self.prefix}-{answer.id}",
+            "object": self.kind,
+            "created": answer.created,
+            "model": answer.model,
+            "choices": choices,
+        }
+
+
+CHAT = Streaming(
+    kind="chat.completion.chunk",
+    prefix="chatcmpl",
+    begun={"delta": {"role": "assistant", "content": ""}},
+    text=lambda text: {"delta": {"content": text}},
+    ended={"delta": {}},
+    logprobs=chat_logprobs,
+)
+TEXT = Streaming(
+    kind="text_completion",
+    prefix="cmpl",
+    begun={"text": ""},
+    text=lambda text: {"text": text},
+    ended={"text": ""},
+    logprobs=text_logprobs,
+)
+
+
+def summed(usages: Sequence[dict[str, Usage]]) -> dict[str, Usage]:
+    """Each engine's costs, all together."""
     total: dict[str, Usage] = {}
     for usage in usages:
         for engine, cost in usage.items():
             total[engine] = total.get(engine, Usage()) + cost
-    return {engine: asdict(cost) for engine, cost in total.items()}
+    return total
+
+
+def usage_by_engine(usages: Sequence[dict[str, Usage]]) -> dict[str, dict[str, int]]:
+    """Each engine's costs, summed over the choices."""
+    return {engine: asdict(cost) for engine, cost in summed(usages).items()}
 
 
 def as_decision(decision: Decision, word: Word) -> dict[str, Any]:
     """A decision with its tokens' texts."""
-    return asdict(decision) | {
-        "texts_K": [word(token) for token in decision.candidates_K],
-        "chosen_text": word(decision.chosen),
-        "argmax_text": None if decision.argmax is None else word(decision.argmax),
-    }
+    return with_texts(asdict(decision), word)
 
 
 def as_spans(tokens: Sequence[tuple[str, str]]) -> list[tuple[str, int]]:

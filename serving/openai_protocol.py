@@ -67,11 +67,24 @@ class TextPart(Body):
     logprobs: _only([]) = None  # type: ignore[valid-type]
 
 
-class Message(Body):
+class Turn(Body):
+    """What a message of either API says, and who."""
+
+    role: str
+    content: str | list[TextPart] | None = None
+
+    def plain(self) -> dict[str, str]:
+        """The message for a chat template."""
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, list):
+            return {"role": role, "content": "".join(part.text for part in self.content)}
+        return {"role": role, "content": self.content or ""}
+
+
+class Message(Turn):
     """A message of a chat, also as OpenAI's clients replay the answers they were given."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
     name: str | None = None
     tool_call_id: str | None = None
     refusal: _only() = None  # type: ignore[valid-type]
@@ -79,15 +92,6 @@ class Message(Body):
     audio: _only() = None  # type: ignore[valid-type]
     function_call: _only() = None  # type: ignore[valid-type]
     tool_calls: _only([]) = None  # type: ignore[valid-type]
-
-    def text(self) -> str:
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-    def plain(self) -> dict[str, str]:
-        """The message for a chat template."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text()}
 
 
 class StreamOptions(Body):
@@ -252,7 +256,7 @@ class CompletionRequest(CompletionSettings):
         return self
 
 
-class InputMessage(Body):
+class InputMessage(Turn):
     """A message of the Responses API's input."""
 
     type: Literal["message"] = "message"
@@ -260,10 +264,6 @@ class InputMessage(Body):
     content: str | list[TextPart]
     id: str | None = None
     status: str | None = None
-
-    def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class TextFormat(Body):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tokenizers.decoders import DecodeStream
+
+from s2t_models import chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+#: The text of one token alone.
+Word = Callable[[int], str]
 #: What a decoder writes for bytes that are no whole character.
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
@@ -34,7 +38,7 @@ class TextStream:
 
     def end(self) -> str:
         """The rest of the text: all of it is then that of the whole answer, decoded at once."""
-        self._text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        self._text = chat.decode(self._tokenizer, self._ids)
         return self._certain(0)
 
     def _certain(self, held: int) -> str:
@@ -63,3 +67,13 @@ def written_alone(tokenizer: PreTrainedTokenizerFast, token: int) -> str:
     """A token's own text; where its bytes are no whole character, its name in the vocabulary."""
     text = str(tokenizer.decode([token], skip_special_tokens=False))
     return str(tokenizer.convert_ids_to_tokens(token)) if BROKEN in text else text
+
+
+def with_texts(decision: Mapping[str, Any], word: Word) -> dict[str, Any]:
+    """A decision, as its fields, with the texts of its tokens."""
+    return {
+        **decision,
+        "texts_K": [word(token) for token in decision["candidates_K"]],
+        "chosen_text": word(decision["chosen"]),
+        "argmax_text": None if decision["argmax"] is None else word(decision["argmax"]),
+    }

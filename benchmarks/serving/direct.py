@@ -70,7 +70,7 @@ def _greedy(questions: Sequence[str], max_tokens: int, width: int) -> Called:
         for question in waiting:
             prompt = chat.prompt_ids(_tokenizer, [{"role": "user", "content": question}])
             draft = await _engine.generate(prompt, Sampling(max_tokens))
-            _tokenizer.decode(draft.ids, skip_special_tokens=True)
+            chat.decode(_tokenizer, draft.ids)
             tokens += len(draft.ids)
 
     async def everyone() -> None:

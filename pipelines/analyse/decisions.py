@@ -21,6 +21,7 @@ from pipelines.analyse.sufficiency import alignment, entropy, error_split
 from pipelines.results import figures as draw
 from pipelines.results.statistics import wilson
 from pipelines.results.summary import summarise
+from s2t_models.candidates import is_rescue
 
 Decision = dict[str, Any]
 Tables = dict[str, list[dict[str, Any]]]
@@ -105,7 +106,7 @@ def _at(values_K: Sequence[float] | np.ndarray, decision: Decision) -> float:
 
 def rescued(decision: Decision) -> bool:
     """Whether the chosen token is not the SLM's own top-1 among the candidates."""
-    return bool(decision["chosen"] != decision["candidates_K"][int(np.argmax(decision["logprobs_K"]))])
+    return is_rescue(decision["candidates_K"], decision["logprobs_K"], decision["chosen"])
 
 
 def _mean(values: Sequence[float]) -> float:

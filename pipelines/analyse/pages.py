@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from s2t_models.files import whole
 from s2t_models.loading import load_tokenizer
 from s2t_models.recipe import Recipe
 from serving.playground.saved import SavedDecision, SavedTrajectory, index_page, trajectory_page
-from serving.text import TextStream, written_alone
+from serving.text import TextStream, with_texts, written_alone
 
 BASELINE, KINDS = "greedy", ("s2t", "s2t-local")
 #: What a page shows: the selecting policy is right where the baseline is wrong, or the other way round.
@@ -91,21 +92,8 @@ def turned_answers(frame: pd.DataFrame, most: int) -> Iterator[TurnedAnswer]:
 def trajectory(row: Mapping[str, Any], prompt: str, tokenizer: PreTrainedTokenizerFast) -> SavedTrajectory:
     """A row (schema RESULT) of greedy decoding, S2T or S2T-Local as it is shown: at its decisions a token was selected,
     the others are the SLM's."""
-
-    def text(token: int | None) -> str | None:
-        return None if token is None else written_alone(tokenizer, token)
-
-    decisions = [
-        SavedDecision.model_validate(
-            one
-            | {
-                "texts_K": [text(candidate) for candidate in one["candidates_K"]],
-                "chosen_text": text(one["chosen"]),
-                "argmax_text": text(one["argmax"]),
-            }
-        )
-        for one in json.loads(row["decisions"])
-    ]
+    word = partial(written_alone, tokenizer)
+    decisions = [SavedDecision.model_validate(with_texts(one, word)) for one in json.loads(row["decisions"])]
     steps = {decision.step for decision in decisions}
     _, texts = TextStream(tokenizer, ()).add([int(token) for token in row["output_ids"]])
     return SavedTrajectory(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,8 @@ class RouterLabels:
         use_threads(recipe.collect.label.num_cpus)
         tokenizer = loading.load_tokenizer(hosted["slm"].settings)
         slm, teacher = load(hosted["slm"]), load(hosted["teacher"])
-
-        def encode(text: str) -> list[int]:
-            return chat.encode(tokenizer, text)
-
         self.engines = Engines(
-            {"slm": slm, "teacher": teacher}, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)), encode
+            {"slm": slm, "teacher": teacher}, partial(chat.decode, tokenizer), partial(chat.encode, tokenizer)
         )
         by_teacher = recipe.router.judge == "teacher"
         self.judge = r2r_labels.ask(teacher, tokenizer) if by_teacher else r2r_labels.numbers_differ

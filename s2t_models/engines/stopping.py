@@ -21,9 +21,12 @@ class StopTexts:
         self._decode = decode
         self._window = max((len(text.encode()) for text in self._texts), default=0) + _MARGIN
 
+    def __bool__(self) -> bool:
+        return bool(self._texts)
+
     def reached(self, ids: list[int]) -> bool:
         """Whether one of the texts stands in the last tokens of the output `ids`."""
-        if not self._texts or self._decode is None:
+        if not self or self._decode is None:
             return False
         tail = self._decode(ids[-self._window :])
         return any(text in tail for text in self._texts)
@@ -31,6 +34,6 @@ class StopTexts:
     def cut(self, ids: list[int], start: int) -> int | None:
         """How many of the output's tokens there are up to the one that completes a text, looking at those from `start`
         on; None where none does."""
-        if not self._texts:
+        if not self:
             return None
         return next((end for end in range(start + 1, len(ids) + 1) if self.reached(ids[:end])), None)

@@ -174,6 +174,18 @@ async def drafting(
         yield draft
 
 
+async def one_draft(
+    request: Request, engine: str, source: Source, call: Callable[[Tell | None], Coroutine[Any, Any, Draft]]
+) -> AsyncGenerator[Event]:
+    """The events of a policy that is one call to the engine of that name."""
+    async with aclosing(drafting(request, call)) as parts:
+        async for part in parts:
+            if isinstance(part, Draft):
+                yield Done(part.finish, {engine: part.usage})
+            else:
+                yield Span(part.ids, source, part.support)
+
+
 async def check_fits(engines: Engines, names: Iterable[str], request: Request) -> None:
     """Refuse at the start what a policy of many calls would only find out halfway.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,15 +62,16 @@ class Local(Policy):
             return await generate_selecting(engine, request.prompt, asked, self.selection, engines.decode, tell)
 
         step = 0
-        async for part in drafting(request, call):
-            if isinstance(part, Draft):
-                yield Done(part.finish, {LOCAL: part.usage})
-                continue
-            for span in spans_of(part.ids, part.decisions, step):
-                yield span
-            for decision in part.decisions:
-                yield decision
-            step += len(part.ids)
+        async with aclosing(drafting(request, call)) as parts:
+            async for part in parts:
+                if isinstance(part, Draft):
+                    yield Done(part.finish, {LOCAL: part.usage})
+                    continue
+                for span in spans_of(part.ids, part.decisions, step):
+                    yield span
+                for decision in part.decisions:
+                    yield decision
+                step += len(part.ids)
 
     async def decide(self, engines: Engines, request: Request) -> tuple[Decision, bool, dict[str, Usage]]:
         """What the selector chooses behind the prompt, and whether its head triggers there (`base.Deciding`)."""

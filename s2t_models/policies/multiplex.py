@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from s2t_models.engines.contract import Draft, Sampling, Tell
 from s2t_models.hosting import Hosting
-from s2t_models.policies.base import Done, Engines, Event, Needs, Policy, Request, Span, drafting, sampling
+from s2t_models.policies.base import Engines, Event, Needs, Policy, Request, one_draft, sampling
 from s2t_models.settings import MultiplexSettings, SamplerSettings
 
 
@@ -36,17 +36,13 @@ class MultiplexThinking(Policy):
     def needs(self) -> Needs:  # type: ignore[override]
         return {"slm": frozenset({"multiplex"})}
 
-    async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
+    def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         slm = engines["slm"]
         assert isinstance(slm, MultiplexEngine)
         asked = sampling(self.sampler, request, request.max_tokens)
-        async for part in drafting(
-            request, lambda tell: slm.generate_multiplex(request.prompt, asked, self.settings, tell)
-        ):
-            if isinstance(part, Draft):
-                yield Done(part.finish, {"slm": part.usage})
-            else:
-                yield Span(part.ids, "slm")
+        return one_draft(
+            request, "slm", "slm", lambda tell: slm.generate_multiplex(request.prompt, asked, self.settings, tell)
+        )
 
 
 def names(hosting: Hosting) -> list[str]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from s2t_models.engines.contract import Draft
 from s2t_models.hosting import Hosting
 from s2t_models.policies.base import (
     CORE,
     GREEDY,
-    Done,
     Engines,
     Event,
     Needs,
     Policy,
     Request,
     Source,
-    Span,
-    drafting,
+    one_draft,
     sampling,
 )
 from s2t_models.settings import SamplerSettings
@@ -40,15 +37,11 @@ class SingleModel(Policy):
     def scored_by(self) -> str:  # type: ignore[override]
         return self.engine
 
-    async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
+    def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
         engine = engines[self.engine]
         asked = sampling(self.sampler, request, request.max_tokens, support=request.support)
         source: Source = "teacher" if self.engine == "teacher" else "slm"
-        async for part in drafting(request, lambda tell: engine.generate(request.prompt, asked, tell)):
-            if isinstance(part, Draft):
-                yield Done(part.finish, {self.engine: part.usage})
-            else:
-                yield Span(part.ids, source, part.support)
+        return one_draft(request, self.engine, source, lambda tell: engine.generate(request.prompt, asked, tell))
 
 
 def names(hosting: Hosting) -> list[str]:

@@ -146,7 +146,7 @@ class _Drafting:
             self.output.tell(Written([token], self._support(last=1), [decision] if decision else []))
         if token in self.output.end_ids:
             return "end"
-        if self.output.stops.reached(self._before + self.ids):
+        if self.output.stops and self.output.stops.reached(self._before + self.ids):
             return "stop"
         return "length" if len(self.ids) >= self.sampling.max_tokens else None
 

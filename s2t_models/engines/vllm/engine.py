@@ -137,7 +137,7 @@ class VllmEngine:
     def _watch(self, prefix: list[int], sampling: Sampling, asked: Decoding, tell: Tell | None) -> Watch | None:
         """Ends the request at a stop text, and tells of its tokens, on the loop of the call."""
         stops = StopTexts(sampling.stop, self._decode)
-        if tell is None and not sampling.stop:
+        if tell is None and not stops:
             return None
         before = prefix[len(prefix) - sampling.first_step :]
         loop, seen = asyncio.get_running_loop(), 0
