@@ -57,6 +57,9 @@ def encode(text: str) -> list[int]:
     return [ALPHABET.index(character) + 1 for character in text]
 
 
+PROMPT = encode("Ada has 12 ")
+
+
 def decode(ids: list[int]) -> str:
     return "".join(ALPHABET[token - 1] if 0 < token < TEXT_ROWS else "" for token in ids)
 

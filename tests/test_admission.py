@@ -55,6 +55,29 @@ def test_a_request_of_many_samples_leaves_room_for_the_next():
     assert order_of(asks, 8).index("one") <= 8
 
 
+def test_half_of_an_engine_is_left_to_others():
+    async def scenario() -> None:
+        admission = Admission({"slm": 8}, 100)
+        held = asyncio.Event()
+        running = 0
+
+        async def decode() -> None:
+            nonlocal running
+            async with admission.place("many", ["slm"]):
+                running += 1
+                await held.wait()
+
+        many = [asyncio.ensure_future(decode()) for _ in range(128)]
+        await asyncio.sleep(0.01)
+        assert running == 4
+        async with asyncio.timeout(1), admission.place("one", ["slm"]):
+            assert running == 4
+        held.set()
+        await asyncio.gather(*many)
+
+    asyncio.run(scenario())
+
+
 def test_requests_of_many_samples_take_turns():
     async def asks(decode: Callable[[str], Awaitable[None]]) -> None:
         first = [asyncio.ensure_future(decode("first")) for _ in range(32)]
@@ -64,6 +87,17 @@ def test_requests_of_many_samples_take_turns():
 
     ended = order_of(asks, 4)
     assert 12 <= ended[:32].count("second") <= 20
+
+
+def test_a_later_request_does_not_wait_for_all_samples_of_two_earlier_ones():
+    async def asks(decode: Callable[[str], Awaitable[None]]) -> None:
+        waiting = []
+        for request in ("first", "second", "third"):
+            waiting += [asyncio.ensure_future(decode(request)) for _ in range(32)]
+            await asyncio.sleep(0)
+        await asyncio.gather(*waiting)
+
+    assert order_of(asks, 8)[:32].count("third") >= 6
 
 
 def test_too_many_are_refused_at_once_and_told_when_to_come_again():
@@ -113,6 +147,22 @@ def test_whoever_leaves_gives_back_what_it_held():
         await asyncio.gather(first, waiting, leaving, return_exceptions=True)
         async with asyncio.timeout(1), admission.place("last", ["slm", "teacher"]):
             pass
+
+    asyncio.run(scenario())
+
+
+def test_what_was_kept_for_one_that_leaves_is_given_to_the_next():
+    async def scenario() -> None:
+        admission = Admission({"slm": 1, "teacher": 1}, 10)
+        async with admission.place("busy", ["teacher"]):
+            both = asyncio.ensure_future(admission.place("both", ["slm", "teacher"]).__aenter__())
+            await asyncio.sleep(0)
+            next_one = asyncio.ensure_future(admission.place("next", ["slm"]).__aenter__())
+            await asyncio.sleep(0)
+            assert not next_one.done()
+            both.cancel()
+            async with asyncio.timeout(1):
+                await next_one
 
     asyncio.run(scenario())
 

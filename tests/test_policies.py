@@ -332,3 +332,26 @@ def test_spans_of_one_source_follow_the_text(engines, quantiles):
     decoded = run_all(policy, engines)[0]
     teacher_spans: list[Span] = [span for span in decoded.spans if span.source == "teacher"]
     assert [span.ids for span in teacher_spans] == [[decision.argmax] for decision in decoded.decisions]
+
+
+def test_every_decode_ends_with_the_token_that_completes_a_stop_text(engines, reference, pair, quantiles):
+    """Also where the scorer chose that token, and where the text stands across two drafts."""
+    policies: list[tuple[Policy, Engines]] = [
+        (SingleModel("greedy"), engines),
+        (Collaborate("s2t", trigger_of("kl", quantiles["kl"][0]), TeacherScorer("candidate"), chunk=3), engines),
+        (Collaborate("takeover", trigger_of("kl", -1.0), TeacherScorer("vocabulary")), engines),
+        (Local("s2t-local", Selection(0.3, CandidateSettings(k=4), prior_weight=0.5)), engines),
+        (
+            Local("s2t-local", Selection(0.3, CandidateSettings(k=4), prior_weight=0.5)),
+            reference_engines(pair, "select"),
+        ),
+        (Local("s2t-local", Selection(-1e9, CandidateSettings(k=4))), reference_engines(pair, "select")),
+    ]
+    for policy, running in policies:
+        whole = run(policy, running, Request(encode(PROMPTS[0]), LENGTH, 3))
+        text = decode(whole.ids)
+        for at in (1, 6, 9):
+            stop = text[at : at + 2]
+            end = text.index(stop) + 2
+            stopped = run(policy, running, Request(encode(PROMPTS[0]), LENGTH, 3, stop=("~", stop)))
+            assert (stopped.ids, stopped.finish) == (whole.ids[:end], "stop"), policy.name

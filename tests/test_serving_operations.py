@@ -102,6 +102,22 @@ def test_an_engine_that_dies_under_a_request_is_a_503_with_a_time_to_ask_again(a
     assert "retry-after" in response.headers
 
 
+def test_what_needs_an_engine_that_is_gone_is_refused_at_once_and_the_rest_answered(
+    alone: Alone, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(readiness, "ANSWERS_WITHIN_S", 0.05)
+    assert ask(alone.app, json=chat(model="llm")).status_code == 200
+    alone.handles["teacher"].fault = lambda: asyncio.sleep(60)
+    monkeypatch.setattr(readiness, "FRESH_S", 0.0)
+    assert ask(alone.app, "/health", "GET").status_code == 503
+    monkeypatch.setattr(readiness, "FRESH_S", 60.0)
+    response = ask(alone.app, json=chat(model="llm"))
+    assert (response.status_code, error_of(response)["code"]) == (503, "engine_unavailable")
+    assert "llm needs teacher, which does not answer" in error_of(response)["message"]
+    assert "retry-after" in response.headers
+    assert ask(alone.app, json=chat()).status_code == 200
+
+
 def test_metrics_name_the_policy_that_answered(alone: Alone):
     assert ask(alone.app, json=chat()).status_code == 200
     page = ask(alone.app, "/metrics", "GET")

@@ -267,10 +267,15 @@ def test_text_is_the_same_however_it_is_cut(tokenizer):
         text = TextStream(tokenizer, ())
         parts = [text.add(ids[at : at + size])[0] for at in range(0, len(ids), size)]
         assert "".join(parts) + text.end() == full
-    text = TextStream(tokenizer, ("sells", " Then"))
-    parts = [text.add([token])[0] for token in ids]
-    assert "".join(parts) + text.end() == full[: full.index("sells")]
-    assert text.stopped
+    for at in range(5, len(full) - 12):  # wherever tokens begin and end
+        stop = full[at : at + 9]
+        text = TextStream(tokenizer, ("~", stop))
+        shown = ""
+        for token in ids:
+            shown += text.add([token])[0]
+            assert full[: full.index(stop)].startswith(shown)
+        assert shown + text.end() == full[: full.index(stop)]
+        assert text.stopped
 
 
 def test_the_responses_api(client, endpoint: str):
