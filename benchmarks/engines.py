@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of an answer at most")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--widths", default="1,8,32", help="calls at once")
+    parser.add_argument("--only", help="the works whose names begin so, several by commas: rollout,S2T-Local")
     args = parser.parse_args()
     hosting = host(load_recipe(args.recipe, args.set)).only(["slm", "teacher", "s2t-local"])
     use_threads(hosting.slm.settings.num_cpus)
@@ -57,6 +58,8 @@ def main() -> None:
         pairs = {kind: _engines(hosting, kind, tokenizer, closing) for kind in KINDS}
         print(f"{'':<40}{'at once':>8}{'torch tokens/s':>16}{'vLLM tokens/s':>15}{'vLLM / torch':>14}")
         for name, work in _works(hosting, args.tokens).items():
+            if args.only and not name.startswith(tuple(args.only.split(","))):
+                continue
             for width in widths:
                 asked = prompts[: max(width, 4)]
                 torch_s, vllm_s = asyncio.run(_rates(work, pairs, asked, width, args.rounds))

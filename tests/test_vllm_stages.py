@@ -25,6 +25,7 @@ from s2t_models.recipe import Recipe, load_recipe
 from serving.app import run_for_job
 from serving.keys import Keys
 
+pytestmark = pytest.mark.slow  # seven engines are started, of which each takes a quarter of a minute
 NAME = "vllm"
 EXACT = [f"{model}.{key}" for model in ("slm", "teacher") for key in ("dtype=float32", "device=cpu")]
 SMALL = [
