@@ -156,14 +156,17 @@ def test_sampling_depends_on_seed_and_step_only(engine, prompts):
         (1.3, 1.0, 5, 0.0),
         (2.5, 1.0, 0, 0.1),
         (2.0, 0.9, 40, 0.3),
+        (3.0, 0.999, 0, 0.0),
+        (3.0, 1.0, 1500, 0.0),
     ],
 )
+@pytest.mark.parametrize("vocabulary", [300, 6000])
 def test_a_pick_inverts_the_distribution_of_transformers_warpers(
-    temperature: float, top_p: float, top_k: int, min_p: float
+    temperature: float, top_p: float, top_k: int, min_p: float, vocabulary: int
 ):
     from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    logits_BV = 4 * torch.randn(40, 300, generator=torch.Generator().manual_seed(7))
+    logits_BV = 4 * torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(7))
     warped_BV = TemperatureLogitsWarper(temperature)(None, logits_BV.double())
     warped_BV = TopKLogitsWarper(top_k)(None, warped_BV) if top_k else warped_BV
     warped_BV = TopPLogitsWarper(top_p)(None, warped_BV) if top_p < 1 else warped_BV
@@ -174,6 +177,21 @@ def test_a_pick_inverts_the_distribution_of_transformers_warpers(
         int(ids[(sorted_V.cumsum(0) <= u).sum()]) for sorted_V, ids, u in zip(sorted_BV, ids_BV, uniform_B, strict=True)
     ]
     columns = ([temperature] * 40, [top_p] * 40, [top_k] * 40, [min_p] * 40)
+    assert pick(logits_BV, *columns, uniform_B.tolist()) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 50.0])
+def test_of_equal_logits_the_lower_id_comes_first_however_many_are_sorted(temperature: float):
+    """In half precision many are equal, also where the sorted head of a large vocabulary ends."""
+    logits_BV = (4 * torch.randn(200, 6000, generator=torch.Generator().manual_seed(8))).bfloat16().float()
+    logits_BV[:, 100:150] = -torch.inf
+    p_BV = (logits_BV.double() / temperature).softmax(-1).numpy()
+    uniform_B = np.random.default_rng(4).random(200)
+    expected = []
+    for logits_V, p_V, u in zip(logits_BV.numpy(), p_BV, uniform_B, strict=True):
+        order_V = np.lexsort((np.arange(len(p_V)), -logits_V))
+        expected.append(int(order_V[(p_V[order_V].cumsum() <= u).sum()]))
+    columns = ([temperature] * 200, [1.0] * 200, [0] * 200, [0.0] * 200)
     assert pick(logits_BV, *columns, uniform_B.tolist()) == expected
 
 
