@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from s2t_models import chat
-from s2t_models.engines.contract import ModelCard, Usage
+from s2t_models.engines.contract import ModelCard, Penalties, Usage
 from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
 from s2t_models.policies import PolicyError, base, lacking, offer
@@ -210,6 +210,14 @@ class Gateway(Operated):
             shown = [name for name, known in self._policies.items() if known.scored_by is not None]
             message = f"logprobs: {policy.name} has none, for no one model writes its text; {', '.join(shown)} have"
             raise ApiError(400, message, param="logprobs", code="invalid_value")
+        if request.penalties and not policy.takes_penalties:
+            sent = f"{next(iter(request.penalties))}_penalty"
+            taking = [name for name, known in self._policies.items() if known.takes_penalties]
+            message = (
+                f"{sent}: {policy.name} takes no penalties, for it goes by its models' own probabilities, which they "
+                f"would change; {', '.join(taking)} take them"
+            )
+            raise ApiError(400, message, param=sent, code="invalid_value")
         cards = await self._cards(policy)
         limits = [await self._limit(policy, len(prompt), request.limit, field) for prompt in prompts]
         drawn = request.seed is None or request.seed < 0
@@ -228,6 +236,7 @@ class Gateway(Operated):
                     top_p=request.top_p,
                     top_k=None if request.top_k is None else max(0, request.top_k),
                     min_p=request.min_p,
+                    penalties=Penalties(**request.penalties),
                     stop=request.stops,
                     options=tuple(request.s2t.options),
                     support=0 if top is None else max(top, 1),

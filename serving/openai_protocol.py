@@ -108,6 +108,9 @@ class Decoded(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Whole | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: Whole | None = Field(None, ge=-1, lt=2**63)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -117,6 +120,16 @@ class Decoded(Body):
     prompt_cache_key: str | None = None
     service_tier: _only("auto", "default") = None  # type: ignore[valid-type]
     s2t: Extension = Extension()
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """Those that change something, by what they go by."""
+        sent = {
+            "presence": (self.presence_penalty, 0),
+            "frequency": (self.frequency_penalty, 0),
+            "repetition": (self.repetition_penalty, 1),
+        }
+        return {name: value for name, (value, nothing) in sent.items() if value is not None and value != nothing}
 
     @property
     def n_each(self) -> int:
@@ -145,9 +158,6 @@ class CompletionSettings(Decoded):
     n: Whole | None = Field(None, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
     store: _only(False) = None  # type: ignore[valid-type]
-    presence_penalty: _only(0) = None  # type: ignore[valid-type]
-    frequency_penalty: _only(0) = None  # type: ignore[valid-type]
-    repetition_penalty: _only(1) = None  # type: ignore[valid-type]
     length_penalty: _only(1) = None  # type: ignore[valid-type]
     logit_bias: _only({}) = None  # type: ignore[valid-type]
     ignore_eos: _only(False) = None  # type: ignore[valid-type]

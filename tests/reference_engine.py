@@ -28,6 +28,7 @@ from s2t_models.engines.contract import (
     Decision,
     Draft,
     ModelCard,
+    Penalties,
     Routed,
     Sampling,
     Scores,
@@ -176,6 +177,8 @@ class ReferenceEngine:
         return draft
 
     def _generate(self, prefix: list[int], sampling: Sampling, selection: Selection | None) -> Draft:
+        if sampling.penalties and (selection is not None or sampling.trigger_threshold is not None):
+            raise ValueError("penalties go with plain decoding alone")
         ids: list[int] = []
         rows, decisions, usage, triggered = [], [], Usage(prefill=len(prefix)), None
         before = prefix[len(prefix) - sampling.first_step :]
@@ -190,7 +193,9 @@ class ReferenceEngine:
                 top = order[: sampling.trigger_support]
                 triggered = Triggered(value, top.numpy(), logprobs_V[top].numpy())
                 break
-            token = draw(logprobs_V, sampling, float(uniforms(sampling.seed, step, 1)[0]))
+            raw_V, penalties = self._masked(self.after(prefix + ids)[1]), sampling.penalties
+            picked_V = penalise(raw_V, prefix[: len(prefix) - len(before)], before + ids, penalties)
+            token = draw(picked_V.log_softmax(-1), sampling, float(uniforms(sampling.seed, step, 1)[0]))
             if selection is not None and value >= selection.threshold and step >= selection.warmup:
                 decision = self._select(prefix + ids, logprobs_V, order[:64], step, value, selection, sampling)
                 decisions.append(decision)
@@ -226,6 +231,8 @@ class ReferenceEngine:
         self, prefix: list[int], sampling: Sampling, multiplex: MultiplexSettings, tell: Tell | None = None
     ) -> Draft:
         self._count("generate_multiplex")
+        if sampling.penalties:
+            raise ValueError("penalties go with plain decoding alone")
         embed = self.model.get_input_embeddings()
         inputs = [embed(torch.tensor(token)) for token in prefix]
         ids: list[int] = []
@@ -287,6 +294,18 @@ class ReferenceEngine:
             top_N = self._masked(logits_V).sort(descending=True).values[:support]
             rows.append(torch.cat([hidden_H, embedding_H, top_N]).numpy())
         return np.stack(rows).astype(np.float32)
+
+
+def penalise(logits_V: torch.Tensor, prompt: list[int], output: list[int], penalties: Penalties) -> torch.Tensor:
+    """The logits [V] with what each token of the text costs, one token after the other."""
+    penalised_V = logits_V.clone()
+    for token in set(prompt + output):
+        if penalties.repetition != 1.0:
+            positive = bool(penalised_V[token] > 0)
+            penalised_V[token] *= 1 / penalties.repetition if positive else penalties.repetition
+        if token in output:
+            penalised_V[token] -= penalties.presence + output.count(token) * penalties.frequency
+    return penalised_V
 
 
 def draw(logprobs_V: torch.Tensor, sampling: Sampling, u: float) -> int:

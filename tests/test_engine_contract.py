@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,22 @@ from reference_engine import (
     vllm_engines,
 )
 
-from s2t_models.engines.contract import ContextOverflow, Engine, FusedSelecting, Sampling, Selecting, Selection
+from s2t_models.engines.contract import (
+    NO_PENALTIES,
+    ContextOverflow,
+    Engine,
+    FusedSelecting,
+    Penalties,
+    Sampling,
+    Selecting,
+    Selection,
+)
 from s2t_models.engines.telling import joined, told
 from s2t_models.policies.base import Engines, Request
 from s2t_models.policies.local import Local, generate_selecting
 from s2t_models.policies.multiplex import MultiplexEngine
 from s2t_models.policies.r2r import FeatureEngine, RoutingEngine
-from s2t_models.settings import CandidateSettings
+from s2t_models.settings import CandidateSettings, MultiplexSettings
 
 TEXTS = ("Ada has 12 ", "8+5=", "Tom and Ida, ", "x", "then 4 more ", "Q: 7 of 90?\n", "zebra ", "(a)(b)")
 PROMPTS = [encode(text) for text in TEXTS]
@@ -228,6 +238,43 @@ def test_min_p_and_top_k_leave_out_what_is_less_probable(engines, reference):
         strict=True,
     ):
         assert ours.ids == theirs.ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_penalties_count_what_is_there_already(engines, reference, temperature):
+    """Each in one batch with the others and with none; a draft that goes on counts what was written before it."""
+    every = [Penalties(presence=1.5), Penalties(frequency=1.2), Penalties(repetition=1.5), Penalties(0.5, 0.5, 0.9)]
+    asked = [
+        (prompt, Sampling(12, temperature, seed=4, support=4, penalties=penalties))
+        for penalties in [NO_PENALTIES, *every]
+        for prompt in PROMPTS[:4]
+    ]
+
+    async def drafts(all_of: Engines, calls: list[tuple[list[int], Sampling]]) -> list[Any]:
+        return await asyncio.gather(*(all_of["slm"].generate(prompt, sampling) for prompt, sampling in calls))
+
+    ours, theirs = (asyncio.run(drafts(all_of, asked)) for all_of in (engines, reference))
+    assert [draft.ids for draft in ours] == [draft.ids for draft in theirs]
+    plain = [draft.ids for draft in ours[:4]]
+    assert all([draft.ids for draft in ours[at : at + 4]] != plain for at in range(4, len(ours), 4))
+    for one, other in zip(ours, theirs, strict=True):  # what is told of a step is the model's own
+        np.testing.assert_allclose(one.supported.logprobs_TN, other.supported.logprobs_TN, atol=1e-4)
+    begun = [(*call, draft.ids) for call, draft in zip(asked, ours, strict=True) if len(draft.ids) > 6]
+    rest = [(prompt + ids[:6], replace(sampling, max_tokens=6, first_step=6)) for prompt, sampling, ids in begun]
+    assert [draft.ids for draft in asyncio.run(drafts(engines, rest))] == [ids[6:] for *_, ids in begun]
+
+
+def test_penalties_go_with_plain_decoding_alone(engines):
+    local, asked = engines["s2t-local"], Sampling(4, penalties=Penalties(frequency=1.0))
+    selection = Selection(0.3, CandidateSettings(k=4))
+    drafts = [local.generate(PROMPTS[0], replace(asked, trigger_threshold=0.3))]
+    if isinstance(local, FusedSelecting):
+        drafts.append(local.generate_selecting(PROMPTS[0], asked, selection))
+    if isinstance(engines["slm"], MultiplexEngine):
+        drafts.append(engines["slm"].generate_multiplex(PROMPTS[0], asked, MultiplexSettings()))
+    for draft in drafts:
+        with pytest.raises(ValueError, match="penalties go with plain decoding"):
+            asyncio.run(draft)
 
 
 def test_noise_depends_on_seed_and_step_alone(engines):

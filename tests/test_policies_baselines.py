@@ -29,7 +29,7 @@ from tiny_families import FAMILIES, family_tokenizer, write_pair
 from s2t_models import chat, loading
 from s2t_models.answers.final_answer import boxed
 from s2t_models.answers.voting import vote
-from s2t_models.engines.contract import Draft, Sampling, Scores, Usage
+from s2t_models.engines.contract import Draft, Penalties, Sampling, Scores, Usage
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.hosting import Hosted, Hosting
 from s2t_models.policies.base import Engines, Request
@@ -216,6 +216,18 @@ def test_specreason_expected_digit(reference):
     p = reference["teacher"].logprobs(PROMPT + step + encode("?")).exp()[encode("0123456789")]
     assert first.value == pytest.approx(float((p / p.sum()) @ torch.arange(10.0)), abs=1e-4)
     assert len(decoded.ids) <= 20
+
+
+def test_specreasons_penalties_see_the_steps_before(engines):
+    """All of them accepted, the text is that of one draft."""
+    settings, penalties = SpecReasonSettings(accept=0, delimiter=" ", step_tokens=8), Penalties(frequency=1.5)
+    decoded = run(SpecReason("specreason", "?", settings, 3), engines, Request(PROMPT, 20, 1, penalties=penalties))
+    drawn = Sampling(20, settings.sampler.temperature, settings.sampler.top_p, settings.sampler.top_k, seed=1)
+    draft, plain = (
+        asyncio.run(engines["slm"].generate(PROMPT, asked)) for asked in (replace(drawn, penalties=penalties), drawn)
+    )
+    assert len(decoded.decisions) > 1
+    assert decoded.ids == draft.ids != plain.ids
 
 
 def test_a_segment_is_the_same_text_whatever_the_chunk(engines):

@@ -69,6 +69,11 @@ def test_every_policy_is_offered_under_its_name(router):
     }
 
 
+def test_penalties_are_for_policies_that_decode_plainly():
+    taking = {name for name, built in offer(hosting())[0].items() if built.takes_penalties}
+    assert taking == {"greedy", "sample", "maj@8", "llm", "llm-sample", "specreason", "kd", "distilled"}
+
+
 def test_what_cannot_be_served_is_not_offered_and_says_why():
     bare = hosting(thresholds={})
     offered, refused = offer(bare.only(["slm", "teacher"]))

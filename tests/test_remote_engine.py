@@ -11,7 +11,7 @@ import pytest
 from ray.exceptions import RayActorError
 from reference_engine import END, PROMPT, card, reference_engines, tiny_pair
 
-from s2t_models.engines.contract import Draft, Engine, Sampling, Selection, Written
+from s2t_models.engines.contract import NO_PENALTIES, Draft, Engine, Penalties, Sampling, Selection, Written
 from s2t_models.engines.telling import joined, told
 from s2t_models.settings import CandidateSettings
 from serving import engine_deployment
@@ -73,10 +73,12 @@ def streamed(handle: Handle, method: str, *arguments: Any) -> tuple[Written, Dra
 
 
 @pytest.mark.parametrize("breaks_at", [0, 1, 5, 11])
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_another_replica_goes_on_with_the_same_text(breaks_at: int, temperature: float):
+@pytest.mark.parametrize(
+    ("temperature", "penalties"), [(0.0, NO_PENALTIES), (0.8, NO_PENALTIES), (0.8, Penalties(-1.0, -0.5, 1.2))]
+)
+def test_another_replica_goes_on_with_the_same_text(breaks_at: int, temperature: float, penalties: Penalties):
     engine = reference_engines(tiny_pair())["slm"]
-    asked = Sampling(12, temperature=temperature, seed=4)
+    asked = Sampling(12, temperature=temperature, seed=4, penalties=penalties)
     whole = asyncio.run(engine.generate(PROMPT, asked))
     assert len(whole.ids) == 12
     handle = Handle(engine, [breaks_at])

@@ -165,6 +165,18 @@ def test_a_stop_string_ends_the_text(client):
     assert ask(client, chat(stop=stop, max_tokens=written - 1))["choices"][0]["finish_reason"] == "length"
 
 
+def test_penalties_change_the_text_and_the_repetition_penalty_is_transformers(client, tokenizer):
+    plain, prompt = text(ask(client, chat(QUESTIONS[1]))), prompt_ids(tokenizer, QUESTIONS[1])
+    for name in ("presence_penalty", "frequency_penalty"):
+        assert text(ask(client, chat(QUESTIONS[1], **{name: 1.5}))) != plain
+        assert text(ask(client, chat(QUESTIONS[1], **{name: 0}))) == plain
+    expected = loading.load_model(SLM).generate(
+        torch.tensor([prompt]), max_new_tokens=LONG, do_sample=False, repetition_penalty=1.3
+    )[0, len(prompt) :]
+    answered = text(ask(client, chat(QUESTIONS[1], repetition_penalty=1.3)))
+    assert answered == tokenizer.decode(expected, skip_special_tokens=True) != plain
+
+
 def test_completions_take_a_text_or_token_ids(client, tokenizer):
     ids = prompt_ids(tokenizer, QUESTIONS[1])
     expected = text(ask(client, chat(QUESTIONS[1])))
@@ -218,7 +230,13 @@ def test_health_and_models_say_what_is_served(client, endpoint: str):
         (chat(model="s2t@0.33"), 404, "model", "model_not_found", "no kl threshold for budget 0.33"),
         (chat(tools=[{"type": "function"}]), 400, "tools", "invalid_value", "not supported here"),
         (chat(response_format={"type": "json_object"}), 400, "response_format", "invalid_value", "not supported"),
-        (chat(presence_penalty=0.5), 400, "presence_penalty", "invalid_value", "leave it out, or send 0"),
+        *(
+            (chat(model=model, frequency_penalty=0.5), 400, "frequency_penalty", "invalid_value", f"{model} takes no")
+            for model in ("takeover", "s2t", "s2t-random", "s2t-local", "s2t-local-kl", "multiplex")
+        ),
+        (chat(model="s2t", presence_penalty=1), 400, "presence_penalty", "invalid_value", "greedy, sample, llm"),
+        (chat(presence_penalty=2.5), 400, "presence_penalty", "invalid_value", "less than or equal to 2"),
+        (chat(repetition_penalty=0), 400, "repetition_penalty", "invalid_value", "greater than 0"),
         (chat(model="s2t", logprobs=True), 400, "logprobs", "invalid_value", "greedy, sample, llm, llm-sample, kd"),
         (chat(top_logprobs=2), 400, "top_logprobs", "invalid_value", "send logprobs: true"),
         (chat(max_tokens="5"), 400, "max_tokens", "invalid_value", "valid integer"),

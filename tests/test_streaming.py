@@ -85,6 +85,14 @@ def test_every_policy_streams_what_it_answers(client, name: str):
     assert [d["chosen"] for d in decisions] == [d["chosen"] for d in answer["s2t"]["decisions"]]
 
 
+@pytest.mark.parametrize("name", ["sample", "maj@3", "specreason"])
+def test_penalties_stream_what_they_answer(client, name: str):
+    body = chat(model=name, seed=3, frequency_penalty=2, repetition_penalty=1.5)
+    answer = whole(client, body)["choices"][0]["message"]["content"]
+    assert text_of(stream(client, body)) == answer
+    assert answer != whole(client, chat(model=name, seed=3))["choices"][0]["message"]["content"]
+
+
 def test_decisions_come_with_their_texts(client, tokenizer):
     chunks = stream(client, chat(model="s2t", s2t={"decisions": True}))
     seen = 0

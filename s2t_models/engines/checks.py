@@ -40,9 +40,16 @@ class Checks:
     def draft(self, prefix: list[int], sampling: Sampling) -> None:
         if sampling.max_tokens < 1:
             raise ValueError(f"max_tokens = {sampling.max_tokens}: a draft has at least one token")
-        if sampling.trigger_threshold is not None and not self.has_selector:
-            raise ValueError(f"{self.card.name} has no trigger head: it is not an S2T-Local artifact")
+        if sampling.trigger_threshold is not None:
+            if not self.has_selector:
+                raise ValueError(f"{self.card.name} has no trigger head: it is not an S2T-Local artifact")
+            self.unpenalised(sampling)
         self.tokens(prefix, sampling.max_tokens)
+
+    def unpenalised(self, sampling: Sampling) -> None:
+        """A draft that is not decoded plainly: what it proposes and draws goes by the model's own probabilities."""
+        if sampling.penalties:
+            raise ValueError(f"{self.card.name}: penalties go with plain decoding alone")
 
     def scored(self, tokens: list[int], start: int, ids_TN: np.ndarray) -> None:
         """Rows of ids along `tokens`, the first of them at `start`."""

@@ -35,19 +35,46 @@ Capability = Literal["select", "fused_select", "entropy", "seeded_noise", "multi
 
 
 @dataclass(frozen=True)
+class Penalties:
+    """What it costs a token to come again, taken off its logit before the temperature.
+
+    `presence` and `frequency`, as OpenAI has them, go by the output alone: the first is taken off once where the token
+    was written, the second as often as it was. `repetition`, as transformers has it, goes by prompt and output: the
+    logit of a token that is there is divided by it where it is positive, else multiplied. Negative ones, and a
+    repetition below 1, make tokens come again. Raises ValueError where the repetition is not positive."""
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.repetition > 0.0:
+            raise ValueError(f"repetition penalty = {self.repetition}: it is above 0, and 1 changes nothing")
+
+    def __bool__(self) -> bool:
+        """Whether they change anything."""
+        return (self.presence, self.frequency, self.repetition) != (0.0, 0.0, 1.0)
+
+
+NO_PENALTIES = Penalties()
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How `generate` picks tokens, and when it stops.
 
     `temperature` 0 is greedy. `first_step` is the step of the first token generated: a draft that goes on where another
     stopped passes the number of tokens decoded so far, so that the noise of a step depends on (seed, step) alone.
     `top_p`, `top_k` (0: all) and `min_p` (a share of the best token's probability) leave out what is less probable.
-    `support` asks for the top-N ids and log-probabilities of every step (0: none).
+    `penalties` change which token is picked, greedily or not; log-probabilities stay the model's own. `support` asks
+    for the top-N ids and log-probabilities of every step (0: none).
 
-    The draft ends with the token that completes one of the `stop` texts in the output, which began `first_step` tokens
-    before the end of the prefix.
+    The output began `first_step` tokens before the end of the prefix: penalties and stop texts see it whole. The draft
+    ends with the token that completes one of the `stop` texts in it.
 
     With `trigger_threshold` the draft stops *before* the first step, from step `trigger_warmup` on, whose trigger-head
-    logit reaches it; the top `trigger_support` tokens of that step come with it. Needs the capability "select".
+    logit reaches it; the top `trigger_support` tokens of that step come with it. Needs the capability "select", and
+    takes no penalties.
     """
 
     max_tokens: int
@@ -55,6 +82,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    penalties: Penalties = NO_PENALTIES
     seed: int = 0
     first_step: int = 0
     stop: tuple[str, ...] = ()

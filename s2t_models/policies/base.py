@@ -15,12 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from s2t_models.engines.contract import (
+    NO_PENALTIES,
     Capability,
     ContextOverflow,
     Decision,
     Draft,
     Engine,
     Finish,
+    Penalties,
     Sampling,
     Support,
     Tell,
@@ -37,9 +39,10 @@ Source = Literal["slm", "teacher", "selected"]
 @dataclass(frozen=True)
 class Request:
     """One prompt to decode. `temperature`, `top_p`, `top_k` and `min_p` override what a policy would use itself (None:
-    its own setting); the output ends with the token that completes one of the `stop` texts; `options` are the texts of
-    a multiple choice's options A, B, ..., for policies that vote. `support` asks for the top-N of every step of a
-    policy that is `scored_by` an engine. `live`: the tokens are wanted as they are written, not at the end."""
+    its own setting); `penalties` are for policies that take them; the output ends with the token that completes one of
+    the `stop` texts; `options` are the texts of a multiple choice's options A, B, ..., for policies that vote.
+    `support` asks for the top-N of every step of a policy that is `scored_by` an engine. `live`: the tokens are wanted
+    as they are written, not at the end."""
 
     prompt: list[int]
     max_tokens: int
@@ -48,6 +51,7 @@ class Request:
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
+    penalties: Penalties = NO_PENALTIES
     stop: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     support: int = 0
@@ -105,8 +109,9 @@ class Policy(ABC):
     calls of them.
 
     `kind` is the name without K and budget. `k`, `budget` and `votes` are None where they mean nothing to the
-    policy. `decodes_many`: it takes a place for each of its decodes itself. `scored_by` is the engine whose
-    log-probabilities the output has, where one model alone writes it, else None."""
+    policy. `decodes_many`: it takes a place for each of its decodes itself. `takes_penalties`: its output is decoded
+    plainly from end to end, and nothing is decided by the probabilities that penalties change. `scored_by` is the
+    engine whose log-probabilities the output has, where one model alone writes it, else None."""
 
     name: str
     needs: Needs
@@ -114,6 +119,7 @@ class Policy(ABC):
     budget: float | None = None
     votes: int | None = None
     decodes_many: ClassVar[bool] = False
+    takes_penalties: ClassVar[bool] = False
     scored_by: str | None = None
 
     @property
@@ -153,6 +159,7 @@ def sampling(
         top_p=sampler.top_p if request.top_p is None else request.top_p,
         top_k=sampler.top_k if request.top_k is None else request.top_k,
         min_p=0.0 if request.min_p is None else request.min_p,
+        penalties=request.penalties,
         seed=request.seed if seed is None else seed,
         first_step=first_step,
         stop=request.stop,

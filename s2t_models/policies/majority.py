@@ -28,6 +28,7 @@ class Majority(Policy):
     sampler: SamplerSettings
     votes: int = 8
     decodes_many: ClassVar[bool] = True
+    takes_penalties: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from s2t_models.hosting import Hosting
 from s2t_models.policies.base import (
@@ -28,6 +29,7 @@ class SingleModel(Policy):
     name: str
     engine: str = "slm"
     sampler: SamplerSettings = GREEDY
+    takes_penalties: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]

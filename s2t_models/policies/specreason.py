@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -75,6 +76,7 @@ class SpecReason(Policy):
     verify: str
     settings: SpecReasonSettings = field(default_factory=SpecReasonSettings)
     chunk: int = 16
+    takes_penalties: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]

@@ -29,6 +29,7 @@ from s2t_models.engines.contract import (
     Usage,
     Written,
 )
+from s2t_models.engines.penalising import Repeats
 from s2t_models.engines.sampling import top
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.noise import uniforms
@@ -78,6 +79,7 @@ class Feed:
     ids: list[int]
     sampling: Sampling | None = None
     step: int = 0
+    repeats: Repeats | None = None
     support: int = 0
     trigger: bool = False
     choose: Callable[[torch.Tensor], int] | None = None
@@ -106,6 +108,7 @@ class _Drafting:
         self.cached, self.prefix, self.sampling, self.output, self.asked = cached, prefix, sampling, output, asked
         self.ids: list[int] = []
         self._before = prefix[len(prefix) - sampling.first_step :]  # the output's tokens in the prefix
+        self._repeats = Repeats(sampling.penalties, prefix, sampling.first_step) if sampling.penalties else None
         self.supports: list[tuple[np.ndarray, np.ndarray, float]] = []  # of each step: ids, log-probabilities, entropy
         self.decisions: list[Decision] = []
         self.usage = Usage()
@@ -133,11 +136,13 @@ class _Drafting:
     def feed(self, start: int, ids: list[int], ahead: int = 0, **more: Any) -> Feed:
         self.usage.forwards += 1
         asked: dict[str, Any] = {"sampling": self.sampling, "step": self.step + ahead, "support": self.sampling.support}
-        return Feed(start, ids, **(asked | self.asked | more))
+        return Feed(start, ids, repeats=self._repeats, **(asked | self.asked | more))
 
     def add(self, token: int, step: Step, decision: Decision | None = None) -> Finish | None:
         self.ids.append(token)
         self.usage.decode += 1
+        if self._repeats is not None:
+            self._repeats.add(token)
         if self.sampling.support:
             self.supports.append((*step.look(self.sampling.support), step.entropy))
         if decision is not None:

@@ -37,6 +37,7 @@ from s2t_models.engines.contract import (
     Tell,
     Written,
 )
+from s2t_models.engines.penalising import penalised
 from s2t_models.engines.sampling import pick, support
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.engines.torch import calls, families
@@ -126,6 +127,7 @@ class TorchEngine:
         self, prefix: list[int], sampling: Sampling, selection: Selection, tell: Tell | None = None
     ) -> Draft:
         self._check.draft(prefix, sampling)
+        self._check.unpenalised(sampling)
         self._check.selector(selection.candidates.k)
         output = self._output_of(sampling, tell)
         return await self._call(
@@ -136,6 +138,7 @@ class TorchEngine:
         self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings, tell: Tell | None = None
     ) -> Draft:
         self._check.draft(prefix, sampling)
+        self._check.unpenalised(sampling)
         output = self._output_of(sampling, tell)
         return await self._call(
             prefix, lambda cached: calls.generate_multiplex(cached, prefix, sampling, output, settings, self._embed)
@@ -350,7 +353,7 @@ class TorchEngine:
             for sampling, feed in zip(samplings, feeds, strict=True)
         ]
         tokens = pick(
-            logits_BV,
+            penalised(logits_BV, {row: feed.repeats for row, feed in enumerate(feeds) if feed.repeats is not None}),
             [sampling.temperature for sampling in samplings],
             [sampling.top_p for sampling in samplings],
             [sampling.top_k for sampling in samplings],

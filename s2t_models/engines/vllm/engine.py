@@ -14,7 +14,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -126,6 +126,7 @@ class VllmEngine:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
+            penalties=astuple(sampling.penalties) if sampling.penalties else (),
             support=sampling.support,
             threshold=sampling.trigger_threshold,
             warmup=sampling.trigger_warmup,

@@ -31,7 +31,8 @@ def as_they_were(ids_BW: np.ndarray, vocabulary: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Decoding:
-    """Decode as `contract.Sampling` says. The step is counted by the worker from `first_step`."""
+    """Decode as `contract.Sampling` says. The step is counted by the worker from `first_step`. `penalties` are the
+    presence, frequency and repetition penalty; empty where they change nothing."""
 
     seed: int
     first_step: int
@@ -39,6 +40,7 @@ class Decoding:
     top_p: float
     top_k: int
     min_p: float
+    penalties: tuple[float, ...]
     support: int
     threshold: float | None
     warmup: int

@@ -16,6 +16,8 @@ import torch
 from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.sampler import Sampler
 
+from s2t_models.engines.contract import Penalties
+from s2t_models.engines.penalising import Repeats, penalised
 from s2t_models.engines.sampling import pick, support, top
 from s2t_models.engines.vllm.requests import Decoding, Leaf, told_apart
 from s2t_models.noise import uniforms
@@ -42,10 +44,23 @@ class Selector:
 
 @dataclass(frozen=True)
 class Row:
-    """A request of the batch: what it asked for, and the step it is at, counted from its `first_step`."""
+    """A request of the batch: what it asked for, its prompt, and what was written behind that."""
 
     asked: Any
-    step: int
+    prompt: list[int]
+    written: list[int]
+
+    @property
+    def step(self) -> int:
+        """The step it is at, counted from its `first_step`."""
+        return len(self.written) + (self.asked.first_step if isinstance(self.asked, Decoding) else 0)
+
+    @property
+    def repeats(self) -> Repeats | None:
+        """What its penalties bear on; None where it has none."""
+        if not isinstance(self.asked, Decoding) or not self.asked.penalties:
+            return None
+        return Repeats(Penalties(*self.asked.penalties), self.prompt + self.written, self.step)
 
 
 class S2TSampler(Sampler):
@@ -94,7 +109,7 @@ class S2TSampler(Sampler):
             for sampling, row in zip(samplings, rows, strict=True)
         ]
         return pick(
-            text_BV,
+            penalised(text_BV, {i: repeats for i, row in enumerate(rows) if (repeats := row.repeats) is not None}),
             [sampling.temperature for sampling in samplings],
             [sampling.top_p for sampling in samplings],
             [sampling.top_k for sampling in samplings],
@@ -167,4 +182,4 @@ class _Table:
         return LogprobsTensors(ids_BW, self._values_BW, torch.zeros(len(tokens), dtype=torch.int32))
 
 
-_GREEDY = Decoding(0, 0, 0.0, 1.0, 0, 0.0, 0, None, 0, 0)
+_GREEDY = Decoding(0, 0, 0.0, 1.0, 0, 0.0, (), 0, None, 0, 0)

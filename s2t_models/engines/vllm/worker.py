@@ -16,7 +16,7 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 
 from s2t_models.artifact import Artifact
-from s2t_models.engines.vllm.requests import Decoding, Labelling, unpack
+from s2t_models.engines.vllm.requests import Labelling, unpack
 from s2t_models.engines.vllm.sampler import Row, S2TSampler, Selector
 from s2t_models.reserved import bins as uniform_bins
 
@@ -70,8 +70,7 @@ class _Prepared:
         for request_id in self._runner.input_batch.req_ids:
             request = self._runner.requests[request_id]
             asked = unpack(request.sampling_params.extra_args)
-            first = asked.first_step if isinstance(asked, Decoding) else 0
-            rows.append(Row(asked, first + len(request.output_token_ids)))
+            rows.append(Row(asked, request.prompt_token_ids, request.output_token_ids))
         return rows
 
     def _label(self, hidden_TH: torch.Tensor, scheduled: dict[str, int]) -> dict[str, LogprobsTensors | None]:
