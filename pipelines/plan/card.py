@@ -13,22 +13,25 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Card:
     """`memory` in bytes, `flops` in half precision and `bandwidth` of the memory, both at their peak and a second;
-    `compute` and `reading` are the shares of them that plain PyTorch is taken to reach, and `layer` the seconds that
-    starting a layer's kernels takes at least. `overhead` are the bytes of a process that holds nothing yet."""
+    `compute` and `reading` are the shares of them that plain PyTorch is taken to reach, `stepwise` that of `flops` where
+    it writes or trains, in which few tokens are computed at once and much else is done between. `layer` are the seconds
+    that starting a layer's kernels takes at least, `overhead` the bytes of a process that holds nothing yet."""
 
     name: str
     memory: float
     flops: float
     bandwidth: float
     compute: float = 0.4
+    stepwise: float = 0.4
     reading: float = 0.6
     layer: float = 0.8e-3
     overhead: float = 1.0 * GIB
     is_gpu: bool = True
 
-    def seconds(self, flops: float, read: float = 0.0, layers: int = 0) -> float:
+    def seconds(self, flops: float, read: float = 0.0, layers: int = 0, stepwise: bool = False) -> float:
         """Of arithmetic and of reading memory, one after the other, and of starting `layers` layers."""
-        work = flops / (self.flops * self.compute) + read / (self.bandwidth * self.reading)
+        share = self.stepwise if stepwise else self.compute
+        work = flops / (self.flops * share) + read / (self.bandwidth * self.reading)
         return max(work, layers * self.layer)
 
     def __str__(self) -> str:
@@ -41,7 +44,7 @@ class Card:
 def _cpu() -> Card:
     """This machine, with what two cores with bfloat16 instructions were measured at."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Card("cpu", memory, 0.33e12, 15e9, 1.0, 1.0, 0.0, 0.6 * GIB, is_gpu=False)
+    return Card("cpu", memory, 0.33e12, 15e9, 1.0, 0.6, 1.0, 0.0, 0.6 * GIB, is_gpu=False)
 
 
 #: Vendors' figures: dense half precision, and the memory that the driver reports.

@@ -260,7 +260,7 @@ class Plan:
         flops += base * self.slm.flops(trunk, trunk / 2, 0)
         # Both models' logits at each state, and the tuned one's gradient.
         flops += 3 * batches * self.answer * 2 * self.slm.head
-        seconds = self.card.seconds(flops) / settings.workers
+        seconds = self.card.seconds(flops, stepwise=True) / settings.workers
         tokens = batches * packed
         work = {
             "training": f"{settings.steps} steps of {settings.batch} trajectories, {_count(tokens)} packed tokens, "
@@ -323,7 +323,7 @@ class Plan:
         """Seconds of writing answers, `batch` at a time: each step reads the weights and the cache so far once."""
         seen = self.assumed.prompt + answer / 2
         read = (cost.body + cost.head) * cost.dtype.itemsize + batch * seen * cost.cache(1) / cost.context
-        step = self.card.seconds(cost.flops(batch, seen), read, cost.layers)
+        step = self.card.seconds(cost.flops(batch, seen), read, cost.layers, stepwise=True)
         prompts = self.card.seconds(cost.flops(answers * self.assumed.prompt, self.assumed.prompt / 2, answers))
         return answers * answer / batch * step + prompts
 
