@@ -24,6 +24,12 @@ Thresholds = Mapping[str, Mapping[float, float]]
 LOCAL = "s2t-local"
 
 
+def alongside(engine: str, name: str | None) -> str:
+    """What a further artifact or router of the recipe is served as, an engine or a policy: s2t-local:NAME, r2r:NAME.
+    None is the recipe's own."""
+    return engine if name is None else f"{engine}:{name}"
+
+
 @dataclass(frozen=True)
 class Hosted:
     """One engine, on the device and slots of `settings`: a model, or the S2T-Local artifact in a folder; it never
@@ -43,14 +49,25 @@ class Hosted:
 
 
 @dataclass(frozen=True)
+class NamedArtifact:
+    """How an artifact decodes that is served beside the recipe's own: `recipe` with its score temperature and prior
+    weight, and its thresholds."""
+
+    recipe: Recipe
+    thresholds: Thresholds
+
+
+@dataclass(frozen=True)
 class Hosting:
-    """A recipe and what it hosts. `digest` is that of the recipe as it was given."""
+    """A recipe and what it hosts. `digest` is that of the recipe as it was given; `artifacts` are those beside its own,
+    by name."""
 
     recipe: Recipe
     digest: str
     slm: Hosted
     engines: Mapping[str, Hosted]
     thresholds: Thresholds = field(default_factory=dict)
+    artifacts: Mapping[str, NamedArtifact] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> ModelSettings:
@@ -61,9 +78,15 @@ class Hosting:
         """With no other engines than those named."""
         return replace(self, engines={name: engine for name, engine in self.engines.items() if name in names})
 
+    def decoding_with(self, artifact: str) -> Hosting:
+        """As it would be with this one of the other artifacts as the recipe's own."""
+        other = self.artifacts[artifact]
+        return replace(self, recipe=other.recipe, thresholds=other.thresholds)
+
 
 def host(recipe: Recipe) -> Hosting:
-    """Resolve a recipe: slm, teacher, s2t-local where there is an artifact, and each further checkpoint.
+    """Resolve a recipe: slm, teacher, s2t-local where there is an artifact, and each further checkpoint, artifact and
+    router; a further router has an SLM of its own to run beside.
 
     Raises RecipeError where a folder is missing, or tokenizers, weights or thresholds do not belong together.
     """
@@ -73,12 +96,20 @@ def host(recipe: Recipe) -> Hosting:
         checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
         engines[name] = Hosted(name, checkpoint, slm.masked_ids)
         _check_tokenizer(engines[name], recipe)
-    artifact = _artifact(recipe) if recipe.artifact else None
+    artifact = _own_artifact(recipe, recipe.artifact) if recipe.artifact else None
     if artifact:
         engines[LOCAL] = replace(slm, name=LOCAL, artifact=artifact.folder.resolve())
+    artifacts = {}
+    for name, path in recipe.artifacts.items():
+        other, engine = _artifact(f"artifacts.{name}", path, recipe), alongside(LOCAL, name)
+        engines[engine] = replace(slm, name=engine, artifact=other.folder.resolve())
+        artifacts[name] = NamedArtifact(_decoding_as_made(other, recipe), _thresholds(recipe, other))
     if recipe.router.path is not None:
-        engines["slm"] = replace(slm, router=_router(recipe, Path(recipe.router.path)))
-    return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe, artifact))
+        engines["slm"] = replace(slm, router=_router("router.path", recipe.router.path, recipe))
+    for name, path in recipe.routers.items():
+        engine = alongside("slm", name)
+        engines[engine] = replace(slm, name=engine, router=_router(f"routers.{name}", path, recipe))
+    return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe, artifact), artifacts)
 
 
 def pair(recipe: Recipe) -> dict[str, Hosted]:
@@ -113,22 +144,35 @@ def _thresholds(recipe: Recipe, artifact: Artifact | None) -> Thresholds:
     return found
 
 
-def _router(recipe: Recipe, path: Path) -> Path:
-    if not (path / SETTINGS).is_file():
-        raise RecipeError(f"router.path: {path} holds no router; `s2t distil --objective router` trains one")
-    provenance = read_provenance(path)
-    _same_weights("router.path", path, "SLM", provenance.base_weights if provenance else None, recipe.slm)
-    return path.resolve()
+def _router(key: str, path: str, recipe: Recipe) -> Path:
+    folder = Path(path)
+    if not (folder / SETTINGS).is_file():
+        raise RecipeError(f"{key}: {folder} holds no router; `s2t distil --objective router` trains one")
+    provenance = read_provenance(folder)
+    _same_weights(key, folder, "SLM", provenance.base_weights if provenance else None, recipe.slm)
+    return folder.resolve()
 
 
-def _artifact(recipe: Recipe) -> Artifact:
+def _artifact(key: str, path: str, recipe: Recipe) -> Artifact:
     try:
-        artifact = Artifact.load(str(recipe.artifact))
+        artifact = Artifact.load(path)
     except ArtifactError as error:
-        raise RecipeError(f"artifact: {error}") from None
-    card = artifact.card
-    _same_weights("artifact", artifact.folder, "SLM", card.provenance.base_weights, recipe.slm)
+        raise RecipeError(f"{key}: {error}") from None
+    _same_weights(key, artifact.folder, "SLM", artifact.card.provenance.base_weights, recipe.slm)
+    return artifact
+
+
+def _decoding_as_made(artifact: Artifact, recipe: Recipe) -> Recipe:
+    card, policies = artifact.card, recipe.policies
+    local = policies.local.model_copy(update={"prior_weight": card.prior_weight})
+    distil = recipe.distil.model_copy(update={"temperature": card.temperature})
+    return recipe.model_copy(update={"distil": distil, "policies": policies.model_copy(update={"local": local})})
+
+
+def _own_artifact(recipe: Recipe, path: str) -> Artifact:
+    artifact = _artifact("artifact", path, recipe)
     check_decoding(artifact, recipe)
+    card = artifact.card
     if card.reserved_ids != (reserved := reserved_rows(recipe)):
         raise RecipeError(
             f"artifact: {artifact.folder} scores with {describe(card.reserved_ids)}, the recipe says "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -38,6 +39,8 @@ from s2t_models.settings import (
 
 #: What no further checkpoint can be called.
 ENGINES = {"slm", "teacher", "s2t-local"}
+#: What is served beside the recipe's own is called in the names of policies, engines and files, and by `--set`.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class RecipeError(UserError):
@@ -52,6 +55,8 @@ class Recipe(Settings):
     slm: ModelSettings
     teacher: ModelSettings
     artifact: str | None = None
+    artifacts: dict[str, str] = Field({})
+    routers: dict[str, str] = Field({})
     checkpoints: dict[str, str] = Field({})
     budget: Annotated[float, Field(gt=0, le=1)] = 0.01
     seed: int = Field(0, ge=0)
@@ -97,6 +102,13 @@ class Recipe(Settings):
                     f"{section}.k = {k}: candidates come from the {self.divergence.support} tokens of "
                     "divergence.support"
                 )
+        for section in ("artifacts", "routers", "checkpoints"):
+            for name in getattr(self, section):
+                if not _NAME.fullmatch(name):
+                    raise ValueError(
+                        f"{section}.{name}: a name has letters, digits, dashes and underscores, and begins with a "
+                        "letter or a digit"
+                    )
         if taken := sorted(ENGINES & self.checkpoints.keys()):
             raise ValueError(f"checkpoints.{taken[0]}: that is the name of an engine of every recipe; choose another")
         for stage, role in (("rollout", "slm"), ("label", "teacher")):
@@ -121,6 +133,18 @@ class Recipe(Settings):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would take the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for place, key in enumerate(keys):
+            if key.value in {other.value for other in keys[:place]}:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is there twice", key.start_mark)
+        return node
+
+
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides (values are YAML) and validate it.
 
@@ -129,7 +153,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     with one line that names the file and every wrong key.
     """
     try:
-        values = yaml.safe_load(_find(path).read_text())
+        values = yaml.load(_find(path).read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -157,7 +181,10 @@ def _absolute(recipe: Recipe) -> Recipe:
             "slm": model(recipe.slm),
             "teacher": model(recipe.teacher),
             "artifact": of(recipe.artifact),
-            "checkpoints": {name: of(path) for name, path in recipe.checkpoints.items()},
+            **{
+                section: {name: of(path) for name, path in getattr(recipe, section).items()}
+                for section in ("artifacts", "routers", "checkpoints")
+            },
             "router": recipe.router.model_copy(update={"path": of(recipe.router.path)}),
             "trigger": recipe.trigger.model_copy(update={"calibration": of(recipe.trigger.calibration)}),
             "serving": recipe.serving.model_copy(

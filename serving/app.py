@@ -1,7 +1,7 @@
 """Serve a recipe: its engines and the gateway, on a running Ray cluster or one started here.
 
     python -m serving.app --recipe cluster/recipes/embedded.yaml --set serving.port=8080
-    python -m serving.app models:/embedded-selector/1
+    python -m serving.app models:/embedded-selector/2 models:/embedded-selector/1
 
 `app` is the builder for Serve configuration files and KubeRay's RayService. A recipe that cannot be served is refused
 before anything is deployed. Training and benchmarks are not known here.
@@ -80,22 +80,24 @@ def build(hosting: Hosting, keys: Keys, board: Any = None, spare: bool = False) 
 
 
 def app(args: dict[str, Any]) -> Application:
-    """`serve run serving.app:app recipe=FILE`, or `import_path: serving.app:app` with `args: {recipe, model, set}`;
-    see `chosen`."""
+    """`serve run serving.app:app recipe=FILE`, or `import_path: serving.app:app` with `args: {recipe, model, set}`,
+    where `model` is a version or a list of them; see `chosen`."""
     from s2t_models.hosting import host
 
-    hosting = host(chosen(args.get("model"), args.get("recipe"), args.get("set", ())))
+    models = args.get("model", ())
+    models = [models] if isinstance(models, str) else models
+    hosting = host(chosen(models, args.get("recipe"), args.get("set", ())))
     _check_engines(hosting)
     return build(hosting, read_keys(hosting.recipe.serving.keys_file))
 
 
-def chosen(model: str | None, recipe: str | None, overrides: Sequence[str]) -> Recipe:
-    """The recipe to serve: the one given, with the registered version `model` (models:/NAME/VERSION) in it, or that
-    version's own. Raises RecipeError, and for a version RegistryError or StoreError."""
-    if model is not None:
+def chosen(models: Sequence[str], recipe: str | None, overrides: Sequence[str]) -> Recipe:
+    """The recipe to serve: the one given, with the registered versions `models` (models:/NAME/VERSION) in it, or the
+    first version's own. Raises RecipeError, and for a version RegistryError or StoreError."""
+    if models:
         from serving.registry import recipe_of
 
-        return recipe_of(model, recipe, overrides)
+        return recipe_of(models, recipe, overrides)
     if recipe is None:
         raise RecipeError("nothing to serve: give --recipe FILE, or models:/NAME/VERSION of a registered model")
     return load_recipe(recipe, overrides)
@@ -170,16 +172,19 @@ def run_for_job(hosting: Hosting, name: str, keys: Keys, board: Any, command: st
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="s2t serve", description="Serve a recipe's policies behind the OpenAI API.")
     parser.add_argument(
-        "model", nargs="?", help="a registered model with its recipe: models:/NAME/VERSION or models:/NAME@ALIAS"
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="a registered model with its recipe: models:/NAME/VERSION or models:/NAME@ALIAS; more of them beside it",
     )
-    parser.add_argument("--recipe", help="a YAML file, or a shipped name; beside a model, instead of its own")
+    parser.add_argument("--recipe", help="a YAML file, or a shipped name; with a model, instead of its own")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     options = parser.parse_args(arguments)
 
     def work() -> None:
         from s2t_models.hosting import host
 
-        run(host(chosen(options.model, options.recipe, options.set)))
+        run(host(chosen(options.models, options.recipe, options.set)))
 
     return run_command("serve", work, resumes=False)
 
@@ -261,11 +266,14 @@ def _screen(hosting: Hosting, url: str) -> str:
     from s2t_models.policies import offer
 
     names = list(offer(hosting)[0])
+    beside = [name for name in hosting.engines if ":" in name]
+    weights = [f"beside    {', '.join(beside)}, each with the SLM's weights once more"] if beside else []
     body = {"model": names[0], "messages": [{"role": "user", "content": "What is 3 + 4 * 5?"}]}
     return "\n".join(
         [
             f"endpoint  {url}  (recipe {hosting.recipe.name}; Ctrl-C stops it)",
             f"models    {', '.join(names)}",
+            *weights,
             f"try       curl {url}/chat/completions -H 'Content-Type: application/json' \\",
             f"            -d '{json.dumps(body)}'",
         ]

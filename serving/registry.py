@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,22 +112,57 @@ def weights_of(folder: Path, recipe: Recipe) -> str:
     return loading.weights_hash(recipe.slm.model_copy(update={"path": str(folder), "revision": None}))
 
 
-def recipe_of(uri: str, recipe: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe that serves the version `uri` (models:/NAME/VERSION or models:/NAME@ALIAS): the version's own, or
-    `recipe` with the version's model in it.
+def recipe_of(uris: Sequence[str], recipe: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe that serves the versions `uris` (models:/NAME/VERSION or models:/NAME@ALIAS) side by side: that of the
+    first one, or `recipe`, with their models in it. The first of a kind (artifact, router, checkpoint of an objective)
+    is the recipe's own; a further one is called NAME-VERSION or NAME-ALIAS, where what such a name may not hold becomes
+    a dash.
 
-    Raises RegistryError where there is no such version or it holds no model of this project, StoreError where there is
-    no store, and RecipeError."""
+    Raises RegistryError where there is no such version, it holds no model of this project, or its name is taken,
+    StoreError where there is no store, and RecipeError."""
+    if twice := next((uri for uri in uris if uris.count(uri) > 1), None):
+        raise RegistryError(f"{twice}: is named twice")
+    folders = [_fetched(uri) for uri in uris]
+    chosen = load_recipe(recipe or folders[0] / RECIPE, overrides)
+    kinds: set[str] = set()
+    for uri, folder in zip(uris, folders, strict=True):
+        kind, trained = _kind(folder / TRAINED), str(folder / TRAINED)
+        chosen = _with_further(chosen, kind, trained, uri) if kind in kinds else _with_own(chosen, kind, trained)
+        kinds.add(kind)
+    return chosen
+
+
+def _fetched(uri: str) -> Path:
+    """The folder of a version, which holds a model that was registered here."""
     folder = _fetch(uri)
-    trained = folder / TRAINED
-    if not (folder / RECIPE).is_file() or not (provenance := read_provenance(trained)):
+    if not (folder / RECIPE).is_file() or not read_provenance(folder / TRAINED):
         raise RegistryError(f"{uri}: is no model that `s2t distil` registered ({folder} has no {RECIPE} or {TRAINED})")
-    chosen = load_recipe(recipe or folder / RECIPE, overrides)
+    return folder
+
+
+def _kind(trained: Path) -> str:
+    """What it is: "artifact", "router", or the objective of a checkpoint."""
     if (trained / CARD).is_file():
-        return chosen.model_copy(update={"artifact": str(trained)})
-    if (trained / SETTINGS).is_file():
-        return chosen.model_copy(update={"router": chosen.router.model_copy(update={"path": str(trained)})})
-    return chosen.model_copy(update={"checkpoints": {**chosen.checkpoints, provenance.objective: str(trained)}})
+        return "artifact"
+    provenance = read_provenance(trained)
+    assert provenance is not None
+    return "router" if (trained / SETTINGS).is_file() else provenance.objective
+
+
+def _with_own(recipe: Recipe, kind: str, path: str) -> Recipe:
+    if kind == "artifact":
+        return recipe.model_copy(update={"artifact": path})
+    if kind == "router":
+        return recipe.model_copy(update={"router": recipe.router.model_copy(update={"path": path})})
+    return recipe.model_copy(update={"checkpoints": {**recipe.checkpoints, kind: path}})
+
+
+def _with_further(recipe: Recipe, kind: str, path: str, uri: str) -> Recipe:
+    section = {"artifact": "artifacts", "router": "routers"}.get(kind, "checkpoints")
+    named, name = getattr(recipe, section), re.sub(r"[^A-Za-z0-9_-]+", "-", uri.removeprefix("models:/")).lstrip("_-")
+    if name in named:
+        raise RegistryError(f"{uri}: the recipe has {section}.{name} already; rename or drop that one")
+    return recipe.model_copy(update={section: {**named, name: path}})
 
 
 def _keep(model: LoggedModel, recipe: Recipe, folder: Path) -> None:
@@ -137,6 +172,8 @@ def _keep(model: LoggedModel, recipe: Recipe, folder: Path) -> None:
     alone = recipe.model_copy(
         update={
             "artifact": None,
+            "artifacts": {},
+            "routers": {},
             "checkpoints": {},
             "router": recipe.router.model_copy(update={"path": None}),
             "trigger": recipe.trigger.model_copy(update={"calibration": None}),

@@ -66,29 +66,47 @@ def ray_cluster() -> Iterator[str]:
 def untrained_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded SLM as an S2T-Local artifact nobody trained: its rows and its head are drawn at random, which is all
     that plumbing and exactness need. The recipe's budget triggers often."""
+    from s2t_models.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path)
+    budget = recipe.budget
+    thresholds = {"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}}
+    return _untrained(recipe, tmp_path_factory.mktemp("artifact") / "untrained", thresholds, 0)
+
+
+@pytest.fixture(scope="session")
+def other_artifact(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one, drawn otherwise and made with the settings OTHER; it has no thresholds of entropy."""
+    from made_up import OTHER
+
+    from s2t_models.recipe import load_recipe
+
+    recipe = load_recipe(recipe_path, OTHER)
+    thresholds = {"head": {recipe.budget: -0.1}, "kl": {recipe.budget: 0.4}}
+    return _untrained(recipe, tmp_path_factory.mktemp("artifact") / "other", thresholds, 1)
+
+
+def _untrained(recipe: Any, folder: Path, thresholds: dict[str, dict[float, float]], seed: int) -> Path:
     import torch
     from made_up import card
 
     from s2t_models import artifact, loading
-    from s2t_models.recipe import load_recipe
     from s2t_models.reserved import reserved_rows
     from s2t_models.trigger import TriggerHead
 
-    recipe = load_recipe(recipe_path)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model, tokenizer = loading.load_model(recipe.slm), loading.load_tokenizer(recipe.slm)
     reserved = reserved_rows(recipe)
     with torch.no_grad():
         model.get_output_embeddings().weight[list(reserved)] = torch.randn(len(reserved), model.config.hidden_size)
-    budget = recipe.budget
-    made = card(recipe, {"head": {budget: 0.0}, "kl": {budget: 0.5}, "entropy": {budget: 0.5}})
     head = TriggerHead(model.config.hidden_size, 16).eval()
-    return artifact.save(tmp_path_factory.mktemp("artifact") / "untrained", model, tokenizer, head, made).folder
+    return artifact.save(folder, model, tokenizer, head, card(recipe, thresholds)).folder
 
 
 @pytest.fixture(scope="session")
-def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path) -> str:
-    """The URL (.../v1) of the embedded pair and an untrained artifact, served by real Serve for the whole session."""
+def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path, other_artifact: Path) -> str:
+    """The URL (.../v1) of the embedded pair and two untrained artifacts, served by real Serve for the whole
+    session."""
     import socket
 
     from s2t_models.hosting import host
@@ -98,7 +116,8 @@ def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path) -> s
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = [f"artifact={untrained_artifact}", "checkpoints.kd=embedded:slm", f"serving.port={port}"]
+    settings = [f"artifact={untrained_artifact}", f"artifacts.other={other_artifact}"]
+    settings += ["checkpoints.kd=embedded:slm", f"serving.port={port}"]
     few = [f"{model}.num_cpus=0.1" for model in ("slm", "teacher")]
     return run(host(load_recipe(recipe_path, settings + few)), blocking=False)
 

@@ -11,6 +11,9 @@ from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
 from s2t_models.reserved import bins, reserved_rows
 
+#: Settings that differ from the embedded recipe's, of an artifact that is served beside another.
+OTHER = ("reserved.count=8", "policies.local.prior_weight=0.5", "distil.temperature=0.2")
+
 
 def provenance(**changes: Any) -> Provenance:
     """Of a training that never was."""

@@ -83,10 +83,11 @@ def test_answers_that_selecting_turned_get_pages_of_their_own(
     tokenizer = load_tokenizer(load_recipe(RECIPE).slm)
     ids = tokenizer.encode("On Friday we add 7 and get 42+7=49 caf\u00e9s. The answer is \\boxed{49}.")
     items = load("embedded", None)[1][:ITEMS]
-    recorded = recorded_results(tmp_path / "recorded.parquet")
+    recorded = recorded_results(tmp_path / "recorded.parquet", {"s2t@0.05": "s2t-local@0.05:new"})
     rows = pq.read_table(recorded).to_pylist()
     for row in rows:
         row |= {"item": items[int(row["item"].split("/")[1])].uid, "output_ids": ids}
+        row |= {"kind": "s2t-local:new"} if row["policy"].endswith(":new") else {}
     write_results(tmp_path / "results.parquet", rows, read_results(recorded)[1])
     output = tmp_path / "analysis"
     options = ["--output", str(output), "--tracking", store, "--pages", "3"]
@@ -98,18 +99,19 @@ def test_answers_that_selecting_turned_get_pages_of_their_own(
     files = sorted(path.name for path in (output / "pages").iterdir() if path.name != "index.html")
     assert sorted(re.findall(r'href="([^"]+)"', index)) == files
     expected = 0
-    for policy in ("s2t", "s2t@0.05", "s2t-local"):
+    for policy in ("s2t", "s2t-local@0.05:new", "s2t-local"):
         turned = [key for key in verdicts if key[0] == policy and verdicts[key] != verdicts["greedy", *key[1:]]]
         for right, name in ((True, "rescued"), (False, "flipped")):
             number = min(3, sum(verdicts[key] is right for key in turned))
-            assert sum(file.endswith(f"-{name}-{policy}.html") for file in files) == number
+            assert sum(file.endswith(f"-{name}-{policy.replace(':', '_')}.html") for file in files) == number
             expected += number
     assert len(files) == expected > 6
     for file in files:
         page = (output / "pages" / file).read_text()
         (data,) = re.findall(r'<script type="application/json" id="trajectories">(.*?)</script>', page)
         greedy, other = (SavedTrajectory.model_validate(one) for one in json.loads(data))
-        assert (greedy.policy, other.policy) == ("greedy", file.removesuffix(".html").split("-", 2)[2])
+        named = file.removesuffix(".html").split("-", 2)[2]
+        assert (greedy.policy, other.policy.replace(":", "_")) == ("greedy", named)
         assert (greedy.verdict == "correct", other.verdict == "correct") == ("flipped" in file, "rescued" in file)
         assert other.prompt == next(item.question for item in items if item.uid == other.item)
         assert "".join(text for text, _ in other.tokens) == tokenizer.decode(ids)

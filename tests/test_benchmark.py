@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlflow
 import pytest
 from benchmark_jobs import POLICIES, job, run
 from made_up import calibration, provenance
@@ -29,6 +31,7 @@ from s2t_models.hosting import host
 from s2t_models.policies import PolicyError
 from s2t_models.recipe import load_recipe
 from serving import app
+from serving.store import EXPERIMENT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -245,6 +248,8 @@ def test_rows_that_anything_of_the_recipe_was_made_with_are_refused(recipe_path:
     for setting, made_with in (
         (f"checkpoints.kd={tmp_path}", r"training \(file:mine.jsonl\)"),
         (f"router.path={tmp_path}", r"training \(file:mine.jsonl\)"),
+        (f"artifacts.new={tmp_path}", r"training \(file:mine.jsonl\)"),
+        (f"routers.new={tmp_path}", r"training \(file:mine.jsonl\)"),
         (f"trigger.calibration={tmp_path}", r"calibration \(mine\)"),
     ):
         recipe = job(recipe_path, setting)
@@ -286,28 +291,39 @@ def test_bad_calls_end_in_one_line(recipe_path: Path, tmp_path: Path, capsys: py
         assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize("policy", ["greedy", "maj@8", "s2t", "s2t-local", "kd", "llm"])
+@pytest.mark.parametrize("policy", ["greedy", "maj@8", "s2t", "s2t-local,s2t-local:other", "kd", "llm"])
 def test_the_served_pair_answers_the_embedded_task(
-    endpoint: str, recipe_path: Path, untrained_artifact: Path, tmp_path: Path, policy: str
+    endpoint: str, recipe_path: Path, untrained_artifact: Path, other_artifact: Path, tmp_path: Path, policy: str
 ) -> None:
     recipe = job(
         recipe_path,
         f"artifact={untrained_artifact}",
+        f"artifacts.other={other_artifact}",
         "checkpoints.kd=embedded:slm",
         f"benchmark.policies=[{policy}]",
         "benchmark.seeds=[0]",
         "benchmark.items=6",
     )
     store = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    benchmark(recipe, tmp_path / "out", Options(endpoint=endpoint, tracking=store))
+    tables, _ = benchmark(recipe, tmp_path / "out", Options(endpoint=endpoint, tracking=store))
     frame = read_results(tmp_path / "out" / RESULTS)[0]
+    runs = mlflow.search_runs(experiment_names=[EXPERIMENT])["tags.mlflow.runName"]
+    assert {f"{name} on embedded" for name in policy.split(",")} < set(runs)
+    if policy == "s2t-local,s2t-local:other":
+        assert re.search(r"^\| against s2t-local .*\n.*\n\| s2t-local:other ", tables, re.MULTILINE)
+        engines = frame.groupby("policy")["models"].first().map(json.loads).map(list)
+        assert engines.to_dict() == {name: [name] for name in policy.split(",")}
     assert frame["error"].isna().all()
     assert (frame["tokens"] > 0).all()
     assert all(json.loads(models) for models in frame["models"])
     assert (frame["samples"].map(len) == (8 if policy == "maj@8" else 0)).all()
 
 
-def test_a_job_serves_the_engines_its_policies_call_and_no_others(recipe_path: Path, untrained_artifact: Path):
+def test_a_job_serves_the_engines_its_policies_call_and_no_others(
+    recipe_path: Path, untrained_artifact: Path, other_artifact: Path
+):
+    beside = host(load_recipe(recipe_path, [f"artifact={untrained_artifact}", f"artifacts.new={other_artifact}"]))
+    assert _engines(beside, ["s2t-local", "s2t-local@0.1:new"]) == {"s2t-local", "s2t-local:new"}
     hosting = host(load_recipe(recipe_path, [f"artifact={untrained_artifact}"]))
     assert _engines(hosting, ["greedy", "maj@3"]) == {"slm"}
     assert _engines(hosting, ["s2t-local"]) == {"s2t-local"}

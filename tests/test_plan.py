@@ -176,6 +176,14 @@ def test_the_command_says_what_fits_and_its_status_says_so_too(tmp_path, capsys)
     assert "no card 'abacus'; there are: h200, h100" in capsys.readouterr().err
 
 
+def test_what_is_served_beside_the_recipes_own_takes_the_slms_memory_once_more(tmp_path):
+    wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-1.5b", artifacts={"new": "x"}, routers={"old": "y"})
+    stage = Plan(wanted, CARDS["h100"]).serve()
+    parts = {process.name: process.parts["weights"] for process in stage.processes}
+    assert parts["s2t-local:new"] == parts["slm:old"] == parts["slm"] > 0
+    assert stage.work["beside"].startswith("s2t-local:new, slm:old: ")
+
+
 def test_figures_of_ones_own_replace_those_of_a_card():
     mine = card("a100", memory=40, tflops=200, bandwidth=1500)
     assert (mine.memory, mine.flops, mine.bandwidth) == (40 * GIB, 200e12, 1500e9)

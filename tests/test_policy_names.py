@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from s2t_models.engines.contract import Selection
-from s2t_models.hosting import Hosted, Hosting
+from s2t_models.hosting import Hosted, Hosting, NamedArtifact
 from s2t_models.policies import PolicyError, lacking, names, offer, policy
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.local import Local
@@ -159,6 +159,37 @@ def test_local_behind_another_trigger_selects_by_the_artifact():
     assert get("s2t-local-entropy").needs == {"s2t-local": frozenset({"entropy", "select"})}
 
 
+def test_an_artifact_of_that_name_selects_by_its_own_settings():
+    weighted = RECIPE.policies.model_copy(
+        update={"local": RECIPE.policies.local.model_copy(update={"prior_weight": 2.0})}
+    )
+    recipe = RECIPE.model_copy(update={"artifacts": {"new-k2": "there", "gone": "there"}})
+    other = NamedArtifact(recipe.model_copy(update={"policies": weighted}), {"head": {0.01: 7.0, 0.05: 6.0}})
+    both = replace(hosting(recipe), artifacts={"new-k2": other, "gone": other})
+    engine = both.engines["s2t-local"]
+    both = replace(both, engines={**both.engines, "s2t-local:new-k2": replace(engine, name="s2t-local:new-k2")})
+    built = policy("s2t-local:new-k2", both)
+    assert built == Local("s2t-local:new-k2", Selection(7.0, RECIPE.candidates, 2.0, 0.1, 0), 0.01, "s2t-local:new-k2")
+    assert policy("s2t-local", both) == get("s2t-local")
+    varied = policy("s2t-local-k4-w0@0.05:new-k2", both)
+    assert (varied.selection.threshold, varied.selection.prior_weight, varied.k, varied.budget) == (6.0, 0, 4, 0.05)
+    assert varied.kind == "s2t-local-w0:new-k2"
+    assert varied.needs == {"s2t-local:new-k2": frozenset({"select"})}
+    chance = policy("s2t-local-random@0.3:new-k2", both)
+    assert (chance.trigger, chance.drafter) == (RandomTrigger(0.3), "s2t-local:new-k2")
+    assert chance.needs == {"s2t-local:new-k2": frozenset({"select"})}
+    offered, refused = offer(both)
+    assert set(offered) | set(refused) == set(names(both))
+    assert {"s2t-local:new-k2", "s2t-local-w0:new-k2", "s2t-local-random:new-k2"} <= set(offered)
+    assert "no kl threshold" in refused["s2t-local-kl:new-k2"]
+    assert refused["s2t-local:gone"] == "s2t-local:gone needs the engine s2t-local:gone, which is not served here"
+    for name in ("s2t:new-k2", "takeover:new-k2", "greedy:new-k2", "s2t-local:", "s2t-local-dynamic-05:new-k2"):
+        with pytest.raises(PolicyError, match="no policy named"):
+            policy(name, both)
+    with pytest.raises(PolicyError, match=r"no artifact 'gone@0.05'; there are new-k2, gone, as in s2t-local@0.05:new"):
+        policy("s2t-local:gone@0.05", both)
+
+
 def test_a_fixed_head_threshold_is_a_probability_and_has_no_budget():
     fixed = RECIPE.trigger.model_copy(update={"head_threshold": 0.9})
     built = policy("s2t-local", hosting(thresholds={}, trigger=fixed))
@@ -187,6 +218,14 @@ def test_r2r_is_takeover_by_a_router(router):
     assert isinstance(built, Collaborate)
     assert (built.trigger, built.scorer) == (RouterTrigger(0.25), TeacherScorer("vocabulary"))
     assert built.needs["slm"] == frozenset({"route"})
+    second = hosting(thresholds={}, routers={"second": "there"})
+    own = replace(second.slm, name="slm:second", router=router)
+    named = policy("r2r:second", replace(second, engines={**second.engines, "slm:second": own}))
+    assert (named.trigger, named.drafter) == (RouterTrigger(0.25, "slm:second"), "slm:second")
+    assert named.needs == {"slm:second": frozenset({"route"}), "teacher": frozenset()}
+    for name, words in (("r2r:second", "slm:second, which is not served"), ("r2r:third", "the recipe's routers: sec")):
+        with pytest.raises(PolicyError, match=words):
+            policy(name, second)
     without = replace(hosting(router=router), engines={"slm": Hosted("slm", RECIPE.slm), "teacher": None})
     assert lacking(built, without) == "r2r needs route of slm, which a torch engine does not have here"
 

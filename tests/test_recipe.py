@@ -34,6 +34,11 @@ def test_overrides_are_typed_and_nested(recipe_path):
         ("divergence.support=4", "candidates.k = 8: candidates come from the 4 tokens of divergence.support"),
         ("checkpoints.slm=there", "checkpoints.slm: that is the name of an engine"),
         ("benchmark.policies=[]", "benchmark.policies"),
+        ("artifacts.a:b=there", "artifacts.a:b: a name has letters, digits, dashes and underscores"),
+        ("artifacts={-x: there}", "artifacts.-x: a name"),
+        ("routers.a/b=there", "routers.a/b: a name"),
+        ("checkpoints.s2t-local:new=there", "checkpoints.s2t-local:new: a name"),
+        ("artifacts.new=", "artifacts.new = null"),
     ],
 )
 def test_wrong_settings_are_refused_by_name_in_one_line(recipe_path, override, named):
@@ -63,6 +68,9 @@ def test_missing_and_broken_files_are_named(tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [")
     with pytest.raises(RecipeError, match="not valid YAML"):
+        load_recipe(broken)
+    broken.write_text("name: x\nartifacts: {new: a, other: b, new: c}")
+    with pytest.raises(RecipeError, match="new is there twice"):
         load_recipe(broken)
     broken.write_text("name: x")
     with pytest.raises(RecipeError, match="missing key slm; missing key teacher"):

@@ -16,7 +16,8 @@ from pathlib import Path
 import httpx
 import mlflow
 import pytest
-from made_up import provenance
+import torch
+from made_up import OTHER, provenance
 from recorded import recorded_results, recorded_shards
 
 from pipelines.collect.runs import log_collection
@@ -27,8 +28,9 @@ from s2t_models import loading
 from s2t_models.artifact import Artifact
 from s2t_models.hosting import host
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
+from s2t_models.router import Router, RouterConfig, save_router
 from serving.app import chosen, main
-from serving.registry import RegistryError, recipe_of, register
+from serving.registry import RegistryError, recipe_of, register, weights_of
 from serving.store import EXPERIMENT, StoreError, use_store
 
 URI = "models:/embedded-selector/1"
@@ -164,14 +166,14 @@ def test_a_version_is_served_by_its_name_without_the_folder_it_came_from(
 ) -> None:
     before = (untrained_artifact / "artifact.json").read_bytes()
     shutil.rmtree(trained)
-    served = recipe_of(URI, overrides=["budget=0.05"])
+    served = recipe_of([URI], overrides=["budget=0.05"])
     hosting = host(served)
     assert served.budget == 0.05
     assert served.slm == recipe.slm
     folder = hosting.engines["s2t-local"].artifact
     assert (folder / "artifact.json").read_bytes() == before
     mlflow.MlflowClient().set_registered_model_alias("embedded-selector", "best", "1")
-    mine = chosen("models:/embedded-selector@best", str(recipe_path), ["seed=3"])
+    mine = chosen(["models:/embedded-selector@best"], str(recipe_path), ["seed=3"])
     assert (mine.artifact, mine.seed) == (str(folder), 3)
     shutil.copytree(folder, trained)
 
@@ -183,9 +185,42 @@ def test_a_plain_checkpoint_becomes_one_of_the_recipes(jobs: object, recipe: Rec
     with mlflow.start_run():
         version = register(recipe.model_copy(update={"name": "a/b:c-2.5"}), folder, made)
     assert version.uri == "models:/a-b-c-2-5-kd/1"
-    served = recipe_of(version.uri)
+    served = recipe_of([version.uri])
     assert host(served).engines["kd"].settings.path == served.checkpoints["kd"]
     assert loading.weights_hash(host(served).engines["kd"].settings) == loading.weights_hash(recipe.teacher)
+
+
+def test_versions_are_served_side_by_side(
+    jobs: object, recipe_path: Path, trained: Path, other_artifact: Path, tmp_path: Path
+) -> None:
+    made = load_recipe(recipe_path, OTHER)
+    routers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_router(Router(RouterConfig(hidden=8, width=8, blocks=1)), tmp_path / str(seed))
+        record = provenance(objective="router", base_weights=loading.weights_hash(made.slm))
+        record.write(tmp_path / str(seed))
+        with mlflow.start_run():
+            routers.append(register(made, tmp_path / str(seed), record).uri)
+    with mlflow.start_run():
+        new = register(made, other_artifact, Artifact.load(other_artifact).card.provenance).uri
+    assert [new, *routers] == [URI.replace("1", "2"), "models:/embedded-router/1", "models:/embedded-router/2"]
+
+    hosting = host(recipe_of([URI, routers[0], new, routers[1]]))
+    assert hosting.recipe.policies == load_recipe(recipe_path).policies
+    named = ("s2t-local", "s2t-local:embedded-selector-2", "slm", "slm:embedded-router-2")
+    assert set(hosting.engines) == {"teacher", *named}
+    folders = [hosting.engines[name].artifact or hosting.engines[name].router for name in named]
+    weights = [weights_of(folder, hosting.recipe) for folder in folders]
+    assert weights == [weights_of(folder, made) for folder in (trained, other_artifact, tmp_path / "0", tmp_path / "1")]
+    turned = host(recipe_of([new, URI]))
+    assert (turned.recipe.policies, set(turned.artifacts)) == (made.policies, {"embedded-selector-1"})
+    for uris, overrides, message in (
+        ([URI, new, URI], [], f"{URI}: is named twice"),
+        ([URI, new], ["artifacts.embedded-selector-2=x"], f"{new}: the recipe has artifacts.embedded-selector-2 alr"),
+    ):
+        with pytest.raises(RegistryError, match=message):
+            recipe_of(uris, overrides=overrides)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +234,7 @@ def test_a_plain_checkpoint_becomes_one_of_the_recipes(jobs: object, recipe: Rec
 )
 def test_a_version_that_is_not_there(jobs: object, uri: str, message: str) -> None:
     with pytest.raises(RegistryError, match=message) as refused:
-        recipe_of(uri)
+        recipe_of([uri])
     assert "\n" not in str(refused.value)
 
 
@@ -220,9 +255,9 @@ def test_serve_says_in_one_line_what_it_cannot_serve(
     assert "there is no such file; name the store in MLFLOW_TRACKING_URI" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
     with pytest.raises(RecipeError):
-        chosen(None, None, [])
+        chosen([], None, [])
     with pytest.raises(StoreError):
-        recipe_of(URI)
+        recipe_of([URI])
 
 
 def test_a_foreign_version_is_refused(jobs: object) -> None:
@@ -230,7 +265,7 @@ def test_a_foreign_version_is_refused(jobs: object) -> None:
     client.create_registered_model("foreign")
     client.create_model_version("foreign", "s3://bucket/model")
     with pytest.raises(RegistryError, match=r"is no model that `s2t distil` registered \(its source is s3:"):
-        recipe_of("models:/foreign/1")
+        recipe_of(["models:/foreign/1"])
 
 
 @contextmanager
@@ -268,9 +303,9 @@ def test_a_version_of_a_server_is_downloaded_once(
         use_store()
         with mlflow.start_run():
             version = register(recipe, untrained_artifact, Artifact.load(untrained_artifact).card.provenance)
-        fetched = recipe_of(version.uri)
+        fetched = recipe_of([version.uri])
         stamp = Path(fetched.artifact).stat().st_ctime_ns
-        assert recipe_of(version.uri) == fetched
+        assert recipe_of([version.uri]) == fetched
     assert (tmp_path / "runs" / "models") in Path(fetched.artifact).parents
     assert Path(fetched.artifact).stat().st_ctime_ns == stamp
     host(fetched)

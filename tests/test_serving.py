@@ -15,14 +15,17 @@ import numpy as np
 import openai
 import pytest
 import torch
-from made_up import calibration
+from made_up import OTHER, calibration
 from processes import ctrl_c, end, free_port, has_child, start, wait_until
 
 from s2t_models import loading
 from s2t_models.answers.voting import vote
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling
+from s2t_models.engines.load import load
 from s2t_models.hosting import host
+from s2t_models.policies import policy
+from s2t_models.policies.base import Engines, Request, gather
 from s2t_models.recipe import RecipeError, load_recipe
 from s2t_models.settings import ModelSettings
 from serving import app, port
@@ -84,11 +87,36 @@ def test_greedy_answers_are_those_of_transformers(client, tokenizer, name: str, 
         assert answer["s2t"]["models"] == {engine: loading.weights_hash(settings)}
 
 
+def test_artifacts_side_by_side_answer_as_each_does_alone(
+    client, tokenizer, recipe_path: Path, untrained_artifact: Path, other_artifact: Path
+):
+    made = {"": [f"artifact={untrained_artifact}"], ":other": [f"artifact={other_artifact}", *OTHER]}
+    names = ("s2t-local", "s2t-local-k4-w0@0.1", "s2t-local-kl")
+    texts: dict[str, list[str]] = {}
+    for suffix, settings in made.items():
+        hosting = host(load_recipe(recipe_path, settings))
+        by_name = {name: load(hosting.engines[name]) for name in ("s2t-local", "teacher")}
+        engines = Engines({**by_name}, tokenizer.decode, tokenizer.encode)
+        for name in names:
+            texts[name + suffix] = []
+            for question in QUESTIONS[:2]:
+                request = Request(prompt_ids(tokenizer, question), LONG, seed=3)
+                decoded = asyncio.run(gather(policy(name, hosting).decode(engines, request)))
+                assert decoded.decisions
+                answer = ask(client, chat(question, name + suffix, seed=3))
+                assert text(answer) == tokenizer.decode(decoded.ids, skip_special_tokens=True)
+                assert answer["s2t"]["usage"][f"s2t-local{suffix}"]["decode"]
+                texts[name + suffix].append(text(answer))
+        for engine in by_name.values():
+            engine.close()
+    assert all(texts[name] != texts[f"{name}:other"] for name in names)
+
+
 def test_concurrent_requests_get_the_answers_they_get_alone(client, endpoint: str):
     bodies = [
         chat(question, model, seed=seed)
         for seed, question in enumerate(QUESTIONS)
-        for model in ("greedy", "sample", "s2t", "s2t-local", "maj@3")
+        for model in ("greedy", "sample", "s2t", "s2t-local", "s2t-local:other", "maj@3")
     ]
     alone = [text(ask(client, body)) for body in bodies]
 
@@ -217,16 +245,27 @@ def test_health_and_models_say_what_is_served(client, endpoint: str):
     assert entries["s2t-local"]["needs"] == ["s2t-local"]
     assert (entries["s2t"]["kind"], entries["s2t"]["k"], entries["s2t"]["budget"]) == ("s2t", 8, 0.1)
     unavailable = client.get("/models").json()["unavailable"]
-    assert unavailable == {"r2r": "r2r: router.path is not set; `s2t distil --objective router` trains one"}
+    none = "s2t-local-entropy:other: no entropy threshold for budget 0.1; calibrated budgets: none"
+    assert unavailable["s2t-local-entropy:other"].startswith(none)
+    assert unavailable["r2r"] == "r2r: router.path is not set; `s2t distil --objective router` trains one"
+    assert len(unavailable) == 2
+    for name in ("s2t-local:other", "s2t-local-w0:other", "s2t-local-kl:other", "s2t-local-random:other"):
+        assert "s2t-local:other" in entries[name]["needs"]
+    other = client.get("/models/s2t-local-k4@0.1:other").json()
+    assert (other["kind"], other["k"], other["budget"]) == ("s2t-local:other", 4, 0.1)
+    selection = other["settings"]["selection"]
+    assert (selection["threshold"], selection["prior_weight"], selection["temperature"]) == (-0.1, 0.5, 0.2)
     engines = httpx.get(endpoint.removesuffix("/v1") + "/health").json()["engines"]
     assert engines["slm"]["weights"] == loading.weights_hash(SLM)
-    assert set(engines) == {"slm", "teacher", "s2t-local", "kd"}
+    assert set(engines) == {"slm", "teacher", "s2t-local", "s2t-local:other", "kd"}
+    assert engines["s2t-local:other"]["weights"] != engines["s2t-local"]["weights"]
 
 
 @pytest.mark.parametrize(
     ("body", "status", "param", "code", "words"),
     [
         (chat(model="nope"), 404, "model", "model_not_found", "models here: greedy, sample"),
+        (chat(model="s2t-local:new"), 404, "model", "model_not_found", "there are other, as in s2t-local@0.05:other"),
         (chat(model="s2t@0.33"), 404, "model", "model_not_found", "no kl threshold for budget 0.33"),
         (chat(tools=[{"type": "function"}]), 400, "tools", "invalid_value", "not supported here"),
         (chat(response_format={"type": "json_object"}), 400, "response_format", "invalid_value", "not supported"),
@@ -364,6 +403,11 @@ def test_models_that_do_not_belong_together_are_refused(
     assert "x: the tokenizers of" in refusal(capsys, recipe_path, f"checkpoints.x={folder}")
     error = refusal(capsys, recipe_path, f"artifact={untrained_artifact}", "slm.path=embedded:teacher")
     assert "was made with another SLM than embedded:teacher" in error
+    error = refusal(capsys, recipe_path, f"artifacts.x={untrained_artifact}", "slm.path=embedded:teacher")
+    assert f"artifacts.x: {untrained_artifact} was made with another SLM than embedded:teacher" in error
+    assert "artifacts.x: " in (error := refusal(capsys, recipe_path, f"artifacts.x={tmp_path / 'none'}"))
+    assert "no such artifact directory" in error
+    assert "routers.x: " in refusal(capsys, recipe_path, f"routers.x={tmp_path / 'none'}")
     assert "no such artifact directory" in refusal(capsys, recipe_path, f"artifact={tmp_path / 'none'}")
     assert "not an S2T-Local artifact" in refusal(capsys, recipe_path, f"artifact={tmp_path}")
     assert "no such model folder" in refusal(capsys, recipe_path, f"checkpoints.x={tmp_path / 'none'}")

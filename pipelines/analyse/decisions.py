@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from pipelines.analyse.sufficiency import alignment, entropy, error_split
+from pipelines.data.text import file_stem
 from pipelines.results import figures as draw
 from pipelines.results.statistics import wilson
 from pipelines.results.summary import summarise
@@ -156,7 +157,7 @@ def figures(results: Results, rows: Tables) -> dict[str, Figure]:
             seen = [(decision, teacher) for decision in every if (teacher := teacher_K(decision)) is not None]
             if not seen:
                 continue
-            title, stem = f"{policy} on {task}, {len(seen)} decisions", f"{task}-{policy}"
+            title, stem = f"{policy} on {task}, {len(seen)} decisions", f"{task}-{file_stem(str(policy))}"
             inside = [(d, t) for d, t in seen if d["chosen"] in d["candidates_K"]]
             drawn[f"{stem}-rescue.png"] = draw.rescue(
                 [_at(np.exp(d["logprobs_K"]), d) for d, _ in inside],

@@ -18,6 +18,7 @@ import pandas as pd
 from transformers import PreTrainedTokenizerFast
 
 from pipelines.analyse.decisions import Results, rescued
+from pipelines.data.text import file_stem
 from pipelines.results.summary import PAIR, compare, known
 from pipelines.tasks import load, task
 from s2t_models.files import whole
@@ -60,7 +61,7 @@ def write_pages(results: Results, folder: Path, most: int, data: Path | None = N
         for one in turned:
             prompt = prompts.get(one.policy["item"], "(Not in the results. `--data FOLDER` shows it here.)")
             sides = [trajectory(row, prompt, tokenizer) for row in (one.greedy, one.policy)]
-            file = f"{len(made) + 1:04}-{one.turned}-{one.policy['policy']}.html"
+            file = f"{len(made) + 1:04}-{one.turned}-{file_stem(one.policy['policy'])}.html"
             made[file] = trajectory_page(sides)
             index.append({"file": file, **_entry(one)})
     if made:
@@ -77,7 +78,8 @@ def turned_answers(frame: pd.DataFrame, most: int) -> Iterator[TurnedAnswer]:
     recorded."""
     recorded = frame[frame["output_ids"].notna()]
     for name, rows in recorded.groupby("task", sort=False):
-        policies = rows.loc[rows["kind"].isin(KINDS), "policy"].unique()
+        kinds = rows["kind"].str.partition(":")[0]  # without the artifact
+        policies = rows.loc[kinds.isin(KINDS), "policy"].unique()
         if BASELINE not in set(rows["policy"]):
             continue
         for policy in policies:

@@ -12,6 +12,7 @@ from pipelines.tasks import task
 from s2t_models.costs import ModelCost, TrainingCost, training_cost
 from s2t_models.engines.torch.calls import STRETCH
 from s2t_models.engines.torch.engine import TOKENS_A_FORWARD
+from s2t_models.hosting import LOCAL, alongside
 from s2t_models.recipe import Recipe
 from s2t_models.settings import ModelSettings
 from s2t_models.training.per_state import LOGITS
@@ -275,8 +276,11 @@ class Plan:
         recipe = self.recipe
         slots, policies = recipe.benchmark.concurrency, recipe.benchmark.policies
         limit = max(self.limit(name) for name in recipe.benchmark.task)
-        roles = {"slm": "slm", "teacher": "teacher", "s2t-local": "slm"}
+        roles = {"slm": "slm", "teacher": "teacher", LOCAL: "slm"}
         roles |= dict.fromkeys([*recipe.checkpoints, *(["kd"] if "kd" in policies else [])], "slm")
+        named = ((LOCAL, recipe.artifacts), ("slm", recipe.routers))
+        beside = [alongside(engine, name) for engine, names in named for name in names]
+        roles |= dict.fromkeys(beside, "slm")
         processes = []
         for name, role in roles.items():
             settings = getattr(recipe, role)
@@ -287,7 +291,8 @@ class Plan:
                     name, role, batch, reads, settings, settings.num_replicas, settings.num_gpus, f"{role}.num_gpus"
                 )
             )
-        return Stage("serve", processes, {}, 0.0)
+        work = {"beside": f"{', '.join(beside)}: the SLM's weights and cache once more each"} if beside else {}
+        return Stage("serve", processes, work, 0.0)
 
     def benchmark(self) -> Stage:
         bench, prompt = self.recipe.benchmark, self.assumed.prompt

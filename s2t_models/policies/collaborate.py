@@ -15,7 +15,7 @@ import numpy as np
 
 from s2t_models.engines.contract import Decision, Finish, Selection, Usage
 from s2t_models.engines.stopping import StopTexts
-from s2t_models.hosting import LOCAL, Hosting
+from s2t_models.hosting import LOCAL, Hosting, alongside
 from s2t_models.policies.base import (
     CORE,
     GREEDY,
@@ -31,7 +31,8 @@ from s2t_models.policies.base import (
 )
 from s2t_models.policies.scorers import CriticalStep, Scorer, SelectorScorer, TeacherScorer
 from s2t_models.policies.triggers import TRIGGERS, Drafted, Judgement, Trigger, budget_of, make_trigger
-from s2t_models.policies.variants import Variant, candidates_of, kind_of, variant
+from s2t_models.policies.variants import Variant, candidates_of, decoding_as_named, kind_of, variant
+from s2t_models.recipe import Recipe
 from s2t_models.settings import CandidateSettings
 
 
@@ -129,12 +130,13 @@ def _add(usage: dict[str, Usage], costs: dict[str, Usage]) -> None:
 
 def names(hosting: Hosting) -> list[str]:
     """S2T and Takeover at the recipe's trigger, then at the others; S2T-Local behind a trigger that is not its head."""
-    own = hosting.recipe.trigger.metric
-    others = [metric for metric, kind in TRIGGERS.items() if kind.make and metric != own]
+    metrics = [metric for metric, kind in TRIGGERS.items() if kind.make]
+    others = [metric for metric in metrics if metric != hosting.recipe.trigger.metric]
+    artifacts = (None, *hosting.recipe.artifacts)
     return [
         *("takeover", "s2t", "s2t-dynamic-01", "s2t-dynamic-05"),
         *(f"{stem}-{metric}" for metric in others for stem in ("takeover", "s2t")),
-        *(f"{LOCAL}-{metric}" for metric, kind in TRIGGERS.items() if kind.make),
+        *(alongside(f"{LOCAL}-{metric}", artifact) for artifact in artifacts for metric in metrics),
     ]
 
 
@@ -142,9 +144,10 @@ def build(name: str, hosting: Hosting) -> Policy | None:
     found = variant(name)
     if found is None or (found.stem == LOCAL and found.metric is None):
         return None
+    hosting = decoding_as_named(name, found, hosting)
     recipe = hosting.recipe
     candidates = candidates_of(name, found, recipe)
-    scorer = _scorer(found, candidates, hosting)
+    scorer = _scorer(found, candidates, recipe)
     if scorer is None:
         return None
     metric = found.metric or recipe.trigger.metric
@@ -156,19 +159,18 @@ def build(name: str, hosting: Hosting) -> Policy | None:
         recipe.divergence.support,
         recipe.policies.chunk,
         recipe.trigger.warmup,
-        LOCAL if found.stem == LOCAL else "slm",
+        found.engine if found.stem == LOCAL else "slm",
         budget_of(name, found.budget, recipe),
     )
 
 
-def _scorer(found: Variant, candidates: CandidateSettings, hosting: Hosting) -> Scorer | None:
+def _scorer(found: Variant, candidates: CandidateSettings, recipe: Recipe) -> Scorer | None:
     """None where the name asks for what its kind of policy has not got."""
-    recipe = hosting.recipe
     if found.stem == LOCAL:
         if found.ratio is not None:
             return None
         weight = recipe.policies.local.prior_weight if found.weight is None else found.weight
-        return SelectorScorer(Selection(0.0, candidates, weight, recipe.distil.temperature))
+        return SelectorScorer(Selection(0.0, candidates, weight, recipe.distil.temperature), found.engine)
     if found.weight is not None:
         return None
     if found.stem == "takeover":

@@ -25,23 +25,24 @@ from s2t_models.engines.contract import (
     Written,
 )
 from s2t_models.engines.stopping import StopTexts
-from s2t_models.hosting import LOCAL, Hosting
+from s2t_models.hosting import LOCAL, Hosting, alongside
 from s2t_models.policies.base import GREEDY, Done, Engines, Event, Needs, Policy, Request, Span, drafting, sampling
 from s2t_models.policies.triggers import fixed_threshold, threshold_of
-from s2t_models.policies.variants import candidates_of, kind_of, variant
+from s2t_models.policies.variants import candidates_of, decoding_as_named, kind_of, variant
 
 
 @dataclass(frozen=True)
 class Local(Policy):
-    """S2T-Local behind its own trigger head, on the engine that holds the artifact."""
+    """S2T-Local behind its own trigger head, on the `engine` that holds the artifact."""
 
     name: str
     selection: Selection
     budget: float | None = None
+    engine: str = LOCAL
 
     @property
     def needs(self) -> Needs:  # type: ignore[override]
-        return {LOCAL: frozenset({"select"})}
+        return {self.engine: frozenset({"select"})}
 
     @property
     def k(self) -> int | None:  # type: ignore[override]
@@ -52,7 +53,7 @@ class Local(Policy):
         return kind_of(self.name)
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
-        engine = engines[LOCAL]
+        engine = engines[self.engine]
         asked = sampling(GREEDY, request, request.max_tokens)
         fused = engine if "fused_select" in (await engine.card()).capabilities else None
 
@@ -65,7 +66,7 @@ class Local(Policy):
         async with aclosing(drafting(request, call)) as parts:
             async for part in parts:
                 if isinstance(part, Draft):
-                    yield Done(part.finish, {LOCAL: part.usage})
+                    yield Done(part.finish, {self.engine: part.usage})
                     continue
                 for span in spans_of(part.ids, part.decisions, step):
                     yield span
@@ -75,14 +76,14 @@ class Local(Policy):
 
     async def decide(self, engines: Engines, request: Request) -> tuple[Decision, bool, dict[str, Usage]]:
         """What the selector chooses behind the prompt, and whether its head triggers there (`base.Deciding`)."""
-        engine, selection = engines[LOCAL], self.selection
+        engine, selection = engines[self.engine], self.selection
         always = replace(
             sampling(GREEDY, request, 1), trigger_threshold=-math.inf, trigger_support=reach(selection.candidates)
         )
         draft = await engine.generate(request.prompt, always)
         assert draft.triggered is not None
         decision, cost = await _decide(engine, request.prompt, draft.triggered, 0, request.seed, selection)
-        return decision, draft.triggered.value >= selection.threshold, {LOCAL: draft.usage + cost}
+        return decision, draft.triggered.value >= selection.threshold, {self.engine: draft.usage + cost}
 
 
 async def generate_selecting(
@@ -155,13 +156,16 @@ def spans_of(ids: list[int], decisions: list[Decision], first: int = 0) -> list[
 
 
 def names(hosting: Hosting) -> list[str]:
-    return [LOCAL, f"{LOCAL}-w0"]
+    artifacts = (None, *hosting.recipe.artifacts)
+    return [alongside(name, artifact) for artifact in artifacts for name in (LOCAL, f"{LOCAL}-w0")]
 
 
 def build(name: str, hosting: Hosting) -> Policy | None:
-    found, recipe = variant(name), hosting.recipe
+    found = variant(name)
     if found is None or found.stem != LOCAL or found.metric or found.ratio is not None:
         return None
+    hosting = decoding_as_named(name, found, hosting)
+    recipe = hosting.recipe
     fixed = found.budget is None and fixed_threshold("head", recipe) is not None
     selection = Selection(
         threshold=threshold_of(name, "head", found.budget, hosting),
@@ -170,4 +174,5 @@ def build(name: str, hosting: Hosting) -> Policy | None:
         temperature=recipe.distil.temperature,
         warmup=recipe.trigger.warmup,
     )
-    return Local(name, selection, None if fixed else recipe.budget if found.budget is None else found.budget)
+    budget = None if fixed else recipe.budget if found.budget is None else found.budget
+    return Local(name, selection, budget, found.engine)

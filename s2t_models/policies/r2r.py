@@ -6,19 +6,22 @@ forward.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from s2t_models.engines.contract import Capability, Routed
-from s2t_models.hosting import Hosting
+from s2t_models.hosting import Hosting, alongside
 from s2t_models.policies.base import CORE, Engines, Needs, Policy
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.errors import PolicyError
 from s2t_models.policies.scorers import TeacherScorer
 from s2t_models.policies.triggers import Drafted, Judgement
 from s2t_models.router import read_settings
+
+_NAME = re.compile(r"r2r(?::(?P<router>.+))?")
 
 
 @runtime_checkable
@@ -42,39 +45,47 @@ class FeatureEngine(Protocol):
 
 @dataclass(frozen=True)
 class RouterTrigger:
-    """The router's probability of a divergent token at or above `threshold`."""
+    """The probability of a divergent token at or above `threshold`, by the router of the SLM's `engine`."""
 
     threshold: float
+    engine: str = "slm"
     of_drafter: ClassVar[frozenset[Capability]] = CORE
 
     @property
     def needs(self) -> Needs:
-        return {"slm": frozenset({"route"})}
+        return {self.engine: frozenset({"route"})}
 
     async def judge(self, engines: Engines, drafted: Drafted) -> Judgement:
-        slm = engines["slm"]
+        slm = engines[self.engine]
         assert isinstance(slm, RoutingEngine)
         routed = await slm.route(drafted.prefix + drafted.ids, len(drafted.prefix) + drafted.first)
         values_T = routed.probabilities_T
-        return Judgement(values_T, values_T >= self.threshold, usage={"slm": routed.usage})
+        return Judgement(values_T, values_T >= self.threshold, usage={self.engine: routed.usage})
 
 
 def names(hosting: Hosting) -> list[str]:
-    return ["r2r"]
+    return [alongside("r2r", router) for router in (None, *hosting.recipe.routers)]
 
 
 def build(name: str, hosting: Hosting) -> Policy | None:
-    if name != "r2r":
+    found = _NAME.fullmatch(name)
+    if found is None:
         return None
-    folder = hosting.slm.router
-    if folder is None:
+    recipe, router = hosting.recipe, found["router"]
+    engine = alongside("slm", router)
+    if router and router not in recipe.routers:
+        raise PolicyError(f"{name}: no router {router!r}; the recipe's routers: {', '.join(recipe.routers) or 'none'}")
+    hosted = hosting.engines.get(engine) if router else hosting.slm
+    if hosted is None:
+        raise PolicyError(f"{name} needs the engine {engine}, which is not served here")
+    if hosted.router is None:
         raise PolicyError(f"{name}: router.path is not set; `s2t distil --objective router` trains one")
-    recipe = hosting.recipe
     return Collaborate(
         name,
-        RouterTrigger(read_settings(folder).threshold),
+        RouterTrigger(read_settings(hosted.router).threshold, engine),
         TeacherScorer("vocabulary"),
         recipe.candidates,
         recipe.divergence.support,
         recipe.policies.chunk,
+        drafter=engine,
     )

@@ -119,11 +119,12 @@ class TeacherScorer:
 
 @dataclass(frozen=True)
 class SelectorScorer:
-    """The reserved rows' score of each candidate (Eq. 5), from the engine that holds the artifact: S2T-Local behind
+    """The reserved rows' score of each candidate (Eq. 5), from the `engine` that holds the artifact: S2T-Local behind
     another trigger than its head, so that the selector's error shows apart from the trigger's. What the teacher says is
     noted where the trigger asked it, and decides nothing."""
 
     selection: Selection
+    engine: str = LOCAL
 
     @property
     def source(self) -> Source:
@@ -131,13 +132,13 @@ class SelectorScorer:
 
     @property
     def needs(self) -> Needs:
-        return {LOCAL: frozenset({"select"})}
+        return {self.engine: frozenset({"select"})}
 
     async def decide(
         self, engines: Engines, critical: CriticalStep, candidates: CandidateSettings
     ) -> tuple[Decision, dict[str, Usage]]:
         candidates_K, logprobs_K = critical.candidates(candidates)
-        local = engines[LOCAL]
+        local = engines[self.engine]
         assert isinstance(local, Selecting)
         selected = await local.select(critical.state, candidates_K)
         preferences_K = self.selection.preferences(selected.scores_K, logprobs_K)
@@ -152,4 +153,4 @@ class SelectorScorer:
             chosen=candidates_K[int(preferences_K.argmax())],
             argmax=argmax,
             teacher_K=teacher_K,
-        ), {LOCAL: selected.usage}
+        ), {self.engine: selected.usage}
