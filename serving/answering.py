@@ -20,7 +20,7 @@ from serving import openai_answers as answers
 from serving import openai_protocol as api
 from serving.admission import Busy
 from serving.decoding import Ended, Piece
-from serving.errors import ApiError, failed
+from serving.errors import ApiError, failed, overloaded
 from serving.openai_answers import Answer, Written
 
 log = logging.getLogger("ray.serve")
@@ -48,8 +48,7 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, Busy):
         metrics.refused("busy")
-        message = f"{error}; try again in {error.retry_after} s"
-        return ApiError(429, message, kind="overloaded", code="overloaded", retry_after=error.retry_after)
+        return overloaded(error.retry_after)
     if isinstance(error, RayActorError | DeploymentUnavailableError | BackPressureError | EngineDied):
         message = "an engine of this policy is not available just now; try again"
         return ApiError(503, message, kind="server_error", code="engine_unavailable")
