@@ -81,6 +81,7 @@ class Job:
 async def chunks(job: Job, form: answers.Streaming, options: api.StreamOptions | None) -> AsyncGenerator[str]:
     """The choices of a completion as server-sent events."""
     written = [Written() for _ in job.choices]
+    before = [0] * len(written)  # characters of each choice's tokens with log-probabilities
     async with aclosing(job.pieces()) as pieces:
         begun = False
         async for piece in pieces:
@@ -92,7 +93,8 @@ async def chunks(job: Job, form: answers.Streaming, options: api.StreamOptions |
             if isinstance(piece, Ended):
                 yield answers.event(form.chunk(job.answer, piece.choice, job.top, written[piece.choice].reason))
             elif piece.text or piece.logprobs or job.answer.shown(piece):
-                yield answers.event(form.chunk(job.answer, piece.choice, job.top, piece))
+                yield answers.event(form.chunk(job.answer, piece.choice, job.top, piece, before[piece.choice]))
+                before[piece.choice] += sum(len(job.answer.word(step.token)) for step in piece.logprobs)
     if options is not None and options.include_usage:
         yield answers.event(form.usage(job.answer, written))
     yield answers.DONE
