@@ -24,7 +24,7 @@ class Busy(RuntimeError):
     """Too many wait already; `retry_after` says in how many seconds there may be room."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__("too many requests are waiting here")
+        super().__init__(retry_after)
         self.retry_after = retry_after
 
 
@@ -52,11 +52,22 @@ class Admission:
         """Requests that wait for their first place."""
         return len({one.request for one in self._waiting if not self._most_held(one)})
 
+    @property
+    def retry_after(self) -> int:
+        """In how many seconds there may be room."""
+        places = max(1, min(self._share.values(), default=1) / MOST_OF_ALL)
+        return max(1, math.ceil(self._seconds * self.waiting / places))
+
     def check(self) -> None:
         """Raise Busy where a new request would be one too many."""
         if self.waiting >= self._most_waiting:
-            places = max(1, min(self._share.values(), default=1) / MOST_OF_ALL)
-            raise Busy(max(1, math.ceil(self._seconds * self.waiting / places)))
+            raise Busy(self.retry_after)
+
+    def limit(self, requests: int) -> int:
+        """How many requests there may be before `check` refuses one, where `requests` are here, waiting or not. While
+        some wait, places that are free in other engines do not count: who takes one makes room with its answer."""
+        waiting = self.waiting
+        return requests - waiting + self._most_waiting + (0 if waiting else sum(self._free.values()))
 
     @asynccontextmanager
     async def place(self, request: str, engines: Collection[str]) -> AsyncGenerator[None]:

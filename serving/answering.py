@@ -20,7 +20,7 @@ from serving import openai_answers as answers
 from serving import openai_protocol as api
 from serving.admission import Busy
 from serving.decoding import Ended, Piece
-from serving.errors import ApiError, failed
+from serving.errors import ApiError, failed, overloaded
 from serving.openai_answers import Answer, Written
 
 log = logging.getLogger("ray.serve")
@@ -48,8 +48,7 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, Busy):
         metrics.refused("busy")
-        message = f"{error}; try again in {error.retry_after} s"
-        return ApiError(429, message, kind="overloaded", code="overloaded", retry_after=error.retry_after)
+        return overloaded(error.retry_after)
     if isinstance(error, RayActorError | DeploymentUnavailableError | BackPressureError | EngineDied):
         message = "an engine of this policy is not available just now; try again"
         return ApiError(503, message, kind="server_error", code="engine_unavailable")
@@ -82,6 +81,7 @@ class Job:
 async def chunks(job: Job, form: answers.Streaming, options: api.StreamOptions | None) -> AsyncGenerator[str]:
     """The choices of a completion as server-sent events."""
     written = [Written() for _ in job.choices]
+    before = [0] * len(written)  # characters of each choice's tokens with log-probabilities
     async with aclosing(job.pieces()) as pieces:
         begun = False
         async for piece in pieces:
@@ -93,7 +93,8 @@ async def chunks(job: Job, form: answers.Streaming, options: api.StreamOptions |
             if isinstance(piece, Ended):
                 yield answers.event(form.chunk(job.answer, piece.choice, job.top, written[piece.choice].reason))
             elif piece.text or piece.logprobs or job.answer.shown(piece):
-                yield answers.event(form.chunk(job.answer, piece.choice, job.top, piece))
+                yield answers.event(form.chunk(job.answer, piece.choice, job.top, piece, before[piece.choice]))
+                before[piece.choice] += sum(len(job.answer.word(step.token)) for step in piece.logprobs)
     if options is not None and options.include_usage:
         yield answers.event(form.usage(job.answer, written))
     yield answers.DONE

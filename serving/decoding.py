@@ -88,8 +88,12 @@ async def choice(
     if done is None:
         raise RuntimeError(f"{policy.name} ended without saying so")
     yield Piece(number, text.end())
-    samples = [chat.decode(tokenizer, ids) for ids in done.samples]
+    samples = await asyncio.to_thread(_texts, tokenizer, done.samples) if done.samples else []
     yield Ended(number, "stop" if text.stopped else done.finish, done.usage, samples)
+
+
+def _texts(tokenizer: PreTrainedTokenizerFast, samples: list[list[int]]) -> list[str]:
+    return [chat.decode(tokenizer, ids) for ids in samples]
 
 
 async def _logprobs(

@@ -35,6 +35,12 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
 
+def overloaded(retry_after: int, headers: dict[str, str] | None = None) -> ApiError:
+    """What one more request gets where too many wait: to come again after so many seconds."""
+    message = f"too many requests are waiting here; try again in {retry_after} s"
+    return ApiError(429, message, kind="overloaded", code="overloaded", retry_after=retry_after, headers=headers)
+
+
 def failed(error: ApiError) -> JSONResponse:
     """The error as a response, which is an ASGI application too."""
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)

@@ -21,9 +21,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from s2t_models.settings import ServingSettings
-from serving import metrics
+from serving import metrics, room
+from serving.admission import Admission
 from serving.keys import Keys
 from serving.limits import BodyLimit, Door, KeyCheck, TimeLimit, Traffic
+from serving.placement import gateways
 
 #: The status of a request whose client went away, as proxies log it.
 CLIENT_GONE = 499
@@ -50,6 +52,7 @@ class Rules:
 
     settings: ServingSettings
     keys: Keys
+    admission: Admission
     traffic: Traffic = field(default_factory=Traffic)
 
 
@@ -75,7 +78,7 @@ def ruled(app: ASGIApp, rules: Rules) -> ASGIApp:
     settings = rules.settings
     app = BodyLimit(app, settings.max_body_mb)
     app = TimeLimit(app, settings.request_timeout_s)
-    app = Door(app, rules.traffic)
+    app = Door(app, rules.traffic, rules.admission, gateways(settings))
     app = KeyCheck(app, rules.keys)
     if settings.cors_origins:
         # Outside of the keys: a browser asks first without one, and may read a refusal.
@@ -111,6 +114,8 @@ class Observed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"] = {**scope.get("state", {}), "policy": "", "key": ""}
         began = time.perf_counter()
+        if refused := int(Headers(scope=scope).get(room.REFUSED.decode(), 0)):
+            metrics.refused("full", refused)
         _about.set(state)
         _arrived.set(began)
         status, written = 500, 0

@@ -41,7 +41,7 @@ from serving.measuring import measured
 from serving.openai_answers import Answer
 from serving.openapi import describe
 from serving.operations import Operated, router
-from serving.placement import places
+from serving.placement import gateways, places
 from serving.playground.routes import router as playground
 from serving.text import written_alone
 
@@ -78,13 +78,13 @@ class Gateway(Operated):
         self._word = lru_cache(maxsize=2**16)(partial(written_alone, self._tokenizer))
         self._remote = {name: RemoteEngine(handle) for name, handle in engines.items()}
         serving = hosting.recipe.serving
-        gateways = serving.gateway_max_replicas or serving.gateway_replicas
-        room = {name: max(1, places(hosted.settings) // gateways) for name, hosted in hosting.engines.items()}
+        share = gateways(serving)
+        room = {name: max(1, places(hosted.settings) // share) for name, hosted in hosting.engines.items()}
         self._admission = Admission(room, serving.max_waiting)
         metrics.waiting.set_function(lambda: self._admission.waiting)
         self._policies, self._refused = offer(hosting)
         self._started = int(time.time())
-        self.operate(hosting, self._remote, keys)
+        self.operate(hosting, self._remote, keys, self._admission)
 
     @app.get("/v1/models")
     async def models(self) -> Response:

@@ -6,14 +6,17 @@ ASGI middlewares, each of one limit. They know nothing of models or policies.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving import metrics
+from serving import metrics, room
+from serving.admission import Admission
 from serving.errors import ApiError, failed
 from serving.keys import Keys
+from serving.room import Room
 
 MB = 1024**2
 #: As many of a number as tell that it is too large.
@@ -27,9 +30,11 @@ AFTER_DRAINING_S = 10
 
 @dataclass
 class Traffic:
-    """The requests of one gateway that decode something: how many there are, and whether more are let in."""
+    """The requests of one gateway that decode something: how many there are, how many of these have no answer yet, and
+    whether more are let in."""
 
     in_flight: int = 0
+    unanswered: int = 0
     draining: bool = False
 
 
@@ -130,10 +135,12 @@ class TimeLimit:
 
 
 class Door:
-    """Counts the requests that decode, and lets no more of them in once the gateway drains (503)."""
+    """Counts the requests that decode, and lets no more of them in once the gateway drains (503). Each answer says how
+    many requests the gateway has room for (`serving.room`); there are `gateways` at the most."""
 
-    def __init__(self, app: ASGIApp, traffic: Traffic) -> None:
-        self._app, self._traffic = app, traffic
+    def __init__(self, app: ASGIApp, traffic: Traffic, admission: Admission, gateways: int) -> None:
+        self._app, self._traffic, self._admission = app, traffic, admission
+        self._name, self._gateways = uuid.uuid4().hex, gateways
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
@@ -145,9 +152,28 @@ class Door:
             error = ApiError(503, message, kind="server_error", code="shutting_down", retry_after=AFTER_DRAINING_S)
             await failed(error)(scope, receive, send)
             return
+        is_answered = False
+
+        def note_answer() -> None:
+            nonlocal is_answered
+            self._traffic.unanswered -= not is_answered
+            is_answered = True
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                note_answer()
+                message = {**message, "headers": [*message["headers"], (room.HEADER, self._room().written())]}
+            await send(message)
+
         self._traffic.in_flight += 1
+        self._traffic.unanswered += 1
         try:
             with metrics.in_flight.track_inprogress():
-                await self._app(scope, receive, send)
+                await self._app(scope, receive, told)
         finally:
+            note_answer()
             self._traffic.in_flight -= 1
+
+    def _room(self) -> Room:
+        limit = self._admission.limit(self._traffic.unanswered)
+        return Room(self._name, self._gateways, limit, self._admission.retry_after)

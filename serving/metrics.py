@@ -57,9 +57,9 @@ def observe_decode(policy: str, usage_by_engine: Mapping[str, Mapping[str, int]]
     _rescues.labels(_bounded(policy)).inc(rescues)
 
 
-def refused(reason: str) -> None:
-    """A request was not let in; `reason` is one of a few words, such as "key", "body" or "busy"."""
-    _refused.labels(reason).inc()
+def refused(reason: str, count: int = 1) -> None:
+    """Requests were not let in; `reason` is one of a few words, such as "key", "body" or "busy"."""
+    _refused.labels(reason).inc(count)
 
 
 def counted() -> list[Metric]:

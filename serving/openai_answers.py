@@ -250,11 +250,11 @@ def chat_logprobs(steps: Sequence[StepLogprobs], word: Word) -> dict[str, Any]:
     }
 
 
-def text_logprobs(steps: Sequence[StepLogprobs], word: Word) -> dict[str, Any]:
-    """The older form, of text completions. Where two of the most probable tokens have the same text, the more probable
-    one's is shown."""
+def text_logprobs(steps: Sequence[StepLogprobs], word: Word, before: int = 0) -> dict[str, Any]:
+    """The older form, of text completions; the tokens before these steps have `before` characters. Where two of the
+    most probable tokens have the same text, the more probable one's is shown."""
     words = [word(step.token) for step in steps]
-    offsets = list(accumulate(map(len, words[:-1]), initial=0))[: len(words)]
+    offsets = list(accumulate(map(len, words[:-1]), initial=before))[: len(words)]
     return {
         "tokens": words,
         "token_logprobs": [step.logprob for step in steps],
@@ -269,21 +269,25 @@ def text_logprobs(steps: Sequence[StepLogprobs], word: Word) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Streaming:
     """How chat or text completions are streamed: chunks of `kind` with ids that begin with `prefix`; `begun`, `text`
-    and `ended` are what a choice holds at its beginning, with a piece of text, and at its end."""
+    and `ended` are what a choice holds at its beginning, with a piece of text, and at its end; `logprobs` is given
+    steps, and how many characters the tokens before them have."""
 
     kind: str
     prefix: str
     begun: dict[str, Any]
     text: Callable[[str], dict[str, Any]]
     ended: dict[str, Any]
-    logprobs: Callable[[Sequence[StepLogprobs], Word], dict[str, Any]]
+    logprobs: Callable[[Sequence[StepLogprobs], Word, int], dict[str, Any]]
 
-    def chunk(self, answer: Answer, number: int, top: int | None, piece: Piece | FinishReason | None) -> dict[str, Any]:
-        """A piece of a choice; its beginning (None), or its end."""
+    def chunk(
+        self, answer: Answer, number: int, top: int | None, piece: Piece | FinishReason | None, before: int = 0
+    ) -> dict[str, Any]:
+        """A piece of a choice, with so many characters of tokens `before`; its beginning (None), or its end."""
         if not isinstance(piece, Piece):
             content = self.begun if piece is None else self.ended
             return self._with(answer, [{"index": number, **content, "logprobs": None, "finish_reason": piece}])
-        logprobs = self.logprobs(piece.logprobs, answer.word) if top is not None and piece.logprobs else None
+        has_logprobs = top is not None and piece.logprobs
+        logprobs = self.logprobs(piece.logprobs, answer.word, before) if has_logprobs else None
         content = self.text(piece.text)
         choice = {"index": number, **content, "logprobs": logprobs, "finish_reason": None}
         return self._with(answer, [choice]) | answer.shown(piece)
@@ -311,7 +315,7 @@ CHAT = Streaming(
     begun={"delta": {"role": "assistant", "content": ""}},
     text=lambda text: {"delta": {"content": text}},
     ended={"delta": {}},
-    logprobs=chat_logprobs,
+    logprobs=lambda steps, word, before: chat_logprobs(steps, word),
 )
 TEXT = Streaming(
     kind="text_completion",

@@ -16,6 +16,7 @@ from ray.serve.exceptions import RayServeException
 
 from s2t_models.hosting import Hosting
 from serving import metrics
+from serving.admission import Admission
 from serving.engine_deployment import RemoteEngine
 from serving.errors import ApiError
 from serving.front import Rules
@@ -32,9 +33,9 @@ router = APIRouter()
 class Operated:
     """A gateway that can be operated; its constructor calls `operate`."""
 
-    def operate(self, hosting: Hosting, engines: dict[str, RemoteEngine], keys: Keys) -> None:
-        """Go by the recipe's `serving` section, and answer for these engines."""
-        self.rules = Rules(hosting.recipe.serving, keys)
+    def operate(self, hosting: Hosting, engines: dict[str, RemoteEngine], keys: Keys, admission: Admission) -> None:
+        """Go by the recipe's `serving` section, and answer for these engines and what waits for them."""
+        self.rules = Rules(hosting.recipe.serving, keys, admission)
         self._readiness = Readiness({name: engine.answering for name, engine in engines.items()})
         self._about = {"recipe": hosting.recipe.name, "digest": hosting.digest}
 

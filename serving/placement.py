@@ -56,6 +56,11 @@ def gateway_options(serving: ServingSettings) -> dict[str, Any]:
     return options | {"autoscaling_config": scaling}
 
 
+def gateways(serving: ServingSettings) -> int:
+    """How many replicas of the gateway there may be."""
+    return serving.gateway_max_replicas or serving.gateway_replicas
+
+
 def places(model: ModelSettings) -> int:
     """How many decodes the engine's replicas hold at once, all together."""
     held = (model.vllm.max_num_seqs if model.engine == "vllm" else None) or model.slots

@@ -1,4 +1,5 @@
-"""What stands in Serve's own proxy, before any gateway: sane headers in, OpenAI-shaped errors out.
+"""What stands in Serve's own proxy, before any gateway: sane headers in, OpenAI-shaped errors out, and a quick refusal
+of what no gateway has room for.
 
 Where a gateway dies, or none is there, Serve's proxy answers for it in plain text, or with nothing at all. `s2t serve`
 has the proxies that it starts call `middlewares`; on a cluster whose Serve runs already, set `ENVIRONMENT` where Ray
@@ -8,13 +9,16 @@ starts. It imports no models: the proxy is a small process.
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.errors import ApiError, failed
+from serving import room
+from serving.errors import ApiError, failed, overloaded
+from serving.room import Room, Rooms
 
 #: For the process of Serve's controller, whose children the proxies are. A replica that does not answer its health
 #: checks will not answer a request to stop either: it is killed at once, and what waits for it fails. A proxy has time
@@ -25,11 +29,13 @@ ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 REQUEST_ID = b"x-request-id"
-#: Headers by which a client could lift Serve's limits on its own request.
-STEERING = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled"}
+#: Headers by which a client could lift Serve's limits on its own request, or count refusals that were none.
+STEERING = {b"x-request-timeout-seconds", b"x-request-disconnect-disabled", room.REFUSED}
 LONGEST_ID = 128
 #: Serve's own pages, such as /-/healthz.
 OWN = "/-/"
+#: A request of an application, which answers below its prefix: what decodes is below /v1, and /metrics counts.
+OF_APPLICATION = re.compile(r"(.*?)/(v1/.*|metrics)")
 #: The statuses that Serve gives in plain text: without a gateway, or around one that raised.
 PLAIN = {404, 408, 429, 500, 503}
 
@@ -51,10 +57,12 @@ def request_id(given: bytes | None) -> str:
 
 class ProxyFront:
     """ASGI middleware for Serve's proxy. Every request has one sane `x-request-id`, which Serve gives back with the
-    answer. An error that is not JSON becomes one in OpenAI's shape, and so does no answer at all."""
+    answer. An error that is not JSON becomes one in OpenAI's shape, and so does no answer at all. A POST that no
+    gateway of its application has room for gets a 429 unread."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._rooms: dict[str, Rooms] = {}  # by the prefix of an application
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith(OWN):
@@ -63,27 +71,68 @@ class ProxyFront:
         headers = scope["headers"]
         name = request_id(next((value for key, value in headers if key == REQUEST_ID), None))
         kept = [(key, value) for key, value in headers if key != REQUEST_ID and key not in STEERING]
-        scope = {**scope, "headers": [*kept, (REQUEST_ID, name.encode())]}
-        answer = _Answer(send)
-        await self._app(scope, receive, answer.pass_on)
+        rooms, decodes = self._rooms_of(scope["path"]), scope["method"] == "POST"
+        # What a page of another origin may read of a refusal, gateways say.
+        if decodes and (full := rooms.full()) and not any(key == b"origin" for key, _ in kept):
+            rooms.refused += 1
+            await failed(overloaded(full.retry_after, {"x-request-id": name}))(scope, receive, send)
+            return
+        if rooms.refused:
+            kept.append((room.REFUSED, str(rooms.refused).encode()))
+            rooms.refused = 0
+        answer = _Answer(send, rooms, decodes)
+        try:
+            await self._app({**scope, "headers": [*kept, (REQUEST_ID, name.encode())]}, receive, answer.pass_on)
+        finally:
+            answer.end()
         if not answer.begun:
             await failed(_of(answer.status, name))(scope, receive, send)
 
+    def _rooms_of(self, path: str) -> Rooms:
+        """Those of the application that the path is of."""
+        found = OF_APPLICATION.fullmatch(path)
+        if not found:
+            return Rooms()
+        if found[1] not in self._rooms:
+            self._rooms = {prefix: rooms for prefix, rooms in self._rooms.items() if rooms.unanswered or rooms.refused}
+            self._rooms[found[1]] = Rooms()
+        return self._rooms[found[1]]
+
 
 class _Answer:
-    """What the proxy sends: passed on, but for its plain errors, of which `status` is kept; None: nothing has come."""
+    """What the proxy sends: passed on, but for its plain errors, of which `status` is kept, and for what a gateway says
+    of its room. `status` is None where nothing has come. A request that `decodes` counts until its answer begins."""
 
-    def __init__(self, send: Send) -> None:
-        self._send, self.begun = send, False
+    def __init__(self, send: Send, rooms: Rooms, decodes: bool) -> None:
+        self._send, self._rooms, self._is_counted = send, rooms, decodes
+        self.begun = False
         self.status: int | None = None
+        self._streams: str | None = None  # the name of the gateway that does
+        rooms.unanswered += decodes
 
     async def pass_on(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            kind = Headers(raw=message["headers"]).get("content-type", "")
+            headers = message["headers"]
+            kind = Headers(raw=headers).get("content-type", "")
+            self._count()
+            for said in [Room.read(value) for key, value in headers if key == room.HEADER]:
+                self._rooms.note(said)
+                self._streams = said.gateway if kind.startswith("text/event-stream") else None
+            message = {**message, "headers": [(key, value) for key, value in headers if key != room.HEADER]}
             self.status = message["status"]
             self.begun = message["status"] not in PLAIN or kind.startswith("application/json")
         if self.begun:
             await self._send(message)
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._count()
+        if self._streams is not None:
+            self._rooms.note_end(self._streams)
+
+    def _count(self) -> None:
+        self._rooms.unanswered -= self._is_counted
+        self._is_counted = False
 
 
 def _of(status: int | None, name: str) -> ApiError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from s2t_models.answers.voting import vote
 from s2t_models.engines.contract import Draft, Penalties, Sampling, Scores, Usage
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.hosting import Hosted, Hosting
-from s2t_models.policies.base import Engines, Request
+from s2t_models.policies.base import Engines, Request, gather
 from s2t_models.policies.collaborate import Collaborate
 from s2t_models.policies.majority import Majority
 from s2t_models.policies.multiplex import MultiplexThinking
@@ -129,6 +130,25 @@ def test_majority_serves_the_first_sample_with_the_majoritys_answer():
     assert served("no idea", "the answer is 1/2", "it is 3", "\\boxed{0.5}") == "the answer is 1/2"
     letters = ("answer: A. 10", "answer: B. 20", "it is 20", "10 or 20")
     assert served(*letters, options=("10", "20")) == "answer: B. 20"
+
+
+def test_the_loop_goes_on_while_a_vote_is_counted():
+    reading, has_gone_on = threading.Event(), threading.Event()
+
+    def slowly(ids: list[int]) -> str:
+        reading.set()
+        assert has_gone_on.wait(30)
+        return decode(ids)
+
+    async def beside() -> list[int]:
+        voices = Engines({"slm": Chorus(["7 eggs", "so 8"])}, slowly, encode)
+        voted = asyncio.ensure_future(gather(Majority("maj", WARM, 2).decode(voices, Request(encode("Q?"), 50))))
+        while not reading.is_set():
+            await asyncio.sleep(0)
+        has_gone_on.set()
+        return (await voted).ids
+
+    assert decode(asyncio.run(beside())) == "7 eggs"
 
 
 # SpecReason

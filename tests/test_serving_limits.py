@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from s2t_models.engines.contract import Decision, Usage
 from s2t_models.settings import ServingSettings
 from serving import metrics
+from serving.admission import Admission
 from serving.app import _cautions
 from serving.decoding import Ended, Piece
 from serving.errors import ApiError, failed
@@ -88,7 +89,7 @@ def test_a_request_has_one_sane_id_whatever_the_client_sends(given: bytes, is_ke
 
 
 def rules(keys: Keys = Keys(), **settings: Any) -> Rules:  # noqa: B008  # it is immutable
-    return Rules(ServingSettings.model_validate(settings), keys)
+    return Rules(ServingSettings.model_validate(settings), keys, Admission({"slm": 1}, 1))
 
 
 async def reads(scope, receive, send):

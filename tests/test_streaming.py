@@ -178,6 +178,17 @@ def test_completions_stream_too(client):
         assert "".join(mine) == choice["text"]
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_streamed_log_probabilities_joined_are_those_of_the_whole(client, echo: bool):
+    body = {"model": "greedy", "prompt": ["One and two", "Three"], "max_tokens": 12, "logprobs": 1, "echo": echo}
+    answer = client.post("/completions", json=body).json()
+    chunks = stream(client, body, "/completions")
+    for choice in answer["choices"]:
+        mine = [c["logprobs"] for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        for part in ("tokens", "text_offset"):
+            assert [each for logprobs in mine if logprobs for each in logprobs[part]] == choice["logprobs"][part]
+
+
 @pytest.fixture(scope="module")
 def reference(endpoint: str):
     """Log-probabilities [T, V] by transformers' own forward, over the rows that are text."""

@@ -3,6 +3,7 @@ served."""
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -44,8 +45,12 @@ class Majority(Policy):
             async with engines.place(self.needs):
                 return await slm.generate(request.prompt, one)
 
+        def elected(drafts: list[Draft]) -> Draft:
+            return drafts[vote([engines.decode(draft.ids) for draft in drafts], request.options)]
+
         drafts = await all_of(sample(one) for one in asked)
-        winner = drafts[vote([engines.decode(draft.ids) for draft in drafts], request.options)]
+        # Reading answers takes a while where there are many: not on the loop, which others share.
+        winner = await asyncio.to_thread(elected, drafts)
         usage = sum((draft.usage for draft in drafts), Usage())
         yield Span(winner.ids, "slm")
         yield Done(winner.finish, {"slm": usage}, [draft.ids for draft in drafts])
