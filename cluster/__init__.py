@@ -1,1 +1,2 @@
-"""Recipes: a model pair with all its settings, one YAML file each. A data package; nothing is imported from it."""
+"""Recipes, a model pair with all its settings each, and the files that run them on a cluster. A data package; nothing
+is imported from it."""

@@ -16,6 +16,7 @@ from s2t_models.recipe import Recipe
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
+WRITTEN = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("cluster/*.md"), *DOCS.glob("*.md")]
 GENERATOR = runpy.run_path(str(DOCS / "generate.py"))
 PACKAGES = ("pipelines", "serving", "s2t_models", "cluster", "benchmarks", "tests")
 
@@ -52,7 +53,7 @@ def test_every_setting_of_a_recipe_is_in_a_table_with_a_description():
     assert [row["key"] for row in rows if not row["text"]] == [], "settings without a description"
 
 
-@pytest.mark.parametrize("path", [*REPOSITORY.glob("*.md"), *DOCS.glob("*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_links_to_files_and_headings_lead_somewhere(path):
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", path.read_text()):
         file, _, heading = target.partition("#")
