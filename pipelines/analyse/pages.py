@@ -20,9 +20,9 @@ from transformers import PreTrainedTokenizerFast
 from pipelines.analyse.decisions import Results, rescued
 from pipelines.results.summary import PAIR, compare, known
 from pipelines.tasks import load, task
-from s2t_models.files import whole
 from s2t_models.loading import load_tokenizer
 from s2t_models.recipe import Recipe
+from s2t_models.storage import whole
 from serving.playground.saved import SavedDecision, SavedTrajectory, index_page, trajectory_page
 from serving.text import TextStream, with_texts, written_alone
 

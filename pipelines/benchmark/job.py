@@ -39,8 +39,8 @@ from pipelines.results.summary import write_results
 from pipelines.runtime.progress import Progress
 from pipelines.tasks import Item, Task
 from s2t_models.errors import NothingDone, UserError, one_line
-from s2t_models.files import locked
 from s2t_models.hosting import Hosting, host
+from s2t_models.locks import locked
 from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
 from serving import cluster

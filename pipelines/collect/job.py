@@ -38,8 +38,8 @@ from pipelines.runtime.progress import Progress
 from s2t_models import loading
 from s2t_models.engines.load import check
 from s2t_models.errors import NothingDone, UserError, one_line
-from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
+from s2t_models.locks import locked
 from s2t_models.recipe import Recipe
 from s2t_models.settings import ActorPool, ModelSettings
 from serving import cluster, placement

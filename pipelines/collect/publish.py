@@ -23,9 +23,9 @@ from pipelines.data.schema import SHARD
 from pipelines.data.shards import ShardError, questions, shard_name, write_shard
 from s2t_models.calibration import BUDGETS, THRESHOLDS, Calibration, calibrate
 from s2t_models.errors import NothingDone, one_line
-from s2t_models.files import whole
 from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
+from s2t_models.storage import whole
 
 HITS = (1, 2, 4, 8)
 QUANTILES = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999)

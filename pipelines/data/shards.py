@@ -15,8 +15,8 @@ import pyarrow as pa
 from pipelines.data.layout import RECORD, SHARDS
 from pipelines.data.schema import METADATA, SHARD, VERSION
 from s2t_models.errors import UserError
-from s2t_models.files import whole
 from s2t_models.recipe import Recipe
+from s2t_models.storage import whole
 
 
 class ShardError(UserError):

@@ -31,7 +31,7 @@ from pipelines.distil.worker import read_state, train
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from s2t_models.artifact import read_provenance, refuse_foreign
-from s2t_models.files import locked
+from s2t_models.locks import locked
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.threads import use_threads

@@ -22,8 +22,8 @@ from pipelines.runtime import tracking
 from s2t_models import chat, loading
 from s2t_models.artifact import refuse_foreign, replacing
 from s2t_models.engines.load import capabilities, load
-from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
+from s2t_models.locks import locked
 from s2t_models.policies import r2r_labels
 from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r_labels import label

@@ -22,7 +22,7 @@ from pipelines.tasks.answers import asks_percentage
 from s2t_models.answers.choices import LETTERS
 from s2t_models.answers.latex_text import is_percent
 from s2t_models.errors import UserError
-from s2t_models.files import whole
+from s2t_models.storage import whole
 
 ResponseLine = dict[str, Any]
 

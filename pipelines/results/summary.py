@@ -22,7 +22,7 @@ from pipelines.data.text import encodable
 from pipelines.results.statistics import Paired, accuracy, over_seeds, paired
 from pipelines.tasks import VERDICTS
 from s2t_models.errors import UserError, one_line
-from s2t_models.files import whole
+from s2t_models.storage import whole
 
 PAIR = ["item", "seed", "repeat"]
 
