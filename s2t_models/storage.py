@@ -273,6 +273,21 @@ def written_to(folder: Location) -> Iterator[Path]:
         _upload(_below(Path(temporary)), folder)
 
 
+@contextmanager
+def copied(place: Location) -> Iterator[Path]:
+    """A file or folder on this machine while the block runs: itself, or a copy."""
+    if isinstance(place, Path):
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="s2t-") as temporary:
+        here = Path(temporary) / place.name
+        if place.is_file():
+            place.download(here)
+        for name in place.files():
+            (place / name).download(here / name)
+        yield here
+
+
 def _publish(part: Path, place: ObjectPath, mark: str | None) -> None:
     files = _below(part)
     if mark is not None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pipelines.analyse import PAGES
-from pipelines.runtime.arguments import add_tracking
+from pipelines.runtime.arguments import add_tracking, place
 from s2t_models.commands import run_command
 
 
@@ -28,9 +28,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="s2t analyse", description="The paper's curves and tables from shards or results."
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="SHARDS|RESULTS", help="a collection, or results files")
     parser.add_argument(
-        "--output", type=Path, help="folder for tables and figures (default: analysis, beside the input)"
+        "inputs", nargs="+", type=place, metavar="SHARDS|RESULTS", help="a collection, or results files"
+    )
+    parser.add_argument(
+        "--output", type=place, help="folder for tables and figures (default: analysis, beside the input)"
     )
     add_tracking(parser)
     parser.add_argument("--audit", action="store_true", help="ask the recipe's teacher about the choices of s2t-local")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipelines.runtime.arguments import add_recipe, add_tracking
+from pipelines.runtime.arguments import add_recipe, add_tracking, place
 from s2t_models.commands import run_command
 from s2t_models.recipe import load_recipe
 
@@ -54,7 +54,7 @@ def _positive(text: str) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="s2t benchmark", description="Benchmark policies over a served endpoint.")
     add_recipe(parser)
-    parser.add_argument("--output", required=True, type=Path, help="folder for answers, results, tables and figures")
+    parser.add_argument("--output", required=True, type=place, help="folder for answers, results, tables and figures")
     parser.add_argument("--task", help="benchmarks, separated by commas")
     parser.add_argument("--policies", help="policies, separated by commas, such as greedy,maj@8,s2t@0.05")
     parser.add_argument("--seeds", help="seeds, separated by commas")
