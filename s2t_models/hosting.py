@@ -70,7 +70,7 @@ def host(recipe: Recipe) -> Hosting:
     engines = pair(recipe)
     slm = engines["slm"]
     for name, path in recipe.checkpoints.items():
-        checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
+        checkpoint = loading.pinned(recipe.slm.model_copy(update={"path": path, "revision": None}))
         engines[name] = Hosted(name, checkpoint, slm.masked_ids)
         _check_tokenizer(engines[name], recipe)
     artifact = _artifact(recipe) if recipe.artifact else None
@@ -84,7 +84,7 @@ def host(recipe: Recipe) -> Hosting:
 def pair(recipe: Recipe) -> dict[str, Hosted]:
     """The SLM and the teacher alone, as collecting needs them. Raises RecipeError where they do not belong together."""
     masked = masked_rows(recipe)
-    engines = {name: Hosted(name, getattr(recipe, name), masked) for name in ("slm", "teacher")}
+    engines = {name: Hosted(name, loading.pinned(getattr(recipe, name)), masked) for name in ("slm", "teacher")}
     _check_tokenizer(engines["teacher"], recipe)
     return engines
 

@@ -7,6 +7,7 @@ of the weights) it has without them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -51,6 +52,14 @@ def _without_weights(settings: ModelSettings) -> Path:
     return _download(settings, SMALL) if place is None else fetched(place, lambda name: not _is_weights(name))
 
 
+def pinned(settings: ModelSettings) -> ModelSettings:
+    """With the commit of the hub that the revision stands for now, so that every node fetches the same files. Raises as
+    `resolve` does."""
+    if _place(settings) is not None:
+        return settings
+    return settings.model_copy(update={"revision": _without_weights(settings).name})
+
+
 def _place(settings: ModelSettings) -> Location | None:
     """The folder that `path` names; None where it names a repository of the hub."""
     if settings.path.startswith("embedded:"):
@@ -75,9 +84,12 @@ def _no_weights(folder: Location | str) -> RecipeError:
 def _download(settings: ModelSettings, patterns: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = partial(snapshot_download, settings.path, revision=settings.revision, allow_patterns=list(patterns))
     try:
-        return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=list(patterns)))
+        return Path(wanted())
     except Exception as error:
+        with contextlib.suppress(OSError, ValueError):  # what is here already will do where the hub does not answer
+            return Path(wanted(local_files_only=True))
         raise _not_to_be_had(settings, error) from None
 
 
