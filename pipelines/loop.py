@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.layout import COLLECTED, RESULTS, SERVABLE_RECIPE, STAGES, SUMMARY
-from pipelines.runtime.arguments import add_recipe, place
+from pipelines.runtime.arguments import add_recipe, here, place
 from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.storage import Location
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
 
     def work() -> None:
-        loop(load_recipe(options.recipe, options.set), options.output, options.data)
+        loop(load_recipe(options.recipe, options.set), options.output, here(options.data))
 
     return run_command("loop", work, options.output)
 
@@ -189,7 +189,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=place, required=True, help="folder of all stages: a path that all nodes share, or a URI"
     )
-    parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
+    parser.add_argument("--data", type=place, help="folder of benchmark data, for tasks that read files")
     return parser.parse_args(argv)
 
 

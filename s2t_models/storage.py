@@ -7,6 +7,7 @@ object appears when it is complete here. Object stores are reached through pyarr
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import hashlib
 import json
@@ -183,7 +184,7 @@ class ObjectPath:
         try:
             yield
         except FileNotFoundError:
-            raise FileNotFoundError(f"{self}: no such object") from None
+            raise FileNotFoundError(errno.ENOENT, "no such object", str(self)) from None
         except (OSError, ValueError) as error:
             raise StorageError(f"{self}: {_reason(error)}") from None
 

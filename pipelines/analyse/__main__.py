@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from pipelines.analyse import PAGES
-from pipelines.runtime.arguments import add_tracking, place
+from pipelines.runtime.arguments import add_tracking, here, place
 from s2t_models.commands import run_command
 
 
@@ -18,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         from pipelines.analyse.job import analyse
 
-        print(analyse(options.inputs, output, options.tracking, options.audit, options.data, options.pages))
+        print(analyse(options.inputs, output, options.tracking, options.audit, here(options.data), options.pages))
         print(f"tables and figures: {output}")
 
     return run_command("analyse", work, output)
@@ -36,7 +35,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_tracking(parser)
     parser.add_argument("--audit", action="store_true", help="ask the recipe's teacher about the choices of s2t-local")
-    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files, for --audit and the pages")
+    parser.add_argument("--data", type=place, help="folder with the benchmarks' files, for --audit and the pages")
     parser.add_argument(
         "--pages",
         type=int,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from pipelines.runtime.arguments import add_recipe, add_tracking, place
+from pipelines.runtime.arguments import add_recipe, add_tracking, here, place
 from s2t_models.commands import run_command
 from s2t_models.recipe import load_recipe
 
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
             recipe,
             options.output,
             Options(
-                options.data,
+                here(options.data),
                 options.endpoint,
                 options.tracking,
                 options.repeats,
@@ -60,7 +59,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", help="seeds, separated by commas")
     parser.add_argument("--repeats", type=_positive, default=1, help="how often each question is asked with each seed")
     parser.add_argument("--items", type=int, help="rows drawn from each benchmark")
-    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files; nothing is downloaded then")
+    parser.add_argument("--data", type=place, help="folder with the benchmarks' files; nothing is downloaded then")
     parser.add_argument(
         "--endpoint", metavar="URL", help="an endpoint that is running; by default the recipe is served"
     )

@@ -69,6 +69,8 @@ def distil(
         with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
             log_if_missing(recipe, known, output, collections)
         return known
+    shards, output = shards.resolve(), output.resolve()
+    calibration = calibration and calibration.resolve()
     training = training_folder(output)
     cluster.start()
     cluster.require(
@@ -79,9 +81,9 @@ def distil(
     with locked(training):
         use_store()
         with training_run(recipe, provenance, collections) as run:
-            trained, outcome = _train(recipe, shards.resolve(), training, provenance, run)
+            trained, outcome = _train(recipe, shards, training, provenance, run)
             begun = provenance.model_copy(update=outcome)
-            done = _build(recipe, trained, shards, calibration, begun, output.resolve())
+            done = _build(recipe, trained, shards, calibration, begun, output)
             with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
                 log_trained(recipe, done, output)
         remove(training)

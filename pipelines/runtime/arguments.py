@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
+from s2t_models.node_cache import fetched
 from s2t_models.storage import Location, StorageError, location
 
 
@@ -13,6 +15,11 @@ def place(text: str) -> Location:
         return location(text)
     except StorageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def here(folder: Location | None) -> Path | None:
+    """A folder of inputs on this machine: itself, or fetched once where it is in an object store."""
+    return folder if folder is None else fetched(folder)
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
