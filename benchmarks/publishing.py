@@ -38,46 +38,52 @@ def labelled_files(
         rng = np.random.default_rng([seed, number])
         index = rng.permutation(np.arange(start, min(start + rows_a_file, rows)))
         path = folder / f"{number:07d}.arrow"
-        table = pa.Table.from_pylist([_row(int(i), steps, recipe.collect.k, rng) for i in index], LABELLED)
         with pa.ipc.new_file(path, LABELLED) as writer:
-            writer.write_table(table)
+            writer.write_table(_rows(index, steps, recipe.collect.k, rng))
         files.append(path)
     return files
 
 
-def _row(index: int, steps: int, k: int, rng: np.random.Generator) -> dict[str, Any]:
-    row: dict[str, Any] = {
+def _rows(index: np.ndarray, steps: int, k: int, rng: np.random.Generator) -> pa.Table:
+    failed = index % ERRORS == 3
+    lengths = np.where(failed, 0, rng.integers(steps // 2, steps + 1, len(index)))
+    total = int(lengths.sum())
+    offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
+
+    def lists(values: pa.Array) -> pa.Array:
+        """Of the rows that did not fail."""
+        return pa.ListArray.from_arrays(offsets, values, mask=pa.array(failed))
+
+    def candidates(values: np.ndarray) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(np.arange(0, total * k + 1, k), pa.int32()), pa.array(values))
+
+    tokens = rng.integers(0, 50_000, total * k, np.int32)
+    logprobs = [-np.sort(rng.gamma(2, 2, (total, k)).astype(np.float32), axis=1).ravel() for _ in range(2)]
+    kept = {
+        "step": pa.array(np.arange(total) - np.repeat(lengths.cumsum() - lengths, lengths), pa.int32()),
+        "by_kl": pa.array(np.zeros(total, bool)),
+        "candidates_K": candidates(tokens),
+        "slm_logprobs_K": candidates(logprobs[0]),
+        "teacher_logprobs_K": candidates(logprobs[1]),
+    }
+    columns: dict[str, Any] = {
         "index": index,
-        "uid": f"row {index}",
-        "questions": [f"hash {index}"],
-        "prompt": f"prompt {index}",
-        "prompt_ids": list(range(20)),
+        "uid": [f"row {i}" for i in index],
+        "questions": [[f"hash {i}"] for i in index],
+        "prompt": [f"prompt {i}" for i in index],
+        "prompt_ids": [list(range(20))] * len(index),
+        "output_ids": lists(pa.array(tokens[::k])),
         "seed": index,
-        "temperature": 0.0,
+        "temperature": np.zeros(len(index)),
+        "finish": [None if bad else "end" for bad in failed],
+        "kl_T": lists(pa.array(rng.lognormal(-4, 2, total).astype(np.float32))),
+        "entropy_T": lists(pa.array(rng.lognormal(-2, 1, total).astype(np.float32))),
+        "teacher_argmax_T": lists(pa.array(tokens[::k])),
+        "teacher_rank_T": lists(pa.array(rng.geometric(0.7, total).astype(np.int32) - 1)),
+        "kept": lists(pa.StructArray.from_arrays(list(kept.values()), list(kept))),
+        "error": ["failed: made up" if bad else None for bad in failed],
     }
-    if index % ERRORS == 3:
-        return row | {"error": "failed: made up"}
-    length = int(rng.integers(steps // 2, steps + 1))
-    candidates_TK = rng.integers(0, 50_000, (length, k), np.int32)
-    slm_TK, teacher_TK = (np.sort(rng.normal(-4, 2, (length, k)).astype(np.float32))[:, ::-1] for _ in range(2))
-    return row | {
-        "output_ids": candidates_TK[:, 0],
-        "finish": "end",
-        "kl_T": rng.lognormal(-4, 2, length).astype(np.float32),
-        "entropy_T": rng.lognormal(-2, 1, length).astype(np.float32),
-        "teacher_argmax_T": candidates_TK[:, 0],
-        "teacher_rank_T": rng.geometric(0.7, length).astype(np.int32) - 1,
-        "kept": [
-            {
-                "step": step,
-                "by_kl": False,
-                "candidates_K": candidates_TK[step],
-                "slm_logprobs_K": slm_TK[step],
-                "teacher_logprobs_K": teacher_TK[step],
-            }
-            for step in range(length)
-        ],
-    }
+    return pa.table(columns).select(LABELLED.names).cast(LABELLED)
 
 
 def _publish(folder: Path, rows: int) -> None:
@@ -100,11 +106,6 @@ def _publish(folder: Path, rows: int) -> None:
     )
 
 
-def _make(folder: Path, rows: int, steps: int) -> None:
-    """Write the labelled rows on the cluster, some files a task."""
-    labelled_files(folder / "labelled", rows, steps, load_recipe("embedded"))
-
-
 def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -123,9 +124,10 @@ def main() -> int:
         "| rows | steps | GB | seconds | driver before, MB | driver's peak, MB |\n|---:|---:|---:|---:|---:|---:|",
         flush=True,
     )
+    recipe = load_recipe("embedded")
     for rows in (int(text) for text in options.rows.split(",")):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            _make(Path(folder), rows, options.steps)
+            labelled_files(Path(folder) / "labelled", rows, options.steps, recipe)
             command = [sys.executable, "-m", "benchmarks.publishing", "--folder", folder, "--publish", str(rows)]
             subprocess.run(command, check=True)
     return 0
