@@ -22,7 +22,7 @@ from pipelines.benchmark.answer_log import Answer, Question
 from pipelines.benchmark.endpoint import LONGEST_REPLY, EndpointError, Reply, merge, read_error, read_reply
 from pipelines.runtime.records import RecordLog
 from s2t_models.errors import one_line
-from s2t_models.storage import Location, location
+from s2t_models.storage import Location, StorageError, location
 from serving.http import authorization, base_url, is_near
 
 ATTEMPTS = 8
@@ -50,7 +50,8 @@ class Asker:
     connection).
 
     Each row comes back as {"key", "fault", "reason"}: fault is None where the answer is kept, "row" where only this
-    question could not be answered, "endpoint" where nothing answers any more; the rest is then not asked."""
+    question could not be answered, "endpoint" where nothing answers any more; the rest is then not asked; "storage"
+    where the answer could not be kept."""
 
     def __init__(self, endpoint: str, folder: str, concurrency: int, first_delay_s: float, api_key: str) -> None:
         self.url, self.log = base_url(endpoint), RecordLog(location(folder))
@@ -75,6 +76,8 @@ class Asker:
             try:
                 answer = await self.answer(self.session, row)
                 await asyncio.to_thread(self.log.append, answer)
+            except StorageError as error:
+                return {"key": row["key"], "fault": "storage", "reason": one_line(error)}
             except (EndpointError, aiohttp.ClientError, TimeoutError) as error:
                 reason = one_line(error)
                 is_gone = isinstance(error, Gone)
@@ -173,7 +176,7 @@ def ask(
     """Ask every question of `questions` on Ray Data; answers land in `folder`. Needs a running Ray.
 
     Returns key -> reason for the questions that could not be answered this time. Raises EndpointError where the
-    endpoint stopped answering: what was answered is kept."""
+    endpoint stopped answering, and StorageError where an answer could not be kept: what was kept before stays."""
     unanswered: dict[str, str] = {}
     for row in _rows(questions, endpoint, folder, concurrency, api_key):
         if row["fault"] == "endpoint":
@@ -181,6 +184,8 @@ def ask(
                 f"{endpoint} stopped answering ({row['reason']}); what it answered is kept: start it and run the same "
                 "command again"
             )
+        if row["fault"] == "storage":
+            raise StorageError(f"{row['reason']}; the answers before are kept: run the same command again")
         if row["fault"]:
             unanswered[row["key"]] = row["reason"]
     return unanswered
