@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from s2t_models.errors import UserError, first_problem
 from s2t_models.provenance import Provenance
 from s2t_models.settings import ModelSettings
-from s2t_models.storage import Location, location, whole
+from s2t_models.storage import DIGESTS, Location, ObjectPath, location, whole
 
 if TYPE_CHECKING:
     import torch
@@ -199,10 +199,13 @@ def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def refuse_foreign(folder: str | Location, mark: str) -> None:
-    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark`, or
-    nothing."""
+    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark`,
+    one whose publishing was broken off, or nothing."""
     folder = location(folder)
-    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    marks = (mark, DIGESTS) if isinstance(folder, ObjectPath) else (mark,)
+    if any((folder / name).is_file() for name in marks):
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder}: exists and holds something else; give another --output")
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from pyarrow.fs import FileInfo, FileSystem
 
 SCHEMES = ("s3", "gs")
-#: The file of a folder in an object store that holds the sha256 of each of its files, by name.
+#: The file of a folder in an object store that holds the sha256 of each of its files, by name; of none while they are
+#: being written.
 DIGESTS = "digests.json"
 #: Files of a folder that go up or come down at once.
 TRANSFERS = 8
@@ -293,7 +294,10 @@ def _publish(part: Path, place: ObjectPath, mark: str | None) -> None:
     files = _below(part)
     if mark is not None:
         (place / mark).unlink(missing_ok=True)
-    remove(place)
+    (place / DIGESTS).write_text("{}\n")  # from now on it is known as a folder that was not finished
+    for name in place.files():
+        if name != DIGESTS:
+            (place / name).unlink()
     last = files.pop(mark, None) if mark else None
     digests = _upload(files, place)
     (place / DIGESTS).write_text(json.dumps(digests, indent=2) + "\n")

@@ -13,7 +13,7 @@ import pytest
 from processes import end, start
 
 from s2t_models import loading, locks, node_cache
-from s2t_models.artifact import CARD, Artifact
+from s2t_models.artifact import CARD, Artifact, ArtifactError, refuse_foreign
 from s2t_models.locks import FolderError, locked
 from s2t_models.node_cache import cache_folder, fetched, recorded_digests, sha256_of
 from s2t_models.settings import ModelSettings
@@ -102,6 +102,15 @@ def test_a_folder_is_marked_last_with_the_digests_of_its_files(place: ObjectPath
     with pytest.raises(StorageError, match="went away"):
         publish("three")
     assert not (place / "mark.json").exists(), "without its mark a folder is nothing to readers"
+    assert recorded_digests(place) == {}
+    monkeypatch.undo()
+    refuse_foreign(place, "mark.json")
+    publish("four")
+    assert list(place.files()) == [DIGESTS, "mark.json", "sub/four"]
+    (place / DIGESTS).unlink()
+    (place / "mark.json").unlink()
+    with pytest.raises(ArtifactError, match="exists and holds something else"):
+        refuse_foreign(place, "mark.json")
 
 
 def test_files_are_added_to_a_folder(place: ObjectPath, tmp_path: Path) -> None:
@@ -149,8 +158,9 @@ from s2t_models import locks
 from s2t_models.storage import location, remove
 locks.RENEW_S = 0.05
 with locks.locked(location({str(place)!r})):
-    remove(location({str(place / locks.LOCK)!r}))
-    time.sleep(60)
+    for _ in range(300):  # until it is not in the middle of renewing
+        remove(location({str(place / locks.LOCK)!r}))
+        time.sleep(0.2)
 """
     status, _, said = end(start("-c", script))
     assert status == locks.LOST
