@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from pipelines.runtime.arguments import place
 from s2t_models.commands import run_command
 from s2t_models.recipe import load_recipe
 from s2t_models.settings import CandidateSettings, TriggerSettings
+from s2t_models.storage import Location
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("export", work, resumes=False)
 
 
-def _measured(results: Path) -> str:
+def _measured(results: Location) -> str:
     from pipelines.results.summary import comparisons, markdown, read_results, summarise
 
     frame, _ = read_results(results)
@@ -51,12 +52,12 @@ def _measured(results: Path) -> str:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="s2t export", description="An artifact for transformers, peft and others.")
-    parser.add_argument("artifact", type=Path, help="folder of a trained S2T-Local model")
-    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("artifact", type=place, help="folder of a trained S2T-Local model")
+    parser.add_argument("output", type=place, help="folder to write")
     parser.add_argument("--recipe", help="where candidates, warm-up and budget come from; else the defaults")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     parser.add_argument("--budget", type=float, help="the budget it decodes with by default")
-    parser.add_argument("--results", type=Path, help="results.parquet of a benchmark, for the model card")
+    parser.add_argument("--results", type=place, help="results.parquet of a benchmark, for the model card")
     return parser.parse_args(argv)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 
+from pipelines.runtime.arguments import here, place
 from s2t_models.commands import run_command
 from s2t_models.errors import UserError, one_line
 
@@ -34,7 +34,7 @@ def _grade(options: argparse.Namespace) -> int:
         if not (options.judge and options.judge_model):
             raise UserError(f"{chosen.name} is graded by a judge model: name one with --judge URL --judge-model NAME")
         ask = endpoint(options.judge, options.judge_model, os.environ.get("OPENAI_API_KEY", ""))
-    graded = grade_file(options.responses, chosen, options.data, ask)
+    graded = grade_file(options.responses, chosen, here(options.data), ask)
     for number, problem in graded.malformed.items():
         print(f"{options.responses}, line {number}: {problem}; the line is left out", file=sys.stderr)
     if options.output:
@@ -53,12 +53,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "task", metavar="TASK", help="a benchmark, such as gsm8k, math500, mmlu_pro, humaneval, mt_bench"
     )
     parser.add_argument(
-        "responses", metavar="RESPONSES.jsonl", type=Path, help="lines with `response`, and `id` or `answer`"
+        "responses", metavar="RESPONSES.jsonl", type=place, help="lines with `response`, and `id` or `answer`"
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder with the benchmark files, needed for `id` (default: download)"
+        "--data", type=place, metavar="DIR", help="folder with the benchmark files, needed for `id` (default: download)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the graded lines go")
+    parser.add_argument("--output", type=place, metavar="FILE", help="where the graded lines go")
     parser.add_argument(
         "--judge",
         metavar="URL",

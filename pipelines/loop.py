@@ -22,21 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.layout import COLLECTED, RESULTS, SERVABLE_RECIPE, STAGES, SUMMARY
-from pipelines.runtime.arguments import add_recipe
+from pipelines.runtime.arguments import add_recipe, here, place
 from s2t_models.commands import run_command
 from s2t_models.recipe import Recipe, load_recipe
+from s2t_models.storage import Location
 
 
 def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
 
     def work() -> None:
-        loop(load_recipe(options.recipe, options.set), options.output, options.data)
+        loop(load_recipe(options.recipe, options.set), options.output, here(options.data))
 
     return run_command("loop", work, options.output)
 
 
-def loop(recipe: Recipe, output: Path, data: Path | None = None) -> Recipe:
+def loop(recipe: Recipe, output: Location, data: Path | None = None) -> Recipe:
     """Run what is missing of the loop in `output`; returns the recipe as it ends. Raises the stages' own errors
     (UserError)."""
     from serving import cluster
@@ -74,7 +75,7 @@ def loop(recipe: Recipe, output: Path, data: Path | None = None) -> Recipe:
 
 
 @contextmanager
-def _stage(output: Path, name: str) -> Iterator[None]:
+def _stage(output: Location, name: str) -> Iterator[None]:
     """Add the time that the block takes to the stage's in `stages.json`, also where it is broken off."""
     began = time.monotonic()
     try:
@@ -86,14 +87,16 @@ def _stage(output: Path, name: str) -> Iterator[None]:
         path.write_text(json.dumps(seconds, indent=2) + "\n")
 
 
-def _collect(recipe: Recipe, folder: Path, data: Path | None) -> None:
+def _collect(recipe: Recipe, folder: Location, data: Path | None) -> None:
     from pipelines.collect import job as collect
 
     _say(f"collect {recipe.collect.prompts} trajectories of {recipe.collect.task} into {folder}")
     print(collect.report(collect.collect(recipe, folder, data=data), folder))
 
 
-def _distil(recipe: Recipe, train: Path, output: Path, objective: str, calibration: Path | None = None) -> None:
+def _distil(
+    recipe: Recipe, train: Location, output: Location, objective: str, calibration: Location | None = None
+) -> None:
     from pipelines.distil import job as distil
 
     what = "the selector and the trigger head" if objective == "selector" else "the kd control, the same labels,"
@@ -101,7 +104,7 @@ def _distil(recipe: Recipe, train: Path, output: Path, objective: str, calibrati
     print(distil.report(distil.distil(recipe, train, output, objective, calibration), output))
 
 
-def _choose_budget(recipe: Recipe, task: str, folder: Path, data: Path | None) -> float:
+def _choose_budget(recipe: Recipe, task: str, folder: Location, data: Path | None) -> float:
     """The smallest budget whose accuracy on validation problems is within one standard error of the best one's."""
     from pipelines.benchmark.job import Options, benchmark
     from pipelines.results.summary import read_results, summarise
@@ -122,7 +125,7 @@ def _choose_budget(recipe: Recipe, task: str, folder: Path, data: Path | None) -
     return smallest
 
 
-def _compare(recipe: Recipe, calibration: Path, output: Path, data: Path | None) -> str:
+def _compare(recipe: Recipe, calibration: Location, output: Location, data: Path | None) -> str:
     """Benchmark, and write and print the summary; returns where MLflow shows the runs."""
     from pipelines.benchmark.job import Options, benchmark
     from pipelines.results.summary import loop_summary, read_results
@@ -154,7 +157,7 @@ def _against(task: str, summary: dict[str, Any]) -> str:
     return "\n".join([f"s2t-local against, in points on the same problems of {task}:", *pairs])
 
 
-def _analyse(calibration: Path, output: Path) -> None:
+def _analyse(calibration: Location, output: Location) -> None:
     from pipelines.analyse.job import analyse
 
     _say(f"analyse: Hit@K, accuracy against budget and the error split, as tables and figures in {output / 'analysis'}")
@@ -162,7 +165,7 @@ def _analyse(calibration: Path, output: Path) -> None:
     analyse([calibration, *(path for path in results if path.is_file())], output / "analysis")
 
 
-def _is_done(recipe: Recipe, results: Path) -> bool:
+def _is_done(recipe: Recipe, results: Location) -> bool:
     """Whether the results are whole, of this job and of this artifact."""
     from pipelines.results.summary import read_results
     from s2t_models import loading
@@ -183,8 +186,10 @@ def _say(what: str) -> None:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="s2t loop", description="Collect, distil, benchmark and analyse one recipe.")
     add_recipe(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder of all stages, on a shared file system")
-    parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
+    parser.add_argument(
+        "--output", type=place, required=True, help="folder of all stages: a path that all nodes share, or a URI"
+    )
+    parser.add_argument("--data", type=place, help="folder of benchmark data, for tasks that read files")
     return parser.parse_args(argv)
 
 

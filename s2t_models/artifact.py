@@ -1,4 +1,4 @@
-"""The artifact: a trained S2T-Local model as a directory.
+"""The artifact: a trained S2T-Local model as a directory, on a file system or in an object store.
 
     model/                     the merged transformers checkpoint (safetensors) with its tokenizer
     trigger_head.safetensors   the trigger head
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from s2t_models.errors import UserError, first_problem
-from s2t_models.files import whole
 from s2t_models.provenance import Provenance
 from s2t_models.settings import ModelSettings
+from s2t_models.storage import DIGESTS, Location, ObjectPath, location, whole
 
 if TYPE_CHECKING:
     import torch
@@ -90,13 +90,14 @@ class Adapter:
 class Artifact:
     """An artifact directory that was read and checked."""
 
-    folder: Path
+    folder: Location
     card: Card
 
     @classmethod
-    def load(cls, folder: str | Path) -> Artifact:
-        """Read and check a directory; weights are not read yet. Raises ArtifactError."""
-        folder = Path(folder)
+    def load(cls, folder: str | Location) -> Artifact:
+        """Read and check a directory; weights are not read yet. Raises ArtifactError, and StorageError where an object
+        store cannot be reached."""
+        folder = location(folder)
         if not folder.is_dir():
             raise ArtifactError(f"{folder}: no such artifact directory; `python -m pipelines.distil` makes one")
         for name in (CARD, HEAD, MODEL):
@@ -122,11 +123,11 @@ class Artifact:
 
     def head(self) -> TriggerHead:
         """The trigger head in eval mode, on the CPU."""
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         from s2t_models.trigger import TriggerHead
 
-        tensors = load_file(self.folder / HEAD)
+        tensors = load((self.folder / HEAD).read_bytes())
         try:
             head = TriggerHead(tensors["first.weight"].shape[1], tensors["first.weight"].shape[0])
             head.load_state_dict(tensors)
@@ -136,18 +137,18 @@ class Artifact:
 
     def ranking_head(self) -> torch.Tensor | None:
         """The auxiliary ranking head's weight, [R, H], on the CPU; None where reserved rows do its work."""
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         if self.card.reserved_ids:
             return None
-        weight_RH = load_file(self.folder / RANKING_HEAD).get("weight")
+        weight_RH = load((self.folder / RANKING_HEAD).read_bytes()).get("weight")
         if weight_RH is None or weight_RH.shape[:1] != (len(self.card.bins),):
             raise ArtifactError(f"{self.folder / RANKING_HEAD}: does not hold a ranking head of {len(self.card.bins)}")
         return weight_RH
 
 
 def save(
-    folder: str | Path,
+    folder: str | Location,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     head: TriggerHead,
@@ -171,7 +172,7 @@ def save(
 
 
 def save_checkpoint(
-    folder: str | Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: Provenance
+    folder: str | Location, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, provenance: Provenance
 ) -> None:
     """Write a plain transformers checkpoint with its provenance; one that is already there is replaced as a whole.
     Raises ArtifactError where `folder` holds something else."""
@@ -180,10 +181,10 @@ def save_checkpoint(
         provenance.write(parts)
 
 
-def read_provenance(folder: str | Path) -> Provenance | None:
+def read_provenance(folder: str | Location) -> Provenance | None:
     """Where an artifact, a checkpoint or a router comes from; None for what was not distilled here. Raises
     ArtifactError or ProvenanceError where the file cannot be read."""
-    folder = Path(folder)
+    folder = location(folder)
     if (folder / CARD).is_file():
         return Artifact.load(folder).card.provenance
     return Provenance.read(folder)
@@ -197,20 +198,23 @@ def _save_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     tokenizer.save_pretrained(folder)
 
 
-def refuse_foreign(folder: str | Path, mark: str) -> None:
-    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark`, or
-    nothing."""
-    folder = Path(folder)
-    if folder.exists() and not (folder / mark).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+def refuse_foreign(folder: str | Location, mark: str) -> None:
+    """Raise ArtifactError where `folder` holds anything but what may be replaced: a directory with the file `mark`,
+    one whose publishing was broken off, or nothing."""
+    folder = location(folder)
+    marks = (mark, DIGESTS) if isinstance(folder, ObjectPath) else (mark,)
+    if any((folder / name).is_file() for name in marks):
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ArtifactError(f"{folder}: exists and holds something else; give another --output")
 
 
 @contextmanager
-def replacing(folder: str | Path, mark: str) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` at the end, so that `folder` is never half of anything. Raises
-    ArtifactError as `refuse_foreign` does."""
-    folder = Path(folder)
+def replacing(folder: str | Location, mark: str) -> Iterator[Path]:
+    """An empty folder of this machine that takes the place of `folder` at the end, so that `folder` is never half of
+    anything. Raises ArtifactError as `refuse_foreign` does."""
+    folder = location(folder)
     refuse_foreign(folder, mark)
-    with whole(folder) as part:
+    with whole(folder, mark) as part:
         part.mkdir(parents=True)
         yield part

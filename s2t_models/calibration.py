@@ -6,13 +6,13 @@ Axes: _M step of any trajectory.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from s2t_models.errors import UserError, first_problem
+from s2t_models.storage import Location
 
 #: The budgets tau that thresholds are set for.
 BUDGETS = (0.01, 0.02, 0.05, 0.10, 0.20)
@@ -58,7 +58,7 @@ class Calibration(BaseModel):
         return known[budget]
 
     @classmethod
-    def read(cls, path: Path) -> Calibration:
+    def read(cls, path: Location) -> Calibration:
         """Read the file `path`, or the one in the folder `path`. Raises CalibrationError."""
         path = calibration_file(path)
         if not path.is_file():
@@ -71,7 +71,7 @@ class Calibration(BaseModel):
             raise CalibrationError(f"{path}: {problem}; `s2t collect` writes such a file") from None
 
 
-def calibration_file(path: Path) -> Path:
+def calibration_file(path: Location) -> Location:
     """The file that `trigger.calibration` names: `path` itself, or a collection's thresholds.json."""
     return path / THRESHOLDS if path.is_dir() else path
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from s2t_models.errors import UserError, one_line
+from s2t_models.storage import Location
 
 LOG = "errors.log"
 #: The exit status of what Ctrl-C stopped, by the shells' convention.
@@ -33,12 +34,12 @@ def debugging() -> bool:
     return os.environ.get("S2T_DEBUG", "") not in ("", "0")
 
 
-def run_command(name: str, work: Callable[[], int | None], output: Path | None = None, resumes: bool = True) -> int:
+def run_command(name: str, work: Callable[[], int | None], output: Location | None = None, resumes: bool = True) -> int:
     """Run `work` and return the exit status: its own (0 for None), 1 for a fault, the error's for a `UserError`, 130
     for Ctrl-C.
 
-    `output` is where the traceback of a fault is kept (the current folder where there is none); `resumes` says whether
-    the same command goes on where it stopped."""
+    `output` is where the traceback of a fault is kept (the current folder where that is no folder of this machine);
+    `resumes` says whether the same command goes on where it stopped."""
     if debugging():
         return work() or 0
     try:
@@ -95,9 +96,9 @@ def _ctrl_c_stops(line: str) -> Iterator[None]:
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
-def _kept(error: BaseException, output: Path | None) -> str:
+def _kept(error: BaseException, output: Location | None) -> str:
     """Append the traceback to errors.log; returns what the line says of it."""
-    folder = output if output is not None and output.is_dir() else Path()
+    folder = output if isinstance(output, Path) and output.is_dir() else Path()
     path = folder / LOG
     try:
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:

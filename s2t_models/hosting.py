@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from s2t_models import loading
 from s2t_models.artifact import Artifact, ArtifactError, read_provenance
@@ -16,6 +15,7 @@ from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.reserved import describe, masked_rows, reserved_rows
 from s2t_models.router import SETTINGS, weights_hash
 from s2t_models.settings import ModelSettings
+from s2t_models.storage import Location, location
 
 #: What triggers compare with ("kl", "entropy", "head") -> budget -> the threshold that triggers that share of
 #: calibration steps.
@@ -39,8 +39,8 @@ class Hosted:
     name: str
     settings: ModelSettings
     masked_ids: tuple[int, ...] = ()
-    artifact: Path | None = None
-    router: Path | None = None
+    artifact: Location | None = None
+    router: Location | None = None
 
     @property
     def router_hash(self) -> str | None:
@@ -93,7 +93,7 @@ def host(recipe: Recipe) -> Hosting:
     engines = pair(recipe)
     slm = engines["slm"]
     for name, path in recipe.checkpoints.items():
-        checkpoint = recipe.slm.model_copy(update={"path": path, "revision": None})
+        checkpoint = loading.pinned(recipe.slm.model_copy(update={"path": path, "revision": None}))
         engines[name] = Hosted(name, checkpoint, slm.masked_ids)
         _check_tokenizer(engines[name], recipe)
     artifact = _own_artifact(recipe, recipe.artifact) if recipe.artifact else None
@@ -115,7 +115,7 @@ def host(recipe: Recipe) -> Hosting:
 def pair(recipe: Recipe) -> dict[str, Hosted]:
     """The SLM and the teacher alone, as collecting needs them. Raises RecipeError where they do not belong together."""
     masked = masked_rows(recipe)
-    engines = {name: Hosted(name, getattr(recipe, name), masked) for name in ("slm", "teacher")}
+    engines = {name: Hosted(name, loading.pinned(getattr(recipe, name)), masked) for name in ("slm", "teacher")}
     _check_tokenizer(engines["teacher"], recipe)
     return engines
 
@@ -140,12 +140,12 @@ def _thresholds(recipe: Recipe, artifact: Artifact | None) -> Thresholds:
         same_kl = calibrated == (loading.weights_hash(recipe.teacher), str(recipe.divergence))
         found = {metric: card.thresholds[metric] for metric in card.thresholds if metric != "kl" or same_kl}
     if recipe.trigger.calibration:
-        found |= _calibration(recipe, Path(recipe.trigger.calibration))
+        found |= _calibration(recipe, location(recipe.trigger.calibration))
     return found
 
 
-def _router(key: str, path: str, recipe: Recipe) -> Path:
-    folder = Path(path)
+def _router(key: str, path: str, recipe: Recipe) -> Location:
+    folder = location(path)
     if not (folder / SETTINGS).is_file():
         raise RecipeError(f"{key}: {folder} holds no router; `s2t distil --objective router` trains one")
     provenance = read_provenance(folder)
@@ -195,7 +195,7 @@ def check_decoding(artifact: Artifact, recipe: Recipe) -> None:
             )
 
 
-def calibration(path: Path) -> Calibration:
+def calibration(path: Location) -> Calibration:
     """What `s2t collect` wrote as thresholds.json, in the folder or file `path`. Raises RecipeError where it is
     none."""
     try:
@@ -204,7 +204,7 @@ def calibration(path: Path) -> Calibration:
         raise RecipeError(f"trigger.calibration: {error}") from None
 
 
-def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[float, float]]:
+def _calibration(recipe: Recipe, path: Location) -> dict[str, dict[float, float]]:
     content = calibration(path)
     _same_weights("trigger.calibration", path, "SLM", content.slm, recipe.slm)
     _same_weights("trigger.calibration", path, "teacher", content.teacher, recipe.teacher)
@@ -216,6 +216,6 @@ def _calibration(recipe: Recipe, path: Path) -> dict[str, dict[float, float]]:
     return content.thresholds
 
 
-def _same_weights(key: str, path: Path, role: str, recorded: str | None, model: ModelSettings) -> None:
+def _same_weights(key: str, path: Location, role: str, recorded: str | None, model: ModelSettings) -> None:
     if recorded != loading.weights_hash(model):
         raise RecipeError(f"{key}: {path} was made with another {role} than {model.path}; make it again with this one")

@@ -1,7 +1,13 @@
-"""Models and tokenizers from folders, the hub, or the package (`embedded:slm`): safetensors only, no remote code."""
+"""Models and tokenizers from folders, object stores, the hub, or the package (`embedded:slm`): safetensors only, no
+remote code.
+
+Weights come to the machine that runs them, and to no other: what a driver needs (configuration, tokenizer, the digest
+of the weights) it has without them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -12,28 +18,54 @@ from typing import TYPE_CHECKING, Any
 
 from s2t_models import chat
 from s2t_models.errors import one_line
+from s2t_models.node_cache import fetched, recorded_digests, sha256_of
 from s2t_models.recipe import RecipeError
 from s2t_models.settings import ModelSettings
+from s2t_models.storage import Location, ObjectPath, is_uri, location
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
-def resolve(settings: ModelSettings) -> Path:
-    """The folder that holds the model's files, downloaded from the hub where `path` names a repository.
+#: A model's weights, and what else is loaded of its files.
+WEIGHTS = "*.safetensors"
+SMALL = ("*.json", "*.jinja", "*.model", "merges.txt")
+_INDEX = "model.safetensors.index.json"
 
-    Raises RecipeError where there is no such folder or it holds no safetensors.
+
+def resolve(settings: ModelSettings) -> Path:
+    """The folder of this machine that holds the model's files, fetched from the object store or the hub where `path`
+    names it there.
+
+    Raises RecipeError where there is no such folder or it holds no safetensors, and StorageError.
     """
-    folder = _local(settings) or _download(settings)
-    if not list(folder.glob("*.safetensors")):
-        raise RecipeError(f"{folder}: holds no *.safetensors weights; other formats are not loaded")
+    place = _place(settings)
+    folder = _download(settings, (WEIGHTS, *SMALL)) if place is None else fetched(place)
+    if not list(folder.glob(WEIGHTS)):
+        raise _no_weights(folder)
     return folder
 
 
-def _local(settings: ModelSettings) -> Path | None:
+def _without_weights(settings: ModelSettings) -> Path:
+    """The folder with the model's configuration and tokenizer; weights may be missing in it. Raises as `resolve`."""
+    place = _place(settings)
+    return _download(settings, SMALL) if place is None else fetched(place, lambda name: not _is_weights(name))
+
+
+def pinned(settings: ModelSettings) -> ModelSettings:
+    """With the commit of the hub that the revision stands for now, so that every node fetches the same files. Raises as
+    `resolve` does."""
+    if _place(settings) is not None:
+        return settings
+    return settings.model_copy(update={"revision": _without_weights(settings).name})
+
+
+def _place(settings: ModelSettings) -> Location | None:
     """The folder that `path` names; None where it names a repository of the hub."""
     if settings.path.startswith("embedded:"):
         return Path(str(files("s2t_models.embedded") / "weights" / settings.path.removeprefix("embedded:")))
+    if is_uri(settings.path):
+        return location(settings.path)
     if Path(settings.path).is_dir():
         return Path(settings.path)
     if settings.path.startswith((".", "/", "~")) or settings.path.count("/") != 1:
@@ -41,13 +73,23 @@ def _local(settings: ModelSettings) -> Path | None:
     return None
 
 
-def _download(settings: ModelSettings) -> Path:
+def _is_weights(name: str) -> bool:
+    return name.endswith(WEIGHTS.removeprefix("*"))
+
+
+def _no_weights(folder: Location | str) -> RecipeError:
+    return RecipeError(f"{folder}: holds no *.safetensors weights; other formats are not loaded")
+
+
+def _download(settings: ModelSettings, patterns: Iterable[str]) -> Path:
     from huggingface_hub import snapshot_download
 
+    wanted = partial(snapshot_download, settings.path, revision=settings.revision, allow_patterns=list(patterns))
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt"]
-        return Path(snapshot_download(settings.path, revision=settings.revision, allow_patterns=patterns))
+        return Path(wanted())
     except Exception as error:
+        with contextlib.suppress(OSError, ValueError):  # what is here already will do where the hub does not answer
+            return Path(wanted(local_files_only=True))
         raise _not_to_be_had(settings, error) from None
 
 
@@ -70,7 +112,8 @@ def load_config(settings: ModelSettings) -> PreTrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    folder = _local(settings)
+    place = _place(settings)
+    folder = _without_weights(settings) if isinstance(place, ObjectPath) else place
     try:
         config = AutoConfig.from_pretrained(
             folder or settings.path, revision=settings.revision, trust_remote_code=False
@@ -113,7 +156,7 @@ def end_ids(settings: ModelSettings) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
     try:
-        end = GenerationConfig.from_pretrained(resolve(settings)).eos_token_id
+        end = GenerationConfig.from_pretrained(_without_weights(settings)).eos_token_id
     except OSError:
         end = load_config(settings).eos_token_id
     return tuple(end) if isinstance(end, list) else (end,) if end is not None else ()
@@ -124,7 +167,7 @@ def load_tokenizer(settings: ModelSettings) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(settings), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(_without_weights(settings), trust_remote_code=False)
     except RecipeError:
         raise
     except Exception as error:  # anything, from the many formats of tokenizer files
@@ -142,8 +185,49 @@ def decoder(settings: ModelSettings) -> Callable[[list[int]], str]:
 
 
 def weights_hash(settings: ModelSettings) -> str:
-    """sha256 over the model's weight files in order of name."""
-    return _weights_hash(_stamps(sorted(resolve(settings).glob("*.safetensors"))))
+    """sha256 over the sha256 of each of the model's weight files, in order of name; where there is an index, those that
+    it names.
+
+    The digests of files in an object store are those recorded when they were published, those of the hub its own;
+    files of this machine are hashed once. So no weights are downloaded, but for those of a folder in an object store
+    that was put there by other means."""
+    place = _place(settings)
+    index = _without_weights(settings) / _INDEX
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    if place is None:
+        found = _hub_digests(settings.path, settings.revision, frozenset(named))
+    elif isinstance(place, ObjectPath) and (recorded := recorded_digests(place)):
+        found = {name: digest for name, digest in recorded.items() if _is_weights(name)}
+    else:
+        found = {path.name: sha256_of(path) for path in fetched(place).glob(WEIGHTS)}
+    names = [name for name in sorted(found) if (name in named if named else "/" not in name)]
+    if not names:
+        raise _no_weights(place or settings.path)
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(bytes.fromhex(found[name]))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _hub_digests(repository: str, revision: str | None, named: frozenset[str]) -> dict[str, str]:
+    """The sha256 of a repository's weight files: of those on this machine where all that are `named` are here, else as
+    the hub knows them."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    patterns = [WEIGHTS, *SMALL]
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns, local_files_only=True)
+        here = {path.name: path for path in Path(folder).glob(WEIGHTS)}
+        if here and named <= here.keys():
+            return {name: sha256_of(path) for name, path in here.items()}
+    except OSError:
+        pass  # nothing of it is here
+    try:
+        files = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or []
+    except Exception as error:
+        raise _not_to_be_had(ModelSettings(path=repository, revision=revision), error) from None
+    return {file.rfilename: file.lfs.sha256 for file in files if file.lfs and _is_weights(file.rfilename)}
 
 
 def tokenizer_hash(settings: ModelSettings) -> str:
@@ -151,7 +235,7 @@ def tokenizer_hash(settings: ModelSettings) -> str:
     agrees.
 
     Raises RecipeError as `load_tokenizer` does."""
-    small = (path for path in resolve(settings).iterdir() if path.is_file() and path.suffix != ".safetensors")
+    small = (path for path in _without_weights(settings).iterdir() if path.is_file() and path.suffix != ".safetensors")
     return _tokenizer_hash(ModelSettings(path=settings.path, revision=settings.revision), _stamps(sorted(small)))
 
 
@@ -194,15 +278,6 @@ _Stamps = tuple[tuple[Path, int, int], ...]
 def _stamps(paths: Iterable[Path]) -> _Stamps:
     """Files as they are now: a hash holds as long as they do not change."""
     return tuple((path, (stat := path.stat()).st_mtime_ns, stat.st_size) for path in paths)
-
-
-@lru_cache(maxsize=64)
-def _weights_hash(files: _Stamps) -> str:
-    digest = hashlib.sha256()
-    for path, _, _ in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 @lru_cache(maxsize=64)

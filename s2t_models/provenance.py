@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from s2t_models.errors import UserError, first_problem
+from s2t_models.storage import Location
 
 PROVENANCE = "provenance.json"
 #: What came of a training, and the recipe's digest, which covers settings that no training reads.
@@ -57,7 +58,7 @@ class Provenance(BaseModel):
         (folder / PROVENANCE).write_text(self.model_dump_json(indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Provenance | None:
+    def read(cls, folder: Location) -> Provenance | None:
         """Read `folder`/provenance.json; None where there is no such file. Raises ProvenanceError."""
         path = folder / PROVENANCE
         if not path.is_file():

@@ -36,6 +36,7 @@ from s2t_models.settings import (
     TriggerSettings,
     ValidationSettings,
 )
+from s2t_models.storage import Location, location
 
 #: What no further checkpoint can be called.
 ENGINES = {"slm", "teacher", "s2t-local"}
@@ -145,15 +146,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Location, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=value` overrides (values are YAML) and validate it.
 
-    `path` is a YAML file, or the bare name of a recipe that ships with the project, such as "embedded". Relative paths
-    of folders are made absolute here, once: processes of the stages run in folders of their own. Raises RecipeError
-    with one line that names the file and every wrong key.
+    `path` is a YAML file, by path or URI, or the bare name of a recipe that ships with the project, such as "embedded".
+    Relative paths of folders are made absolute here, once: processes of the stages run in folders of their own. Raises
+    RecipeError with one line that names the file and every wrong key.
     """
     try:
-        values = yaml.load(_find(path).read_text(), _Loader)
+        values = yaml.load(_find(path).read_bytes(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -204,10 +205,10 @@ def shipped_recipes() -> dict[str, Path]:
     return {str(path.relative_to(folder).with_suffix("")): path for path in sorted(folder.rglob("*.yaml"))}
 
 
-def _find(path: str | Path) -> Path:
+def _find(path: str | Location) -> Location:
     """The recipe's file. A file that is there comes before a shipped recipe of the same name."""
-    if Path(path).is_file():
-        return Path(path)
+    if location(path).is_file():
+        return location(path)
     shipped = shipped_recipes()
     if str(path) in shipped:
         return shipped[str(path)]

@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
+
+from s2t_models.storage import Location
 
 SETTINGS, WEIGHTS = "router.json", "router.safetensors"
 
 
-def weights_hash(folder: Path) -> str:
+def weights_hash(folder: Location) -> str:
     """sha256 of the weights of the router in `folder`."""
-    with (folder / WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,15 @@ def save_router(router: Router, folder: Path) -> None:
     (folder / SETTINGS).write_text(json.dumps(asdict(router.settings), indent=2) + "\n")
 
 
-def read_settings(folder: Path) -> RouterConfig:
+def read_settings(folder: Location) -> RouterConfig:
     """Sizes and threshold of a saved router. Raises FileNotFoundError with one line where there is no router."""
     if not (folder / SETTINGS).is_file():
         raise FileNotFoundError(f"{folder}: holds no router; train one with the distil pipeline")
     return RouterConfig(**json.loads((folder / SETTINGS).read_text()))
 
 
-def load_router(folder: Path) -> Router:
+def load_router(folder: Location) -> Router:
     """Read what `save_router` wrote. Raises FileNotFoundError with one line where there is no router."""
     router = Router(read_settings(folder))
-    router.load_state_dict(load_file(folder / WEIGHTS))
+    router.load_state_dict(load((folder / WEIGHTS).read_bytes()))
     return router.eval()

@@ -293,13 +293,15 @@ class RouterSettings(Settings):
 
 
 class ServingSettings(Settings):
-    """The endpoint. It has `gateway_replicas`; with `gateway_max_replicas`, as many up to that as its load asks for.
+    """The endpoint. Its HTTP proxies are on the head node, or on `every node` that runs a replica, for a load balancer
+    before them. It has `gateway_replicas`; with `gateway_max_replicas`, as many up to that as its load asks for.
     `keys_file` holds lines `name: key`; without it and without S2T_API_KEYS everyone may ask. A request's body may have
     `max_body_mb`, its answer take `request_timeout_s`; when the endpoint ends, what is in flight has `drain_s`.
     `access_log` is a file of JSON lines on the gateway's node."""
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    proxies: Literal["head", "every node"] = "head"
     gateway_replicas: Count = 1
     max_waiting: Count = 64
     gateway_max_replicas: Count | None = None

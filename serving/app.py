@@ -162,7 +162,7 @@ def run_for_job(hosting: Hosting, name: str, keys: Keys, board: Any, command: st
     if serve.status().proxies:
         serving = port.serves_own(serving)
     elif os.environ.get("RAY_ADDRESS") or serving.port != ServingSettings().port:
-        serving = port.start_serve(serving, LOGGING)
+        serving = port.start_serve(port.for_any_node(serving), LOGGING)
     else:
         serving = port.start_serve_anywhere(serving, LOGGING)
     _deploy(build(hosting, keys, board), name, command)
@@ -194,7 +194,7 @@ def _prefix(name: str) -> str:
 
 
 def _url(serving: ServingSettings, name: str) -> str:
-    return f"http://{serving.host}:{serving.port}{_prefix(name).rstrip('/')}/v1"
+    return f"http://{port.reached_at(serving)}{_prefix(name).rstrip('/')}/v1"
 
 
 def _check_engines(hosting: Hosting) -> None:

@@ -28,10 +28,10 @@ from urllib.parse import unquote, urlsplit
 from s2t_models import loading
 from s2t_models.artifact import CARD, Artifact, read_provenance
 from s2t_models.errors import UserError, one_line
-from s2t_models.files import whole
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.router import SETTINGS, weights_hash
+from s2t_models.storage import whole
 from serving.store import open_store
 
 if TYPE_CHECKING:

@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Of the object store that `object_store` starts. Ray's processes inherit them from the first cluster on.
+os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +40,54 @@ store_put_back_after_a_module = pytest.fixture(_store_put_back, scope="module", 
 store_put_back_after_a_test = pytest.fixture(_store_put_back, autouse=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What nodes keep of fetched files, apart from the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("S2T_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def store_address() -> Iterator[str]:
+    """Where the object store answers, once `object_store` has started it."""
+    from processes import free_port
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", address := f"http://127.0.0.1:{free_port()}")
+        yield address
+
+
+@pytest.fixture(scope="session")
+def object_store(store_address: str) -> Iterator[str]:
+    """A bucket of a real S3 server in a process of its own, as a URI."""
+    import subprocess
+    import sys
+
+    from processes import wait_until
+    from pyarrow.fs import S3FileSystem
+
+    pytest.importorskip("moto", reason="the S3 server comes with the extra `dev`")
+    port = store_address.rpartition(":")[2]
+    command = [sys.executable, "-m", "moto.server", "-p", port]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    try:
+        wait_until(lambda: _answers(int(port)), server)
+        S3FileSystem(endpoint_override=store_address, allow_bucket_creation=True).create_dir("runs")
+        yield "s3://runs"
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _answers(port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="session")
 def recipe_path() -> Path:
     return REPOSITORY / "cluster" / "recipes" / "embedded.yaml"
@@ -53,7 +103,7 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
+def ray_cluster(own_cache: Path, store_address: str) -> Iterator[str]:
     """The cluster's dashboard address, where jobs are submitted."""
     import ray
 

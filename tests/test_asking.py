@@ -13,10 +13,11 @@ from benchmark_jobs import job, run
 from stub_endpoint import Stub
 
 from pipelines.benchmark import asking
-from pipelines.benchmark.answer_log import AnswerLog, AnswersError, read_answers
+from pipelines.benchmark.answer_log import AnswersError, read_answers
 from pipelines.benchmark.endpoint import EndpointError, read_reply, served_models
 from pipelines.benchmark.questions import load_items
 from pipelines.results.summary import summarise
+from pipelines.runtime.records import RecordLog
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -271,5 +272,5 @@ def test_torn_lines_are_left_out_and_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_a_kept_answer_reads_back_whatever_its_text(tmp_path: Path) -> None:
-    AnswerLog(tmp_path).append({"key": "1", "text": "\ud83d é \U0001f600"})
+    RecordLog(tmp_path).append({"key": "1", "text": "\ud83d é \U0001f600"})
     assert read_answers(tmp_path)["1"]["text"] == "\ud83d é \U0001f600"

@@ -11,13 +11,16 @@ import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import grpc
 import httpx
 import pytest
 from processes import REPOSITORY
 
-from serving import cluster, http, store
+from s2t_models.recipe import RecipeError
+from s2t_models.settings import ServingSettings
+from serving import cluster, http, port, store
 
 ADDRESS = "127.0.0.1:{}"
 
@@ -192,3 +195,37 @@ def test_the_timeouts_of_a_client_are_the_callers() -> None:
         pytest.raises(httpx.TimeoutException),
     ):
         client.get(f"http://127.0.0.1:{port}")
+
+
+def test_a_jobs_endpoint_is_reached_from_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one node localhost; on several the head's own address, for which Serve listens at all of them."""
+    head = {"Alive": True, "Resources": {"node:__internal_head__": 1.0}, "NodeManagerAddress": "10.0.0.7"}
+    other = {"Alive": True, "Resources": {"CPU": 4.0}, "NodeManagerAddress": "10.0.0.8"}
+    serving = ServingSettings()
+    for nodes, host, address in (
+        ([head], "127.0.0.1", "127.0.0.1:8000"),
+        ([head, other | {"Alive": False}], "127.0.0.1", "127.0.0.1:8000"),
+        ([other, head], "0.0.0.0", "10.0.0.7:8000"),
+    ):
+        monkeypatch.setattr("ray.nodes", lambda nodes=nodes: nodes)
+        chosen = port.for_any_node(serving)
+        assert chosen.host == host
+        assert port.reached_at(chosen) == address
+    named = ServingSettings(host="10.0.0.9", port=81)
+    assert port.for_any_node(named) == named
+    assert port.reached_at(named) == "10.0.0.9:81"
+
+
+def test_a_serve_that_listens_at_localhost_is_no_endpoint_for_several_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def client(host: str) -> SimpleNamespace:
+        return SimpleNamespace(http_config=SimpleNamespace(host=host, port=8123))
+
+    nodes = [{"Alive": True, "Resources": {}, "NodeManagerAddress": f"10.0.0.{n}"} for n in (7, 8)]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client("0.0.0.0"))
+    assert port.serves_own(ServingSettings()).port == 8123
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client("127.0.0.1"))
+    with pytest.raises(RecipeError, match=r"listens at 127.0.0.1 of one node alone"):
+        port.serves_own(ServingSettings())
+    nodes.pop()
+    assert port.serves_own(ServingSettings()).host == "127.0.0.1"

@@ -30,8 +30,8 @@ from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models import loading
 from s2t_models.embedded import generator
-from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
+from s2t_models.locks import locked
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
 from serving.store import use_store

@@ -23,9 +23,10 @@ from scipy import stats
 from pipelines.data.layout import SHARDS
 from pipelines.data.schema import SHARD
 from pipelines.data.shards import shard_metadata, shard_name, write_shard
+from pipelines.data.trajectories import ShardTrajectories
 from pipelines.distil import job
 from pipelines.distil.__main__ import main
-from pipelines.distil.inputs import read_trajectories, training_folder
+from pipelines.distil.inputs import training_folder
 from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models.artifact import Artifact
@@ -312,7 +313,7 @@ def test_two_workers_survive_a_killed_one_and_leave_an_artifact(
     assert (output / "artifact.json").stat().st_mtime_ns == written, "what is done is not done again"
 
     steps = provenance.calibration_steps
-    data = read_trajectories(calibration)
+    data = ShardTrajectories(calibration)
     assert steps == sum(len(item.kl_T) for item in data)
     model, base = load_model(artifact.model(recipe.slm)), load_model(recipe.slm)
     ids = list(artifact.card.reserved_ids)

@@ -21,12 +21,11 @@ from made_up import provenance
 from tiny_families import FAMILIES, write_pair
 
 from pipelines.analyse.audit import judge
-from pipelines.collect.actors import PROMPT, Labels, Rollouts
+from pipelines.collect.actors import LABELLED, PROMPT, Labels, Rollouts
 from pipelines.collect.prompts import Prompt, rows
 from pipelines.collect.publish import publish
-from pipelines.data.schema import SHARD
 from pipelines.data.shards import shard_metadata
-from pipelines.distil.inputs import read_trajectories
+from pipelines.data.trajectories import ShardTrajectories
 from s2t_models import loading
 from s2t_models.artifact import Artifact
 from s2t_models.engines.contract import Draft, Sampling, Selection
@@ -121,16 +120,16 @@ def _collect(recipe: Recipe, folder: Path, slm: LogProbabilities, teacher: LogPr
             np.testing.assert_allclose(labels_K["slm_logprobs_K"], slm_V[labels_K["candidates_K"]], atol=1e-3)
             np.testing.assert_allclose(labels_K["teacher_logprobs_K"], teacher_V[labels_K["candidates_K"]], atol=1e-3)
     file = folder / "labelled.arrow"
-    with pa.ipc.new_file(file, SHARD) as writer:
-        writer.write_table(labelled.cast(SHARD))
+    with pa.ipc.new_file(file, LABELLED) as writer:
+        writer.write_table(labelled)
     metadata = shard_metadata(recipe, "slm", "teacher", "tokenizer", "file:p")
     (folder / "collection").mkdir()
-    publish([file], [row["uid"] for row in given], folder / "collection", metadata, recipe)
+    publish([file], len(given), folder / "collection", metadata, recipe)
     return folder / "collection"
 
 
 def _distil(recipe: Recipe, collection: Path, folder: Path) -> None:
-    data = read_trajectories(collection)
+    data = ShardTrajectories(collection)
     trainer = Trainer(recipe, "selector", data)
     losses = [trainer.advance()["selection_loss"] for _ in range(12)]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])

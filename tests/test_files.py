@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from processes import end, start, wait_until
 
-from s2t_models.files import FolderError, locked, whole
+from s2t_models.locks import FolderError, locked
+from s2t_models.storage import whole
 
 
 def test_a_file_that_is_interrupted_leaves_the_one_before(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_two_files_that_differ_in_their_ending_do_not_meet(tmp_path: Path) -> No
 def test_a_folder_is_held_by_one_process_until_it_ends(tmp_path: Path) -> None:
     script = f"""
 import pathlib, time
-from s2t_models.files import locked
+from s2t_models.locks import locked
 with locked(pathlib.Path({str(tmp_path)!r}) / "x" / "y"):
     pathlib.Path({str(tmp_path)!r}, "held").touch()
     while not pathlib.Path({str(tmp_path)!r}, "enough").exists(): time.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import shutil
@@ -125,3 +126,31 @@ def test_what_is_no_decoder_only_model_is_refused_by_name(tmp_path: Path) -> Non
     (tmp_path / "one/config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(RecipeError, match=r"one: its config\.json cannot be used: .*unheard_of"):
         loading.load_model(settings)
+
+
+def test_the_hubs_digests_and_commit_are_taken_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository as the hub's own client caches it: weights are links to blobs that are named by their sha256."""
+    commit, digest = "c0ffee" * 6 + "c0ff", "ab" * 32
+    repository = tmp_path / "models--someone--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / digest).write_bytes(b"weights that are never read")
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for path in EMBEDDED.glob("*.json"):
+        shutil.copy(path, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    settings = ModelSettings(path="someone/small")
+    assert loading.pinned(settings).revision == commit
+    assert loading.load_tokenizer(settings).get_vocab() == loading.load_tokenizer(embedded_settings()).get_vocab()
+    with pytest.raises(RecipeError, match="someone/small: neither a folder here nor to be had from the hub"):
+        loading.weights_hash(settings)  # the hub is not to be had in tests
+    (snapshot / "model.safetensors").symlink_to(repository / "blobs" / digest)
+    monkeypatch.setattr("s2t_models.node_cache._hash", lambda path: pytest.fail(f"{path} was hashed"))
+    assert loading.weights_hash(settings) == hashlib.sha256(bytes.fromhex(digest)).hexdigest()
+    assert loading.weights_hash(loading.pinned(settings)) == loading.weights_hash(settings)
+
+
+def embedded_settings() -> ModelSettings:
+    return ModelSettings(path="embedded:slm")

@@ -11,8 +11,8 @@ import pytest
 import ray
 import torch
 
-from pipelines.benchmark.answer_log import AnswerCount, AnswerLog
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.records import NewLines, RecordLog
 from s2t_models.engines.contract import Sampling
 from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
@@ -22,15 +22,15 @@ from serving import written
 
 
 def test_answers_count_as_soon_as_they_are_kept(tmp_path: Path) -> None:
-    earlier = AnswerLog(tmp_path)
+    earlier = RecordLog(tmp_path)
     earlier.append({"key": "before"})
-    count = AnswerCount(tmp_path)
-    assert count() == 0
+    added = NewLines(tmp_path, from_now=True)
+    assert added.count() == 0
     earlier.append({"key": "a"})
-    AnswerLog(tmp_path).append({"key": "b"})
-    assert count() == 2
+    RecordLog(tmp_path).append({"key": "b"})
+    assert added.count() == 2
     (tmp_path / "torn.jsonl").write_text(json.dumps({"key": "c"}) + '\n{"key"')
-    assert count() == 3
+    assert added.count() == 1
 
 
 def test_progress_shows_tokens_and_slow_rows_by_the_minute(capsys: pytest.CaptureFixture[str]) -> None:

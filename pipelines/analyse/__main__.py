@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from pipelines.analyse import PAGES
-from pipelines.runtime.arguments import add_tracking
+from pipelines.runtime.arguments import add_tracking, here, place
 from s2t_models.commands import run_command
 
 
@@ -18,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> None:
         from pipelines.analyse.job import analyse
 
-        print(analyse(options.inputs, output, options.tracking, options.audit, options.data, options.pages))
+        print(analyse(options.inputs, output, options.tracking, options.audit, here(options.data), options.pages))
         print(f"tables and figures: {output}")
 
     return run_command("analyse", work, output)
@@ -28,13 +27,15 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="s2t analyse", description="The paper's curves and tables from shards or results."
     )
-    parser.add_argument("inputs", nargs="+", type=Path, metavar="SHARDS|RESULTS", help="a collection, or results files")
     parser.add_argument(
-        "--output", type=Path, help="folder for tables and figures (default: analysis, beside the input)"
+        "inputs", nargs="+", type=place, metavar="SHARDS|RESULTS", help="a collection, or results files"
+    )
+    parser.add_argument(
+        "--output", type=place, help="folder for tables and figures (default: analysis, beside the input)"
     )
     add_tracking(parser)
     parser.add_argument("--audit", action="store_true", help="ask the recipe's teacher about the choices of s2t-local")
-    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files, for --audit and the pages")
+    parser.add_argument("--data", type=place, help="folder with the benchmarks' files, for --audit and the pages")
     parser.add_argument(
         "--pages",
         type=int,

@@ -14,7 +14,6 @@ an answer, here in this process. Results that hold greedy decoding beside S2T al
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from pipelines.results.summary import markdown_table, read_results
 from pipelines.runtime import tracking as store
 from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.recipe import Recipe, RecipeError
+from s2t_models.storage import Location, remove, written_to
 from serving.store import use_store
 
 
@@ -45,8 +45,8 @@ _PAGES_FOLDER = "pages"
 
 
 def analyse(
-    inputs: list[Path],
-    output: Path,
+    inputs: list[Location],
+    output: Location,
     tracking: str | None = None,
     audited: bool = False,
     data: Path | None = None,
@@ -78,10 +78,11 @@ def analyse(
     return "\n\n".join([*parts, *([pages] if pages else [])])
 
 
-def _sort(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
+def _sort(inputs: list[Location]) -> tuple[list[Location], list[Location]]:
     """(collections of shards, results files). Raises AnalysisError for what is neither, or for two
     collections."""
-    collections, files = [], []
+    collections: list[Location] = []
+    files: list[Location] = []
     for path in inputs:
         if path.is_dir() and (path / RESULTS).is_file():
             files.append(path / RESULTS)
@@ -96,7 +97,7 @@ def _sort(inputs: list[Path]) -> tuple[list[Path], list[Path]]:
     return collections, files
 
 
-def _answered(path: Path) -> tuple[pd.DataFrame, dict[str, str]]:
+def _answered(path: Location) -> tuple[pd.DataFrame, dict[str, str]]:
     """A results file with an answer in it. Raises NothingDone where every row errored."""
     frame, metadata = read_results(path)
     errored = frame[frame["verdict"] == "errored"]
@@ -111,10 +112,9 @@ def _audited(frame: Any, metadata: Mapping[str, str], data: Path | None) -> Any:
     return audit(frame, Recipe.model_validate_json(metadata["s2t.recipe"]), data)
 
 
-def _pages(results: Results, folder: Path, most: int, data: Path | None) -> str:
+def _pages(results: Results, folder: Location, most: int, data: Path | None) -> str:
     """Write the pages of single answers; in a line, where they are, "" where there are none."""
-    if folder.is_dir():
-        shutil.rmtree(folder)  # those of other results
+    remove(folder)  # those of other results
     try:
         made = write_pages(results, folder, most, data)
     except RecipeError as error:
@@ -125,18 +125,18 @@ def _pages(results: Results, folder: Path, most: int, data: Path | None) -> str:
     return f"pages of {numbers} answers: {folder / INDEX}"
 
 
-def _write(output: Path, tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure]) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        if rows:
-            pd.DataFrame(rows).to_csv(output / f"{name}.csv", index=False)
-    for name, figure in figures.items():
-        figure.savefig(output / name)
+def _write(output: Location, tables: dict[str, list[dict[str, Any]]], figures: dict[str, Figure]) -> None:
+    with written_to(output) as folder:
+        for name, rows in tables.items():
+            if rows:
+                pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
+        for name, figure in figures.items():
+            figure.savefig(folder / name)
 
 
 def _track(
-    inputs: list[Path],
-    output: Path,
+    inputs: list[Location],
+    output: Location,
     tables: dict[str, list[dict[str, Any]]],
     figures: dict[str, Figure],
     tracking: str | None,

@@ -21,9 +21,9 @@ from pipelines.analyse.decisions import Results, rescued
 from pipelines.data.text import file_stem
 from pipelines.results.summary import PAIR, compare, known
 from pipelines.tasks import load, task
-from s2t_models.files import whole
 from s2t_models.loading import load_tokenizer
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location, whole
 from serving.playground.saved import SavedDecision, SavedTrajectory, index_page, trajectory_page
 from serving.text import TextStream, with_texts, written_alone
 
@@ -44,7 +44,7 @@ class TurnedAnswer:
     policy: Mapping[str, Any]
 
 
-def write_pages(results: Results, folder: Path, most: int, data: Path | None = None) -> dict[str, int]:
+def write_pages(results: Results, folder: Location, most: int, data: Path | None = None) -> dict[str, int]:
     """Write a page for each of the first `most` rescued and the first `most` flipped answers of each task and policy,
     and an index, to `folder` in place of what was there. Returns how many pages there are of either; without any,
     nothing is written. Prompts are those of `data`, or of tasks that need no files.

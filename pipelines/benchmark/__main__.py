@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from pipelines.runtime.arguments import add_recipe, add_tracking
+from pipelines.runtime.arguments import add_recipe, add_tracking, here, place
 from s2t_models.commands import run_command
 from s2t_models.recipe import load_recipe
 
@@ -23,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
             recipe,
             options.output,
             Options(
-                options.data,
+                here(options.data),
                 options.endpoint,
                 options.tracking,
                 options.repeats,
@@ -54,13 +53,13 @@ def _positive(text: str) -> int:
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="s2t benchmark", description="Benchmark policies over a served endpoint.")
     add_recipe(parser)
-    parser.add_argument("--output", required=True, type=Path, help="folder for answers, results, tables and figures")
+    parser.add_argument("--output", required=True, type=place, help="folder for answers, results, tables and figures")
     parser.add_argument("--task", help="benchmarks, separated by commas")
     parser.add_argument("--policies", help="policies, separated by commas, such as greedy,maj@8,s2t@0.05")
     parser.add_argument("--seeds", help="seeds, separated by commas")
     parser.add_argument("--repeats", type=_positive, default=1, help="how often each question is asked with each seed")
     parser.add_argument("--items", type=int, help="rows drawn from each benchmark")
-    parser.add_argument("--data", type=Path, help="folder with the benchmarks' files; nothing is downloaded then")
+    parser.add_argument("--data", type=place, help="folder with the benchmarks' files; nothing is downloaded then")
     parser.add_argument(
         "--endpoint", metavar="URL", help="an endpoint that is running; by default the recipe is served"
     )

@@ -1,6 +1,6 @@
 """Asking a served endpoint many questions at once, on Ray Data.
 
-The answers go to an answer log, which must lie on storage that the actors share with the job. This module knows the
+The answers go to a log that the actors share with the job. This module knows the
 OpenAI protocol and its `s2t` extension, nothing of tasks, grading or policies.
 """
 
@@ -12,16 +12,17 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import ray.data
 from ray.data import ActorPoolStrategy
 
-from pipelines.benchmark.answer_log import Answer, AnswerLog, Question
+from pipelines.benchmark.answer_log import Answer, Question
 from pipelines.benchmark.endpoint import LONGEST_REPLY, EndpointError, Reply, merge, read_error, read_reply
+from pipelines.runtime.records import RecordLog
 from s2t_models.errors import one_line
+from s2t_models.storage import Location, StorageError, location
 from serving.http import authorization, base_url, is_near
 
 ATTEMPTS = 8
@@ -49,10 +50,11 @@ class Asker:
     connection).
 
     Each row comes back as {"key", "fault", "reason"}: fault is None where the answer is kept, "row" where only this
-    question could not be answered, "endpoint" where nothing answers any more; the rest is then not asked."""
+    question could not be answered, "endpoint" where nothing answers any more; the rest is then not asked; "storage"
+    where the answer could not be kept."""
 
     def __init__(self, endpoint: str, folder: str, concurrency: int, first_delay_s: float, api_key: str) -> None:
-        self.url, self.log = base_url(endpoint), AnswerLog(Path(folder))
+        self.url, self.log = base_url(endpoint), RecordLog(location(folder))
         self.headers = authorization(api_key)
         self.concurrency, self.first_delay_s = concurrency, first_delay_s
         self.slots: asyncio.Semaphore | None = None
@@ -72,7 +74,10 @@ class Asker:
             if self.down:
                 return {"key": row["key"], "fault": "endpoint", "reason": self.down}
             try:
-                self.log.append(await self.answer(self.session, row))
+                answer = await self.answer(self.session, row)
+                await asyncio.to_thread(self.log.append, answer)
+            except StorageError as error:
+                return {"key": row["key"], "fault": "storage", "reason": one_line(error)}
             except (EndpointError, aiohttp.ClientError, TimeoutError) as error:
                 reason = one_line(error)
                 is_gone = isinstance(error, Gone)
@@ -165,11 +170,13 @@ async def read_body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-def ask(questions: list[Question], endpoint: str, folder: Path, concurrency: int, api_key: str = "") -> dict[str, str]:
+def ask(
+    questions: list[Question], endpoint: str, folder: Location, concurrency: int, api_key: str = ""
+) -> dict[str, str]:
     """Ask every question of `questions` on Ray Data; answers land in `folder`. Needs a running Ray.
 
     Returns key -> reason for the questions that could not be answered this time. Raises EndpointError where the
-    endpoint stopped answering: what was answered is kept."""
+    endpoint stopped answering, and StorageError where an answer could not be kept: what was kept before stays."""
     unanswered: dict[str, str] = {}
     for row in _rows(questions, endpoint, folder, concurrency, api_key):
         if row["fault"] == "endpoint":
@@ -177,13 +184,15 @@ def ask(questions: list[Question], endpoint: str, folder: Path, concurrency: int
                 f"{endpoint} stopped answering ({row['reason']}); what it answered is kept: start it and run the same "
                 "command again"
             )
+        if row["fault"] == "storage":
+            raise StorageError(f"{row['reason']}; the answers before are kept: run the same command again")
         if row["fault"]:
             unanswered[row["key"]] = row["reason"]
     return unanswered
 
 
 def _rows(
-    questions: list[Question], endpoint: str, folder: Path, concurrency: int, api_key: str
+    questions: list[Question], endpoint: str, folder: Location, concurrency: int, api_key: str
 ) -> Iterator[dict[str, Any]]:
     actors = -(-concurrency // ACTOR_CONCURRENCY)
     each = -(-concurrency // actors)

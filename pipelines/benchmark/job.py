@@ -5,8 +5,8 @@
         --policies greedy,maj@8,s2t,s2t@0.05 --seeds 0,1,2 --items 200 --endpoint http://127.0.0.1:8000
 
 Without --endpoint the recipe is served for the length of the job. The job can be killed at any moment: the
-same command asks only what was not answered yet, and ends with the same results. The output folder, which all
-nodes of a cluster must share, holds
+same command asks only what was not answered yet, and ends with the same results. The output folder, on a file system
+that all nodes share or in an object store, holds
 
     answers/*.jsonl     every answer as it came, by key (`answer_log.py`)
     results.parquet     one graded row an answer (schema RESULT), with the job's recipe and item hashes
@@ -27,7 +27,7 @@ from typing import Any
 
 from ray import serve
 
-from pipelines.benchmark.answer_log import AnswerCount, read_answers
+from pipelines.benchmark.answer_log import read_answers
 from pipelines.benchmark.asking import TIMEOUT_S, ask
 from pipelines.benchmark.endpoint import served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan, tight_limits
@@ -37,12 +37,14 @@ from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
 from pipelines.results.summary import write_results
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.records import NewLines
 from pipelines.tasks import Item, Task
 from s2t_models.errors import NothingDone, UserError, one_line
-from s2t_models.files import locked
 from s2t_models.hosting import Hosting, host
+from s2t_models.locks import locked
 from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location
 from serving import cluster
 from serving.app import run_for_job
 from serving.keys import new_key
@@ -83,7 +85,7 @@ class Options:
     unsandboxed: bool = False
 
 
-def benchmark(recipe: Recipe, output: Path, options: Options) -> tuple[str, str]:
+def benchmark(recipe: Recipe, output: Location, options: Options) -> tuple[str, str]:
     """Run or finish the job in `output`; returns its tables as Markdown, and where MLflow shows its runs.
 
     Raises UserError: what the recipe names is missing or does not fit together, a test row was trained on, the cluster
@@ -121,7 +123,7 @@ def benchmark(recipe: Recipe, output: Path, options: Options) -> tuple[str, str]
     return tables, seen
 
 
-def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, output: Path) -> None:
+def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, output: Location) -> None:
     """One line on stderr where rows errored, with the first reason. Raises NothingDone with that line where all of them
     did."""
     reasons = [row["error"] for row in graded if row["verdict"] == "errored"]
@@ -146,7 +148,7 @@ def _engines(hosting: Hosting, names: Sequence[str]) -> set[str]:
     return {engine for wanted in policies for engine in wanted.needs}
 
 
-def _judge(options: Options, asked: AskedEndpoint, output: Path) -> Ask:
+def _judge(options: Options, asked: AskedEndpoint, output: Location) -> Ask:
     """The judge: another endpoint, or a model of this one; what it said is kept in the output folder."""
     # Another judge, or the same one with other weights, is asked anew.
     identity = options.judge or json.dumps(
@@ -157,21 +159,32 @@ def _judge(options: Options, asked: AskedEndpoint, output: Path) -> Ask:
     return remembered(ask, f"{options.judge_model} {identity}", output / JUDGEMENTS)
 
 
-def _ask_missing(rows: Sequence[Row], asked: AskedEndpoint, folder: Path, concurrency: int) -> dict[str, str]:
+def _ask_missing(rows: Sequence[Row], asked: AskedEndpoint, folder: Location, concurrency: int) -> dict[str, str]:
     """Ask what has no answer in `folder` yet; returns key -> reason for what still has none."""
     folder.mkdir(exist_ok=True)
     known = read_answers(folder)
     missing = [question for row in rows if (question := row.question())["key"] not in known]
     if not missing:
         return {}
-    done, kept = len(rows) - len(missing), AnswerCount(folder)
-    with Progress("benchmark", "answers", len(rows), lambda: done + kept(), asked.written):
+    kept = _Count(len(rows) - len(missing), NewLines(folder, from_now=True))
+    with Progress("benchmark", "answers", len(rows), kept, asked.written):
         return ask(missing, asked.url, folder, concurrency, asked.api_key)
+
+
+class _Count:
+    """How many rows have an answer: those `done` before, and what has been added to a log."""
+
+    def __init__(self, done: int, added: NewLines) -> None:
+        self._done, self._added = done, added
+
+    def __call__(self) -> int:
+        self._done += self._added.count()
+        return self._done
 
 
 @contextmanager
 def _endpoint(
-    recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Path
+    recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Location
 ) -> Iterator[AskedEndpoint]:
     """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
     if options.endpoint is not None:

@@ -21,6 +21,7 @@ from s2t_models.artifact import read_provenance
 from s2t_models.errors import UserError
 from s2t_models.hosting import calibration
 from s2t_models.recipe import Recipe
+from s2t_models.storage import location
 
 #: Characters of a token, about; no tokenizer is at hand for another's endpoint.
 CHARACTERS = 4
@@ -70,7 +71,7 @@ def recorded_rows(recipe: Recipe) -> dict[str, set[str]]:
         for name, hashes in provenance.rows.items() if provenance else ():
             rows.setdefault(name, set()).update(hashes)
     if recipe.trigger.calibration:
-        content = calibration(Path(recipe.trigger.calibration))
+        content = calibration(location(recipe.trigger.calibration))
         rows.setdefault(f"calibration ({content.task})", set()).update(content.rows)
     return rows
 

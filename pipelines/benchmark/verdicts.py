@@ -10,26 +10,27 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from pipelines.benchmark.answer_log import Answer, AnswerLog, read_answers
+from pipelines.benchmark.answer_log import Answer, read_answers
 from pipelines.benchmark.questions import Row
 from pipelines.grading.judge import Ask
+from pipelines.runtime.records import RecordLog
 from pipelines.tasks import Graded
+from s2t_models.storage import Location
 
 
-def remembered(ask: Ask, name: str, folder: Path) -> Ask:
+def remembered(ask: Ask, name: str, folder: Location) -> Ask:
     """`ask` with a memory: what the judge known as `name` answered once is read from `folder` from then on."""
     known = read_answers(folder)
-    log: AnswerLog | None = None
+    log: RecordLog | None = None
 
     def ask_once(chat: list[dict[str, str]]) -> str:
         nonlocal log
         key = hashlib.sha256(json.dumps([name, chat]).encode()).hexdigest()
         if key not in known:
             known[key] = {"key": key, "text": ask(chat)}
-            log = log or AnswerLog(folder)
+            log = log or RecordLog(folder)
             log.append(known[key])
         return str(known[key]["text"])
 

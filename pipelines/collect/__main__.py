@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from pipelines.runtime.arguments import add_recipe
+from pipelines.runtime.arguments import add_recipe, here, place
 from s2t_models.commands import run_command
 from s2t_models.recipe import load_recipe
 
@@ -20,7 +19,7 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.set + ([f"collect.task={options.task}"] if options.task else []))
         if options.calibration:
             recipe = recipe.calibrating()
-        print(report(collect(recipe, options.output, options.prompts, options.data), options.output))
+        print(report(collect(recipe, options.output, options.prompts, here(options.data)), options.output))
 
     return run_command("collect", work, options.output)
 
@@ -30,16 +29,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="s2t collect", description="Prompts to SLM rollouts, teacher labels and shards."
     )
     add_recipe(parser)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the collection, on a shared file system")
+    parser.add_argument(
+        "--output", type=place, required=True, help="folder of the collection: a path that all nodes share, or a URI"
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--task", help="where prompts come from, in place of the recipe's collect.task")
     source.add_argument(
-        "--prompts", type=Path, help='JSON lines of {"uid", "prompt"} or {"uid", "messages"}; all are used'
+        "--prompts", type=place, help='JSON lines of {"uid", "prompt"} or {"uid", "messages"}; all are used'
     )
     source.add_argument(
         "--calibration", action="store_true", help="the recipe's calibration prompts, rolled out greedily"
     )
-    parser.add_argument("--data", type=Path, help="folder of benchmark data, for tasks that read files")
+    parser.add_argument("--data", type=place, help="folder of benchmark data, for tasks that read files")
     return parser.parse_args(argv)
 
 

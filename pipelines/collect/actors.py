@@ -32,9 +32,10 @@ from s2t_models.threads import use_threads
 from serving.written import keep_posted
 
 #: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
-#: good.
+#: good. `index` is the prompt's place among all.
 PROMPT = pa.schema(
     [
+        ("index", pa.int64()),
         ("uid", pa.string()),
         ("messages", pa.string()),
         SHARD.field("questions"),
@@ -47,6 +48,7 @@ PROMPT = pa.schema(
 #: end.
 ROLLOUT = pa.schema(
     [
+        PROMPT.field("index"),
         *(SHARD.field(name) for name in ("uid", "questions", "prompt", "prompt_ids", "output_ids")),
         *(SHARD.field(name) for name in ("seed", "temperature", "finish")),
         SHARD.field("entropy_T"),
@@ -55,6 +57,9 @@ ROLLOUT = pa.schema(
         ("support_logprobs", pa.list_(pa.float32())),
     ]
 )
+
+#: Labelled, all steps with their candidates; the row's place in its shard is not settled yet.
+LABELLED = pa.schema([PROMPT.field("index"), *SHARD])
 
 Row = dict[str, Any]
 
@@ -123,7 +128,7 @@ class Labels:
         for name, column in support.items():  # as arrays: they are most of what a rollout weighs
             for row, scalar in zip(rows, column, strict=True):
                 row[name] = scalar.values.to_numpy() if scalar.is_valid else None
-        return pa.Table.from_pylist(self.loop.run_until_complete(_each(rows, self.label)), SHARD)
+        return pa.Table.from_pylist(self.loop.run_until_complete(_each(rows, self.label)), LABELLED)
 
     async def label(self, row: Row) -> Row:
         steps = len(row["output_ids"])

@@ -6,15 +6,14 @@
 
 Rollout actors hold an SLM engine, labelling actors a teacher engine; both are pools sized by the recipe. The
 job can be killed at any moment: the same command goes on where it stopped and ends with the same shards.
-`work` in the output folder holds what a running collection needs and is gone at the end; the folder must be
-on a file system that all nodes share.
+`work` in the output folder holds what a running collection needs and is gone at the end; the output is on a file system
+that all nodes share, or in an object store.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,20 +27,21 @@ from ray.data.checkpoint import CheckpointConfig
 
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import PROMPT, Labels, Rollouts
-from pipelines.collect.publish import publish, write_json
+from pipelines.collect.publish import publish
 from pipelines.collect.runs import log_collection
-from pipelines.collect.sink import ArrowSink, committed
-from pipelines.data.layout import COLLECTED, RECORD, SHARDS
+from pipelines.collect.sink import ArrowSink, CommittedRows, committed, filesystem_of
+from pipelines.data.layout import COLLECTED, RECORD
 from pipelines.data.shards import shard_metadata
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from s2t_models import loading
 from s2t_models.engines.load import check
 from s2t_models.errors import NothingDone, UserError, one_line
-from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
+from s2t_models.locks import locked
 from s2t_models.recipe import Recipe
 from s2t_models.settings import ActorPool, ModelSettings
+from s2t_models.storage import Location, ObjectPath, remove, whole, write_json
 from serving import cluster, placement
 from serving.store import use_store
 from serving.written import new_board, total
@@ -51,11 +51,14 @@ class CollectError(UserError):
     """A collection that cannot begin or go on; the message is one line."""
 
 
-def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Path | None = None) -> dict[str, Any]:
+def collect(
+    recipe: Recipe, output: Location, prompts: Location | None = None, data: Path | None = None
+) -> dict[str, Any]:
     """Run or finish the collection in `output`; returns its summary, as in `collect.json`.
 
     Prompts come from the file `prompts` or, without one, from the recipe's task. Raises RecipeError,
-    PromptError, ShardError, ClusterError, StoreError, CollectError or, where every row errored, NothingDone.
+    PromptError, ShardError, ClusterError, StoreError, StorageError, CollectError or, where every row errored,
+    NothingDone.
     """
     task = f"file:{prompts.name}" if prompts else recipe.collect.task
     chosen = sources.from_file(prompts) if prompts else sources.from_task(task, data, recipe)
@@ -63,15 +66,15 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     engines = pair(recipe)
     with locked(output):
         metadata = _claim(recipe, output, task, rows)
-        if not (output / SHARDS).is_dir():
+        work = output / "work"
+        if not (output / COLLECTED).is_file():
             use_store()  # before the first rollout: one that is not there must be said now
-            work = output / "work"
             files = _run(recipe, engines, work, rows)
             try:
-                publish(files, [row["uid"] for row in rows], output, metadata, recipe)
+                publish(files, len(rows), output, metadata, recipe)
             except NothingDone as error:
                 raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
-            shutil.rmtree(work)
+        remove(work)
         summary = json.loads((output / COLLECTED).read_text())
         with tracking.costs_nothing(f"{output} is whole, and the same command logs it"):
             log_collection(recipe, output, metadata, summary)
@@ -81,7 +84,7 @@ def collect(recipe: Recipe, output: Path, prompts: Path | None = None, data: Pat
     return summary
 
 
-def report(summary: dict[str, Any], output: Path) -> str:
+def report(summary: dict[str, Any], output: Location) -> str:
     """What came out, in a few lines."""
     errors = ", ".join(f"{count} {kind}" for kind, count in summary["errors"].items()) or "none"
     hits = "  ".join(f"@{k} {100 * share:.1f}%" for k, share in summary["hit"].items())
@@ -96,7 +99,7 @@ def report(summary: dict[str, Any], output: Path) -> str:
     )
 
 
-def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) -> dict[str, str]:
+def _claim(recipe: Recipe, output: Location, task: str, rows: list[dict[str, Any]]) -> dict[str, str]:
     """Note whose collection this is, or check that it is this one; returns the shards' metadata, as first
     noted.
 
@@ -134,21 +137,17 @@ def _claim(recipe: Recipe, output: Path, task: str, rows: list[dict[str, Any]]) 
     return record["metadata"]
 
 
-def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Path, rows: list[dict[str, Any]]) -> list[Path]:
+def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: list[dict[str, Any]]) -> list[Location]:
     """Roll out and label what is not done yet; returns the files that hold all labelled rows."""
     work = work.resolve()
     labelled, checkpoint = work / "labelled", work / "checkpoint"
     labelled.mkdir(parents=True, exist_ok=True)
     checkpoint.mkdir(exist_ok=True)
-
-    def rows_done() -> int:
-        records = [checkpoint / f"{path.stem}.parquet" for path in committed(labelled, checkpoint)]
-        return sum(parquet.read_metadata(record).num_rows for record in records)
-
+    rows_done = CommittedRows(labelled, checkpoint)
+    cluster.start()
     if rows_done() < len(rows):
         for hosted in engines.values():
             check(hosted)
-        cluster.start()
         collect = recipe.collect
         # One CPU more reads and writes, and one filters out what an earlier run has done.
         pools = [collect.rollout, collect.label]
@@ -162,13 +161,20 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Path, rows: list[d
             gpus,
             f"{recipe.name}: collect with {pools[0].actors} rollout and {pools[1].actors} labelling actors",
         )
-        parquet.write_table(pa.Table.from_pylist(rows, PROMPT), work / "prompts.parquet")
+        prompts = work / "prompts.parquet"
+        with whole(prompts) as part:
+            parquet.write_table(pa.Table.from_pylist(rows, PROMPT), part)
         context = ray.data.DataContext.get_current()
-        context.checkpoint_config = CheckpointConfig("uid", str(checkpoint), delete_checkpoint_on_success=False)
+        context.checkpoint_config = CheckpointConfig(
+            "uid",
+            str(checkpoint),
+            delete_checkpoint_on_success=False,
+            override_filesystem=checkpoint.file_system if isinstance(checkpoint, ObjectPath) else None,
+        )
         context.checkpoint_config.checkpoint_actor_memory_bytes = 64 * 1024**2
         context.checkpoint_config.checkpoint_actor_pool_max_size = 1
         try:
-            dataset = ray.data.read_parquet(str(work / "prompts.parquet"))
+            dataset = ray.data.read_parquet(str(prompts), **filesystem_of(prompts))
             # A block is written, committed, and at most lost where something is killed, as one.
             dataset = dataset.repartition(target_num_rows_per_block=collect.rollout.batch)
             board = new_board()

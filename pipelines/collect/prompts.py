@@ -17,6 +17,7 @@ from pipelines.tasks import load
 from pipelines.tasks.splits import question_hashes
 from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location
 
 Messages = list[dict[str, str]]
 
@@ -44,7 +45,7 @@ def from_task(name: str, data: Path | None, recipe: Recipe) -> list[Prompt]:
     return [Prompt(item.uid, item.prompt, item.question) for item in items]
 
 
-def from_file(path: Path) -> list[Prompt]:
+def from_file(path: Location) -> list[Prompt]:
     """Every line of a JSON-lines file with a `uid` and either `prompt`, a user's message, or `messages`, a
     chat.
 
@@ -53,7 +54,9 @@ def from_file(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise PromptError(f"{path}: no such file of prompts")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a line break of another kind may stand inside a text
+        lines = (
+            path.read_bytes().decode("utf-8-sig").split("\n")
+        )  # a line break of another kind may stand inside a text
     except UnicodeDecodeError as error:
         raise PromptError(f"{path}: is not UTF-8 text: {error}") from None
     except OSError as error:
@@ -94,6 +97,7 @@ def rows(prompts: list[Prompt], recipe: Recipe) -> list[dict[str, Any]]:
         sampled = int((index + 1) * share) > int(index * share)
         made.append(
             {
+                "index": index,
                 "uid": uid,
                 "messages": json.dumps(prompt.messages),
                 "questions": question_hashes(prompt.messages, prompt.question),

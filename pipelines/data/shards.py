@@ -1,4 +1,5 @@
-"""Shards: Arrow IPC files, one row a trajectory, in the `shards` folder of a collection.
+"""Shards: Arrow IPC files, one row a trajectory, in the `shards` folder of a collection, which may lie in an object
+store.
 
 Reading refuses anything that is not a whole, uniform collection: a selector trained on half of one, or on two
 pairs mixed, would be wrong without a sign of it. This module knows nothing of Ray, models or what the rows
@@ -8,15 +9,16 @@ are used for.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+from collections.abc import Iterator
 
 import pyarrow as pa
 
-from pipelines.data.layout import RECORD, SHARDS
+from pipelines.data.layout import COLLECTED, RECORD, SHARDS
 from pipelines.data.schema import METADATA, SHARD, VERSION
 from s2t_models.errors import UserError
-from s2t_models.files import whole
+from s2t_models.node_cache import fetched, recorded_digests, sha256_of
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location, ObjectPath, location, whole
 
 
 class ShardError(UserError):
@@ -39,48 +41,80 @@ def shard_metadata(recipe: Recipe, slm: str, teacher: str, tokenizer: str, task:
     return dict(zip(METADATA, values, strict=True))
 
 
-def write_shard(path: Path, table: pa.Table, metadata: dict[str, str]) -> None:
-    """Write one shard whole or not at all."""
+def write_shard(path: Location, table: pa.Table, metadata: dict[str, str]) -> str:
+    """Write one shard whole or not at all; returns its sha256."""
     schema = SHARD.with_metadata(metadata)
-    with whole(path) as part, pa.ipc.new_file(part, schema) as writer:
-        writer.write_table(table.cast(schema))
+    with whole(path) as part:
+        with pa.ipc.new_file(part, schema) as writer:
+            writer.write_table(table.cast(schema))
+        return sha256_of(part)
 
 
-def read_shards(collection: str | Path) -> tuple[pa.Table, dict[str, str]]:
+def open_arrow(path: Location) -> pa.NativeFile:
+    """A file as Arrow reads it: mapped into memory, or read whole from an object store."""
+    return pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else pa.memory_map(str(path))
+
+
+def read_shards(collection: str | Location) -> tuple[pa.Table, dict[str, str]]:
     """All rows of a collection, in the order of its prompts, and the metadata its shards share. Files are
-    memory-mapped.
+    memory-mapped; of an object store they are fetched once a node.
 
     Raises ShardError: no such folder, a collection that is not finished, a file that is not a shard, another
     version, shards of different pairs or recipes, a row that occurs twice.
     """
-    collection = Path(collection)
-    folder = collection / SHARDS
-    if not folder.is_dir():
-        if (collection / RECORD).is_file():
-            raise ShardError(f"{collection}: the collection is not finished; run the same collect command again")
-        raise ShardError(f"{folder}: no such folder; make it with: python -m pipelines.collect --output {collection}")
-    paths = sorted(folder.iterdir())
-    if not paths:
-        raise ShardError(f"{folder}: holds no shards; delete {collection} and collect again")
-    tables = [_read(path) for path in paths]
-    metadata = _metadata(tables[0])
-    for path, table in zip(paths, tables, strict=True):
-        _refuse_mixture(metadata, paths[0], _metadata(table), path)
-    _refuse_gaps(paths)
+    tables = list(each_shard(collection, mapped=True))
     rows = pa.concat_tables(tables)
     uids = rows["uid"].to_pylist()
     if len(set(uids)) < len(uids):
         twice = next(uid for uid in uids if uids.count(uid) > 1)
-        raise ShardError(f"{folder}: row {twice} occurs twice; delete {collection} and collect again")
-    return rows, metadata
+        raise ShardError(f"{collection}: row {twice} occurs twice; delete {collection} and collect again")
+    return rows, metadata_of(tables[0])
 
 
-def shards_digest(collection: Path) -> str:
+def read_metadata(collection: str | Location) -> dict[str, str]:
+    """The metadata of a collection, from its first shard alone. Raises ShardError as `read_shards` does."""
+    return metadata_of(_read(shard_paths(collection)[0]))
+
+
+def each_shard(collection: str | Location, mapped: bool = False) -> Iterator[pa.Table]:
+    """The tables of a collection, one shard at a time; see `read_shards`. `mapped` ones take no memory: of an object
+    store they are fetched first."""
+    paths = shard_paths(collection)
+    if mapped:
+        folder = fetched(paths[0].parent)
+        paths = [folder / path.name for path in paths]
+    first: dict[str, str] = {}
+    for path in paths:
+        table = _read(path)
+        first = first or metadata_of(table)
+        _refuse_mixture(first, paths[0], metadata_of(table), path)
+        yield table
+
+
+def shard_paths(collection: str | Location) -> list[Location]:
+    """A collection's files in their order. Raises ShardError where it is not there, not finished or not whole."""
+    collection = location(collection)
+    folder = collection / SHARDS
+    unfinished = (collection / RECORD).is_file() and not (collection / COLLECTED).is_file()
+    if unfinished:
+        raise ShardError(f"{collection}: the collection is not finished; run the same collect command again")
+    if not folder.is_dir():
+        raise ShardError(f"{folder}: no such folder; make it with: python -m pipelines.collect --output {collection}")
+    paths: list[Location] = sorted(folder.glob("*.arrow"))
+    if not paths:
+        raise ShardError(f"{folder}: holds no shards; delete {collection} and collect again")
+    _refuse_gaps(paths)
+    return paths
+
+
+def shards_digest(collection: Location) -> str:
     """The sha256 of a collection's shard files, which is what a collection is known by."""
+    paths = shard_paths(collection)
+    recorded = recorded_digests(paths[0].parent) if isinstance(paths[0], ObjectPath) else {}
     digest = hashlib.sha256()
-    for path in sorted((collection / SHARDS).iterdir()):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in paths:
+        known = recorded.get(path.name) or sha256_of(fetched(path.parent) / path.name)
+        digest.update(bytes.fromhex(known))
     return digest.hexdigest()
 
 
@@ -105,26 +139,27 @@ def shard_name(index: int, count: int) -> str:
     return f"{index:05d}-of-{count:05d}.arrow"
 
 
-def _read(path: Path) -> pa.Table:
+def _read(path: Location) -> pa.Table:
     try:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(open_arrow(path)).read_all()
     except (pa.ArrowException, OSError) as error:
         raise ShardError(f"{path}: not a shard (an Arrow IPC file): {' '.join(str(error).split())}") from None
-    version = _metadata(table).get("s2t.version")
+    version = metadata_of(table).get("s2t.version")
     if version is None:
         raise ShardError(f"{path}: an Arrow file, but not a shard of this project")
     if version != VERSION:
         raise ShardError(f"{path}: a shard of version {version}, and this code reads version {VERSION}; collect again")
-    if not table.schema.equals(SHARD, check_metadata=False) or set(METADATA) - set(_metadata(table)):
+    if not table.schema.equals(SHARD, check_metadata=False) or set(METADATA) - set(metadata_of(table)):
         raise ShardError(f"{path}: the columns are not those of a shard of version {VERSION}; collect again")
     return table
 
 
-def _metadata(table: pa.Table) -> dict[str, str]:
+def metadata_of(table: pa.Table) -> dict[str, str]:
+    """What a shard's schema carries."""
     return {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
 
 
-def _refuse_mixture(first: dict[str, str], first_path: Path, other: dict[str, str], path: Path) -> None:
+def _refuse_mixture(first: dict[str, str], first_path: Location, other: dict[str, str], path: Location) -> None:
     if any(first[key] != other[key] for key in ("s2t.slm", "s2t.teacher", "s2t.tokenizer")):
         raise ShardError(
             f"{path}: of another model pair than {first_path.name}; keep each collection in its own folder"
@@ -137,7 +172,7 @@ def _refuse_mixture(first: dict[str, str], first_path: Path, other: dict[str, st
         )
 
 
-def _refuse_gaps(paths: list[Path]) -> None:
+def _refuse_gaps(paths: list[Location]) -> None:
     count = int(paths[0].stem.rpartition("-")[2]) if paths[0].stem.rpartition("-")[2].isdigit() else len(paths)
     names = {path.name for path in paths}
     lost = [shard_name(i, count) for i in range(count) if shard_name(i, count) not in names]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from pipelines.runtime.arguments import add_recipe
+from pipelines.runtime.arguments import add_recipe, place
 from s2t_models.commands import run_command
 from s2t_models.recipe import load_recipe
 from s2t_models.training.objectives import OBJECTIVES
@@ -39,12 +38,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="s2t distil", description="Shards to an S2T-Local artifact, a control, or R2R's router."
     )
     add_recipe(parser)
-    parser.add_argument("--shards", type=Path, required=True, help="the collection to train on")
+    parser.add_argument("--shards", type=place, required=True, help="the collection to train on")
     parser.add_argument(
-        "--calibration", type=Path, help="a collection to set thresholds on; without one, held-out training prompts"
+        "--calibration", type=place, help="a collection to set thresholds on; without one, held-out training prompts"
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="the directory of the artifact, checkpoint or router"
+        "--output", type=place, required=True, help="the directory of the artifact, checkpoint or router"
     )
     parser.add_argument(
         "--objective", choices=(*OBJECTIVES, ROUTER), default="selector", help="what to train (default: selector)"

@@ -3,21 +3,31 @@ record."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.data.shards import ShardError, check_pair, questions, read_shards, shards_digest
+from pipelines.data.layout import COLLECTED
+from pipelines.data.shards import (
+    ShardError,
+    check_pair,
+    each_shard,
+    metadata_of,
+    questions,
+    read_metadata,
+    shards_digest,
+)
 from pipelines.tasks import TASKS
 from pipelines.tasks.splits import refuse_overlap
 from s2t_models import loading
+from s2t_models.calibration import Calibration
 from s2t_models.errors import UserError
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
-from s2t_models.training.batches import Trajectory, trajectories
+from s2t_models.storage import Location, ObjectPath
 
 #: Ends of the names of tasks whose rows may be trained or calibrated on; the other benchmark tasks are test splits.
 NOT_TEST = ("-train", "-calibration", "-validation")
@@ -27,33 +37,58 @@ class DistilError(UserError):
     """A training that cannot begin or go on; the message is one line."""
 
 
-def training_folder(output: Path) -> Path:
-    """Where the state of an unfinished training lies, on the file system of `output`."""
+@dataclass(frozen=True)
+class Collection:
+    """What a training needs to know of a collection before it begins: what its shards carry, the hashes of its prompts,
+    and how many steps are labelled."""
+
+    metadata: dict[str, str]
+    questions: list[str]
+    kept_steps: int
+
+    @classmethod
+    def read(cls, folder: Location) -> Collection:
+        """From the shards, one at a time; of an object store from what the collection says of itself, so that nothing
+        of the rows comes here. Raises ShardError, and CalibrationError."""
+        if isinstance(folder, ObjectPath):
+            metadata = read_metadata(folder)
+            kept = json.loads((folder / COLLECTED).read_text())["kept_steps"]
+            return cls(metadata, list(Calibration.read(folder).rows), kept)
+        asked: set[str] = set()
+        uids: set[str] = set()
+        kept = 0
+        for table in each_shard(folder):
+            known = len(uids)
+            uids.update(table["uid"].to_pylist())
+            if len(uids) < known + len(table):
+                raise ShardError(f"{folder}: a row occurs twice; delete {folder} and collect again")
+            asked.update(questions(table))
+            kept += pc.sum(pc.list_value_length(table["kept"])).as_py() or 0
+        return cls(metadata_of(table), sorted(asked), kept)
+
+
+def training_folder(output: Location) -> Location:
+    """Where the state of an unfinished training lies, beside `output`."""
     return output.resolve().with_name(output.resolve().name + ".training")
 
 
-def read_training(recipe: Recipe, folder: Path) -> tuple[pa.Table, dict[str, str]]:
+def read_collection(recipe: Recipe, folder: Location) -> Collection:
     """A collection that may be trained or calibrated on. Raises ShardError where it is of another pair or of a test
     split."""
-    table, metadata = read_shards(folder)
+    found = Collection.read(folder)
     slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
-    check_pair(metadata, slm, teacher, loading.tokenizer_hash(recipe.slm))
-    task = metadata["s2t.task"]
+    check_pair(found.metadata, slm, teacher, loading.tokenizer_hash(recipe.slm))
+    task = found.metadata["s2t.task"]
     if task in TASKS and not task.endswith(NOT_TEST):
         raise ShardError(f"{folder}: collected on {task}, a test split; train and calibrate on other rows")
-    return table, metadata
-
-
-def read_trajectories(folder: Path) -> list[Trajectory]:
-    """The trajectories of a collection that was checked before."""
-    return trajectories(read_shards(folder)[0].to_pylist())
+    return found
 
 
 def check_inputs(
     recipe: Recipe,
     objective: str,
-    shards: Path,
-    calibration: Path | None,
+    shards: Location,
+    calibration: Location | None,
     seeds: Mapping[str, int],
     settings: Mapping[str, Any],
 ) -> Provenance:
@@ -68,11 +103,13 @@ def check_inputs(
     for role, folder in (("training", shards), ("calibration", calibration)):
         if folder is None:
             continue
-        table, metadata = read_training(recipe, folder)
-        _require_a_labelled_step(folder, table)
+        found = read_collection(recipe, folder)
+        if not found.kept_steps:
+            raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
+        metadata = found.metadata
         digests[role] = shards_digest(folder)
         divergences[role] = metadata["s2t.divergence"]
-        rows[f"{role} ({metadata['s2t.task']})"] = questions(table)
+        rows[f"{role} ({metadata['s2t.task']})"] = found.questions
     if len(set(divergences.values())) > 1:
         of = "; ".join(f"{role}: {divergence}" for role, divergence in divergences.items())
         raise ShardError(f"{calibration}: collected with another divergence than the training shards ({of})")
@@ -92,8 +129,3 @@ def check_inputs(
         seeds=dict(seeds),
         settings=dict(settings),
     )
-
-
-def _require_a_labelled_step(folder: Path, table: pa.Table) -> None:
-    if not pc.sum(pc.list_value_length(table["kept"])).as_py():
-        raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")

@@ -6,7 +6,7 @@
         --objective kd --output runs/kd
 
 The training survives killed workers, and a job that was killed: the same command goes on from the last checkpoint,
-which lies in `<output>.training` until the job is done. That folder must be on a file system that all nodes share.
+which lies in `<output>.training` until the job is done: on a file system that all nodes share, or in an object store.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -24,16 +22,18 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines.data.trajectories import ShardTrajectories
 from pipelines.distil.curves import Follower
-from pipelines.distil.inputs import DistilError, check_inputs, read_trajectories, training_folder
+from pipelines.distil.inputs import DistilError, check_inputs, training_folder
 from pipelines.distil.runs import log_if_missing, log_trained, show_link, training_run
 from pipelines.distil.worker import read_state, train
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from s2t_models.artifact import read_provenance, refuse_foreign
-from s2t_models.files import locked
+from s2t_models.locks import locked
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, RecipeError
+from s2t_models.storage import Location, ObjectPath, remove
 from s2t_models.threads import use_threads
 from s2t_models.training import objectives
 from s2t_models.training.build import build
@@ -47,10 +47,10 @@ MAX_FAILURES = 3
 
 def distil(
     recipe: Recipe,
-    shards: Path,
-    output: Path,
+    shards: Location,
+    output: Location,
     objective: str = "selector",
-    calibration: Path | None = None,
+    calibration: Location | None = None,
 ) -> Provenance:
     """Train, or finish training, and write `output`; returns its provenance. An output of the same inputs and settings
     is left as it is.
@@ -69,6 +69,8 @@ def distil(
         with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
             log_if_missing(recipe, known, output, collections)
         return known
+    shards, output = shards.resolve(), output.resolve()
+    calibration = calibration and calibration.resolve()
     training = training_folder(output)
     cluster.start()
     cluster.require(
@@ -79,17 +81,17 @@ def distil(
     with locked(training):
         use_store()
         with training_run(recipe, provenance, collections) as run:
-            trained, outcome = _train(recipe, shards.resolve(), training, provenance, run)
+            trained, outcome = _train(recipe, shards, training, provenance, run)
             begun = provenance.model_copy(update=outcome)
-            done = _build(recipe, trained, shards, calibration, begun, output.resolve())
+            done = _build(recipe, trained, shards, calibration, begun, output)
             with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
                 log_trained(recipe, done, output)
-        shutil.rmtree(training)
+        remove(training)
         show_link(run, done)
     return done
 
 
-def report(done: Provenance, output: Path) -> str:
+def report(done: Provenance, output: Location) -> str:
     """What came out, in a few lines."""
     metrics, steps = done.validation, done.settings["distil.steps"]
     lines = [
@@ -123,7 +125,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _train(
-    recipe: Recipe, shards: Path, training: Path, provenance: Provenance, run: str
+    recipe: Recipe, shards: Location, training: Location, provenance: Provenance, run: str
 ) -> tuple[Any, dict[str, Any]]:
     """Run or finish the training; returns the best trained tensors, and the outcome for the provenance."""
     settings, objective = recipe.distil, provenance.objective
@@ -133,14 +135,15 @@ def _train(
     name = f"{objective}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     folder = training / name
     folder.mkdir(parents=True, exist_ok=True)
-    follower = Follower(folder / "curves.jsonl", run)
+    curves = folder / "curves"
+    follower = Follower(curves, run)
     trainer = TorchTrainer(
         train,
         train_loop_config={
             "recipe": recipe.model_dump_json(),
             "objective": objective,
             "shards": str(shards),
-            "curves": str(follower.path),
+            "curves": str(curves),
         },
         torch_config=TorchConfig(backend="nccl" if settings.num_gpus else "gloo"),
         scaling_config=ScalingConfig(
@@ -150,7 +153,8 @@ def _train(
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # at run time it is that of Train v2
             name=name,
-            storage_path=str(training),
+            storage_path=training.key if isinstance(training, ObjectPath) else str(training),
+            storage_filesystem=training.file_system if isinstance(training, ObjectPath) else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="agree_at_1"),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -177,15 +181,20 @@ def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str,
 
 
 def _build(
-    recipe: Recipe, trained: Any, shards: Path, calibration: Path | None, provenance: Provenance, output: Path
+    recipe: Recipe,
+    trained: Any,
+    shards: Location,
+    calibration: Location | None,
+    provenance: Provenance,
+    output: Location,
 ) -> Provenance:
     """Build the product on a node with a worker's resources; returns its provenance as written."""
 
     @ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus, max_retries=MAX_FAILURES)
     def on_a_worker(tensors: Any) -> Provenance:
         use_threads(recipe.distil.num_cpus)
-        calibrating = read_trajectories(calibration) if calibration else None
-        return build(recipe, tensors, read_trajectories(shards), calibrating, provenance, output)
+        calibrating = ShardTrajectories(calibration) if calibration else None
+        return build(recipe, tensors, ShardTrajectories(shards), calibrating, provenance, output)
 
     try:
         return ray.get(on_a_worker.remote(trained))

@@ -7,29 +7,29 @@ The prompts are those of the training shards. What R2R's labels and router are i
 from __future__ import annotations
 
 import asyncio
-import shutil
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 
-from pipelines.distil.inputs import DistilError, check_inputs, read_training, training_folder
+from pipelines.data.shards import each_shard
+from pipelines.distil.inputs import DistilError, check_inputs, training_folder
 from pipelines.distil.runs import log_trained, show_link, training_run
 from pipelines.runtime import tracking
 from s2t_models import chat, loading
 from s2t_models.artifact import refuse_foreign, replacing
 from s2t_models.engines.load import capabilities, load
-from s2t_models.files import locked
 from s2t_models.hosting import Hosted, pair
+from s2t_models.locks import locked
 from s2t_models.policies import r2r_labels
 from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r_labels import label
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
 from s2t_models.router import SETTINGS, RouterConfig, save_router
+from s2t_models.storage import Location, remove
 from s2t_models.threads import use_threads
 from s2t_models.training.router import train_router
 from serving import cluster, placement
@@ -71,7 +71,7 @@ class RouterLabels:
         return {"uid": row["uid"], "inputs": steps.inputs_TF.ravel(), "labels": steps.labels_T}
 
 
-def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
+def distil_router(recipe: Recipe, shards: Location, output: Location) -> str:
     """Label the first `router.prompts` prompts of the shards, train the router, write it to `output`; returns a report.
 
     Raises ShardError, ClusterError, StoreError, ArtifactError or DistilError, each with one line."""
@@ -82,15 +82,15 @@ def distil_router(recipe: Recipe, shards: Path, output: Path) -> str:
     with locked(training):
         use_store()  # before the labels: one that is not there must not cost them
         with training_run(recipe, provenance, {"training": shards}) as run:
-            report = _label_and_train(recipe, read_training(recipe, shards)[0], output.resolve(), provenance)
+            report = _label_and_train(recipe, _prompts(shards, recipe.router.prompts), output.resolve(), provenance)
             with tracking.costs_nothing(f"{output} is whole"):
                 log_trained(recipe, provenance, output)
-    shutil.rmtree(training)
+    remove(training)
     show_link(run, provenance)
     return f"{report}\nwritten to   {output}"
 
 
-def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: Provenance) -> str:
+def _label_and_train(recipe: Recipe, prompts: pa.Table, output: Location, provenance: Provenance) -> str:
     if "features" not in capabilities(pair(recipe)["slm"]):
         raise DistilError(
             f"{recipe.name}: the router learns from the SLM's hidden states, which a {recipe.slm.engine} engine "
@@ -101,7 +101,6 @@ def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: 
     # A teacher on several GPUs asks for a placement group of its own, beside what the actor takes for the SLM.
     gpus = stage.num_gpus + (recipe.teacher.gpus if placement.bundles(recipe.teacher, stage.num_cpus) else 0)
     cluster.require(stage.actors * stage.num_cpus, stage.actors * gpus, f"{recipe.name}: router labels")
-    prompts = table.filter(table["error"].is_null()).select(["uid", "prompt_ids"]).slice(0, recipe.router.prompts)
     labelled = ray.data.from_arrow(prompts).repartition(max(stage.actors, -(-len(prompts) // stage.batch)))
     rows = labelled.map_batches(
         RouterLabels,
@@ -133,12 +132,22 @@ def _label_and_train(recipe: Recipe, table: pa.Table, output: Path, provenance: 
     )
 
 
+def _prompts(shards: Location, most: int) -> pa.Table:
+    """The first rows of the collection that have no error."""
+    parts: list[pa.Table] = []
+    for table in each_shard(shards):
+        parts.append(table.filter(table["error"].is_null()).select(["uid", "prompt_ids"]))
+        if sum(len(part) for part in parts) >= most:
+            break
+    return pa.concat_tables(parts).slice(0, most)
+
+
 def _train(
     inputs_TF: np.ndarray,
     labels_T: np.ndarray,
     hidden: int,
     recipe: Recipe,
-    output: Path,
+    output: Location,
     provenance: Provenance,
 ) -> tuple[list[dict[str, float]], float]:
     """Train on the SLM's device and write the router; returns each epoch's figures and the threshold."""

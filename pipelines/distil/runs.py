@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
-from pipelines.data.shards import read_shards
+from pipelines.data.shards import read_metadata
 from pipelines.runtime import tracking
+from s2t_models.node_cache import fetched
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location
 from serving.registry import register, registered, weights_of
 from serving.store import use_store
 
@@ -19,21 +20,21 @@ _TRAINING = "s2t.training"
 
 
 @contextmanager
-def training_run(recipe: Recipe, provenance: Provenance, collections: Mapping[str, Path]) -> Iterator[str]:
+def training_run(recipe: Recipe, provenance: Provenance, collections: Mapping[str, Location]) -> Iterator[str]:
     """A run with the recipe as its parameters and the collections (role -> folder) as its inputs. Yields its id."""
     parameters = {"recipe": recipe.model_dump(), "objective": provenance.objective}
     tags = {"s2t.stage": "distil", _TRAINING: provenance.shards["training"]}
     with tracking.start_run(f"distil-{provenance.objective}", parameters, tags) as run:
         for role, folder in collections.items():
-            task = read_shards(folder)[1]["s2t.task"]
+            task = read_metadata(folder)["s2t.task"]
             tracking.log_dataset(tracking.dataset(task, provenance.shards[role], folder), role)
         yield run
 
 
-def log_trained(recipe: Recipe, done: Provenance, output: Path) -> None:
+def log_trained(recipe: Recipe, done: Provenance, output: Location) -> None:
     """Log the best figures to the active run, and register what lies in `output` with them."""
     tracking.log_text(done.model_dump_json(indent=2), "provenance.json")
-    version = register(recipe, output, done)
+    version = register(recipe, fetched(output), done)
     best = {f"best/{name}": value for name, value in done.validation.items()}
     tracking.log_metrics(
         best | {f"trigger/{name}": value for name, value in done.trigger_head.items()}, model_id=version.model_id
@@ -41,10 +42,10 @@ def log_trained(recipe: Recipe, done: Provenance, output: Path) -> None:
     print(f"registered   {version.uri}")
 
 
-def log_if_missing(recipe: Recipe, done: Provenance, output: Path, collections: Mapping[str, Path]) -> None:
+def log_if_missing(recipe: Recipe, done: Provenance, output: Location, collections: Mapping[str, Location]) -> None:
     """Register what an earlier job trained where the store does not know it. Raises StoreError."""
     use_store()
-    if not registered([weights_of(output, recipe)]):
+    if not registered([weights_of(fetched(output), recipe)]):
         with training_run(recipe, done, collections):
             log_trained(recipe, done, output)
 

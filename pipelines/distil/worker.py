@@ -15,9 +15,10 @@ import ray.train
 import ray.train.torch
 import torch
 
-from pipelines.distil.curves import append_begin, append_metrics
-from pipelines.distil.inputs import read_trajectories
+from pipelines.data.trajectories import ShardTrajectories
+from pipelines.distil.curves import Curves
 from s2t_models.recipe import Recipe
+from s2t_models.storage import location
 from s2t_models.threads import use_threads
 from s2t_models.training.trainer import Trainer
 
@@ -27,18 +28,19 @@ LOG_EVERY, LOG_EVERY_S = 20, 30.0
 
 
 def train(config: dict[str, Any]) -> None:
-    """The training loop. `config`: recipe (JSON), objective (name), shards (folder), curves (file)."""
+    """The training loop. `config`: recipe (JSON), objective (name), shards, curves (folders, by path or
+    URI)."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     recipe = Recipe.model_validate_json(config["recipe"])
     use_threads(recipe.distil.num_cpus)
-    data = read_trajectories(Path(config["shards"]))
+    data = ShardTrajectories(location(config["shards"]))
     trainer = Trainer(recipe, config["objective"], data, rank, world, wrap=ray.train.torch.prepare_model)
     if checkpoint := ray.train.get_checkpoint():
         trainer.load(read_state(checkpoint))
-    curves = Path(config["curves"])
-    if rank == 0:
-        append_begin(curves, trainer.step)
+    curves = Curves(location(config["curves"])) if rank == 0 else None
+    if curves:
+        curves.begin(trainer.step)
     total, every = recipe.distil.steps, recipe.distil.evaluate_every
     recent: list[dict[str, float]] = []
     logged = time.monotonic()
@@ -46,15 +48,15 @@ def train(config: dict[str, Any]) -> None:
         recent.append(trainer.advance())
         is_evaluated = trainer.step % every == 0 or trainer.step == total
         is_due = trainer.step % LOG_EVERY == 0 or time.monotonic() - logged >= LOG_EVERY_S
-        if rank == 0 and (is_due or is_evaluated):
+        if curves and (is_due or is_evaluated):
             logged = time.monotonic()
             means = {f"train/{name}": sum(parts[name] for parts in recent) / len(recent) for name in recent[0]}
-            append_metrics(curves, trainer.step, means)
+            curves.add(trainer.step, means)
             recent.clear()
         if is_evaluated:
             metrics = trainer.evaluate()
-            if rank == 0:
-                append_metrics(curves, trainer.step, {f"validation/{name}": value for name, value in metrics.items()})
+            if curves:
+                curves.add(trainer.step, {f"validation/{name}": value for name, value in metrics.items()})
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:
                     torch.save(trainer.state(), Path(folder) / STATE)

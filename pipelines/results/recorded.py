@@ -22,7 +22,7 @@ from pipelines.tasks.answers import asks_percentage
 from s2t_models.answers.choices import LETTERS
 from s2t_models.answers.latex_text import is_percent
 from s2t_models.errors import UserError
-from s2t_models.files import whole
+from s2t_models.storage import Location, whole
 
 ResponseLine = dict[str, Any]
 
@@ -127,10 +127,10 @@ def _bare_item(task: Task, line: ResponseLine) -> Item:
     return Item(f"{task.name}/given", [], golds[0] if len(golds) == 1 else golds, metadata)
 
 
-def parse_lines(path: Path) -> Iterator[tuple[int, ResponseLine | MalformedLine]]:
+def parse_lines(path: Location) -> Iterator[tuple[int, ResponseLine | MalformedLine]]:
     """Every line that is not blank, with its number. Raises UserError where the file cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+        lines = path.read_bytes().decode("utf-8-sig", errors="replace").split("\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     for number, text in enumerate(lines, start=1):
@@ -157,7 +157,7 @@ class GradedFile:
         return all(line["verdict"] == "errored" for line in self.lines)
 
 
-def grade_file(path: Path, task: Task, data: Path | None, ask: Ask | None = None) -> GradedFile:
+def grade_file(path: Location, task: Task, data: Path | None, ask: Ask | None = None) -> GradedFile:
     """Grade the lines of a file; the task's rows are loaded where a line needs them, or `data` is given.
 
     Raises:
@@ -189,7 +189,7 @@ def grade_file(path: Path, task: Task, data: Path | None, ask: Ask | None = None
     )
 
 
-def write_lines(path: Path, lines: Sequence[ResponseLine]) -> None:
+def write_lines(path: Location, lines: Sequence[ResponseLine]) -> None:
     """One JSON object a line, in ASCII: a lone surrogate is no UTF-8. Raises UserError where the file cannot be
     written."""
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,6 +21,7 @@ from pipelines.results.figures import Point
 from pipelines.results.summary import Summary, as_rows, comparisons, markdown, read_results, summarise
 from pipelines.runtime import tracking as store
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location, written_to
 from serving.registry import Version, registered
 from serving.store import use_store
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlflow.data.dataset import Dataset
 
 
-def report(results: Path, output: Path, tracking: str | None) -> tuple[str, str]:
+def report(results: Location, output: Location, tracking: str | None) -> tuple[str, str]:
     """Write tables.md, CSV files and figures to `output`, log all of it to the MLflow store `tracking`, and
     return the tables, and where MLflow shows the policies side by side. Raises ResultsError."""
     frame, metadata = read_results(results)
@@ -38,14 +38,15 @@ def report(results: Path, output: Path, tracking: str | None) -> tuple[str, str]
     pairs, flips = comparisons(frame)
     averages = maths_averages(summaries)
     tables = markdown(summaries, pairs) + maths_table(averages)
-    (output / TABLES).write_text(tables)
-    pd.DataFrame(as_rows(summaries)).to_csv(output / "policies.csv", index=False)
-    pd.DataFrame(pairs).to_csv(output / "comparisons.csv", index=False)
-    flips.to_csv(output / "flips.csv", index=False)
     figures = draw(summaries, pairs)
-    (output / FIGURES).mkdir(exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(output / FIGURES / name)
+    with written_to(output) as folder:
+        (folder / TABLES).write_text(tables)
+        pd.DataFrame(as_rows(summaries)).to_csv(folder / "policies.csv", index=False)
+        pd.DataFrame(pairs).to_csv(folder / "comparisons.csv", index=False)
+        flips.to_csv(folder / "flips.csv", index=False)
+        (folder / FIGURES).mkdir(exist_ok=True)
+        for name, figure in figures.items():
+            figure.savefig(folder / FIGURES / name)
     return tables, _track(
         tracking, frame, metadata, recipe, summaries, averages, pairs, flips, tables, figures, results
     )
@@ -109,7 +110,7 @@ def _track(
     flips: pd.DataFrame,
     tables: str,
     figures: Mapping[str, Figure],
-    results: Path,
+    results: Location,
 ) -> str:
     use_store(tracking)
     splits = json.loads(metadata.get("s2t.splits", "{}"))

@@ -6,6 +6,7 @@ read again anywhere. Nothing here knows how the rows came about.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from pipelines.data.text import encodable
 from pipelines.results.statistics import Paired, accuracy, over_seeds, paired
 from pipelines.tasks import VERDICTS
 from s2t_models.errors import UserError, one_line
-from s2t_models.files import whole
+from s2t_models.storage import Location, location, whole
 
 PAIR = ["item", "seed", "repeat"]
 
@@ -31,7 +32,7 @@ class ResultsError(UserError):
     """A results file that cannot be used; the message is one line."""
 
 
-def write_results(path: Path, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) -> None:
+def write_results(path: Location, rows: Sequence[Mapping[str, Any]], metadata: Mapping[str, str]) -> None:
     """Write the rows whole or not at all, as Parquet with the job's metadata."""
     schema = RESULT.with_metadata({"s2t.results": VERSION, **metadata})
     table = pa.Table.from_pylist(
@@ -47,10 +48,11 @@ def _encodable(value: Any) -> Any:
     return [_encodable(item) for item in value] if isinstance(value, list) else value
 
 
-def read_results(path: str | Path) -> tuple[pd.DataFrame, dict[str, str]]:
+def read_results(path: str | Location) -> tuple[pd.DataFrame, dict[str, str]]:
     """The rows and the metadata of a results file. Raises ResultsError where it is none."""
+    path = location(path)
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path if isinstance(path, Path) else io.BytesIO(path.read_bytes()))
     except (pa.ArrowException, OSError) as error:
         raise ResultsError(f"{path}: not a results file: {one_line(error)}") from None
     metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from s2t_models.errors import UserError, one_line
+from s2t_models.storage import Location, ObjectPath, copied
 from serving.store import experiment_id, without_password
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def find_runs(tag: str, value: str, most: int = 8) -> list[str]:
     return [run.info.run_id for run in runs]
 
 
-def dataset(name: str, digest: str, source: Path | None = None) -> Dataset:
+def dataset(name: str, digest: str, source: Location | None = None) -> Dataset:
     """Rows that a run reads or writes, known by name and digest (a sha256, cut to what MLflow keeps); `source` is their
     folder, where they have one."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
@@ -77,7 +78,8 @@ def dataset(name: str, digest: str, source: Path | None = None) -> Dataset:
 
     place: DatasetSource = CodeDatasetSource({"s2t.task": name})
     if source is not None:
-        place = get_dataset_source_from_json(json.dumps({"uri": str(source.resolve())}), source_type="local")
+        kind = source.uri.partition("://")[0] if isinstance(source, ObjectPath) else "local"
+        place = get_dataset_source_from_json(json.dumps({"uri": str(source.resolve())}), source_type=kind)
     return MetaDataset(place, name, digest[:_DIGEST])  # type: ignore[abstract]  # `profile` it does without
 
 
@@ -134,17 +136,19 @@ def log_text(text: str, name: str) -> None:
     mlflow.log_text(text, name)
 
 
-def log_file(path: Path) -> None:
+def log_file(path: Location) -> None:
     import mlflow
 
-    mlflow.log_artifact(str(path))
+    with copied(path) as here:
+        mlflow.log_artifact(str(here))
 
 
-def log_folder(folder: Path, name: str) -> None:
+def log_folder(folder: Location, name: str) -> None:
     """The files of a folder, below `name`."""
     import mlflow
 
-    mlflow.log_artifacts(str(folder), name)
+    with copied(folder) as here:
+        mlflow.log_artifacts(str(here), name)
 
 
 def log_figure(figure: Figure, name: str) -> None:

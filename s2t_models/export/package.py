@@ -32,7 +32,9 @@ from s2t_models.artifact import (
     Card,
     replacing,
 )
+from s2t_models.node_cache import fetched
 from s2t_models.settings import CandidateSettings
+from s2t_models.storage import Location
 
 SETTINGS, MODEL_CARD, FORMAT = "s2t.json", "README.md", "s2t-export/1"
 
@@ -48,7 +50,7 @@ class Decoding:
     threshold: float | None = None
 
 
-def export(artifact: Artifact, output: Path, decoding: Decoding, measured: str | None = None) -> None:
+def export(artifact: Artifact, output: Location, decoding: Decoding, measured: str | None = None) -> None:
     """Write the folder `output`, whole; an earlier export there is replaced. `measured` is a table for the model card,
     in Markdown. Raises ArtifactError where `output` holds something else, or there is no threshold for the budget."""
     thresholds = artifact.card.thresholds["head"]
@@ -58,13 +60,14 @@ def export(artifact: Artifact, output: Path, decoding: Decoding, measured: str |
             f"{artifact.folder}: has no threshold for a budget of {decoding.budget:g}; it has {known}: give one with "
             "--budget"
         )
+    trained = fetched(artifact.folder)
     with replacing(output, SETTINGS) as part:
-        shutil.copytree(artifact.folder / MODEL, part, dirs_exist_ok=True)
+        shutil.copytree(trained / MODEL, part, dirs_exist_ok=True)
         for name in (HEAD, RANKING_HEAD):
-            if (artifact.folder / name).is_file():
-                shutil.copy(artifact.folder / name, part)
-        if (artifact.folder / ADAPTER).is_dir():
-            shutil.copytree(artifact.folder / ADAPTER, part / ADAPTER)
+            if (trained / name).is_file():
+                shutil.copy(trained / name, part)
+        if (trained / ADAPTER).is_dir():
+            shutil.copytree(trained / ADAPTER, part / ADAPTER)
         _decode_greedily(part / "generation_config.json", artifact.card.reserved_ids)
         (part / SETTINGS).write_text(json.dumps(_settings(artifact, decoding), indent=2) + "\n")
         (part / "custom_generate").mkdir()

@@ -10,9 +10,9 @@ Axes: _T output step, _G group (a kept step), _K candidate.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -87,15 +87,49 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
     )
 
 
-def split_by_prompt(data: Sequence[Trajectory], share: float, seed: int) -> tuple[list[Trajectory], list[Trajectory]]:
+class Selected(Sequence[Trajectory]):
+    """Some of the trajectories of `data`, by their places there, each as `change` makes it; made when it is asked
+    for."""
+
+    def __init__(
+        self,
+        data: Sequence[Trajectory],
+        places: Sequence[int],
+        change: Callable[[Trajectory], Trajectory] = lambda item: item,
+    ) -> None:
+        self._data, self._places, self._change = data, places, change
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Trajectory: ...
+    @overload
+    def __getitem__(self, place: slice) -> Selected: ...
+    def __getitem__(self, place: int | slice) -> Trajectory | Selected:
+        if isinstance(place, slice):
+            return Selected(self._data, self._places[place], self._change)
+        return self._change(self._data[self._places[place]])
+
+    def at(self, places: Iterable[int]) -> Selected:
+        """Those at some places of this one."""
+        return Selected(self._data, [self._places[place] for place in places], self._change)
+
+    def changed(self, change: Callable[[Trajectory], Trajectory]) -> Selected:
+        """The same trajectories, each as `change` makes it."""
+        return Selected(self._data, self._places, change)
+
+
+def split_by_prompt(data: Sequence[Trajectory], share: float, seed: int) -> tuple[Selected, Selected]:
     """(training, validation): all trajectories of a prompt are on one side, `share` of the prompts on the second.
 
     Who goes where depends on prompt text and seed alone, not on the order of rows.
     """
-    prompts = sorted({item.prompt for item in data}, key=lambda p: hashlib.sha256(f"{seed}:{p}".encode()).digest())
+    keys = [hashlib.sha256(f"{seed}:{item.prompt}".encode()).digest() for item in data]
+    prompts = sorted(set(keys))
     held_out = set(prompts[: max(1, round(share * len(prompts)))])
-    training = [item for item in data if item.prompt not in held_out]
-    return training, [item for item in data if item.prompt in held_out]
+    training = [place for place, key in enumerate(keys) if key not in held_out]
+    return Selected(data, training), Selected(data, [place for place, key in enumerate(keys) if key in held_out])
 
 
 def drop_narrow_margins(item: Trajectory, min_margin: float) -> Trajectory:

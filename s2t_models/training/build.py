@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from s2t_models.loading import load_tokenizer
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location
 from s2t_models.training.batches import Trajectory, split_by_prompt
 from s2t_models.training.objectives import objective
 from s2t_models.training.products import Merged
@@ -22,7 +22,7 @@ def build(
     data: Sequence[Trajectory],
     calibration: Sequence[Trajectory] | None,
     provenance: Provenance,
-    output: Path,
+    output: Location,
 ) -> Provenance:
     """Merge what `Selector.trained` gave into the recipe's SLM and write the objective's product to `output`; returns
     its provenance as written. Without `calibration`, thresholds are set on the held-out prompts' trajectories."""

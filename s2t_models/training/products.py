@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from s2t_models import artifact
 from s2t_models.calibration import BUDGETS, calibrate
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
+from s2t_models.storage import Location
 from s2t_models.training.batches import Trajectory, collate, pieces
 from s2t_models.training.tree_attention import decode, use_tree_attention
 from s2t_models.training.trigger_head import train_head
@@ -39,13 +39,13 @@ class Merged:
     provenance: Provenance
 
 
-def save_checkpoint(merged: Merged, output: Path) -> Provenance:
+def save_checkpoint(merged: Merged, output: Location) -> Provenance:
     """Write the model as an ordinary checkpoint; returns its provenance."""
     artifact.save_checkpoint(output, merged.model, merged.tokenizer, merged.provenance)
     return merged.provenance
 
 
-def save_artifact(merged: Merged, output: Path) -> Provenance:
+def save_artifact(merged: Merged, output: Location) -> Provenance:
     """Train the trigger head, set thresholds, write the artifact; returns its provenance with the head's figures.
 
     The head's positives are the top `trigger_head.positives` share of the training trajectories' steps by KL;

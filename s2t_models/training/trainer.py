@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -66,8 +68,8 @@ class Trainer:
         self.settings, self.seed = recipe.distil, recipe.seed
         self.objective = objective(objective_name, recipe.distil)
         self.rank, self.world = rank, world
-        training, self.validation = split_by_prompt(data, self.settings.validation, recipe.seed)
-        self.training = [drop_narrow_margins(item, self.settings.min_teacher_margin) for item in training]
+        training, validation = split_by_prompt(data, self.settings.validation, recipe.seed)
+        self.training = training.changed(partial(drop_narrow_margins, min_margin=self.settings.min_teacher_margin))
         self.selector = load_selector(recipe, self.objective)
         self.wrapped = wrap(self.selector)
         self.device = self.selector.rows_RH.device
@@ -76,6 +78,7 @@ class Trainer:
             self.parameters, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
         )
         self.order = BatchOrder([self._length(item) for item in self.training], self.settings.batch, recipe.seed)
+        self.validation = validation.at(np.argsort([item.tree.length for item in validation], kind="stable").tolist())
         self.step = 0
         self._base_states = BaseStates(int(self.settings.base_cache_gb * 2**30))
 
@@ -88,11 +91,11 @@ class Trainer:
             group["lr"] = rate
         batch = self.order(self.step)
         mine = batch[self.rank :: self.world]
-        whole = self.objective.count([self.training[i] for i in batch])
+        whole = self.objective.count(self.training.at(batch))
         self.wrapped.train()
         self.optimizer.zero_grad()
         total: dict[str, float] = {}
-        for items in self._forwards([self.training[i] for i in mine]):
+        for items in self._forwards(list(self.training.at(mine))):
             loss, parts = self._loss(items, whole)
             loss.backward()
             for name, value in {"loss": loss, **parts}.items():
@@ -106,9 +109,9 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """`evaluation.figures` on the held-out prompts, over all workers."""
         self.wrapped.eval()
-        by_length = sorted(self.validation, key=lambda item: item.tree.length)[self.rank :: self.world]
+        mine = self.validation[self.rank :: self.world]
         sums: dict[str, float] = dict.fromkeys(evaluation.SUMS, 0.0)
-        for items in self._forwards(by_length):
+        for items in self._forwards(mine):
             batch = collate(items, self.device, self.objective.needs_leaves)
             outputs = self._outputs(items, batch, self.selector)
             for name, value in evaluation.add_up(batch, outputs, *self.objective.choose(batch, outputs)).items():
@@ -136,7 +139,7 @@ class Trainer:
     def _forwards(self, items: Sequence[Trajectory]) -> Iterator[Sequence[Trajectory]]:
         """The trajectories of each forward; more than one holds are accumulated."""
         for piece in pieces([self._length(item) for item in items], self.settings.micro_batch):
-            yield items[piece]
+            yield list(items[piece])
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then cosine to zero."""

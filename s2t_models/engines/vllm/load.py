@@ -7,7 +7,6 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from s2t_models import loading
@@ -19,6 +18,7 @@ from s2t_models.errors import one_line
 from s2t_models.hosting import Hosted
 from s2t_models.recipe import RecipeError
 from s2t_models.settings import ModelSettings
+from s2t_models.storage import Location
 
 #: Tokens of a block of the paged cache on a CPU. vLLM's own default there, 128, is what a call reads again of a prefix
 #: that another has read: half of that on average, for each candidate that is scored.
@@ -51,7 +51,7 @@ def load(hosted: Hosted) -> Engine:
 def start(
     settings: ModelSettings,
     card: ModelCard,
-    artifact: Path | None = None,
+    artifact: Location | None = None,
     decode: Callable[[list[int]], str] | None = None,
 ) -> Engine:
     """Start vLLM's processes for the model of `settings`, known by `card`; it is that of the artifact in the folder

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
 from s2t_models.settings import DistilSettings
+from s2t_models.storage import Location
 from s2t_models.training import losses
 from s2t_models.training.batches import Batch, Trajectory
 from s2t_models.training.per_state import per_state
@@ -120,7 +120,7 @@ class Objective(ABC):
         """How the trained model decides, for evaluation: its preference over the candidates, [G, K], and the token it
         would write, [G]."""
 
-    def save(self, merged: Merged, output: Path) -> Provenance:
+    def save(self, merged: Merged, output: Location) -> Provenance:
         """Write what the training produces to `output`, by default a plain checkpoint; returns its provenance as
         written."""
         return save_checkpoint(merged, output)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
+from s2t_models.storage import Location
 from s2t_models.training import losses
 from s2t_models.training.batches import Batch
 from s2t_models.training.objectives.base import Objective, Outputs, Term
@@ -47,5 +46,5 @@ class SelectorObjective(Objective):
         settings = self.settings
         return losses.preference(outputs.scores_GK, batch.slm_logprobs_GK, settings.temperature, settings.prior_weight)
 
-    def save(self, merged: Merged, output: Path) -> Provenance:
+    def save(self, merged: Merged, output: Location) -> Provenance:
         return save_artifact(merged, output)
