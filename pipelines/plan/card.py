@@ -13,8 +13,8 @@ GIB = 2**30
 @dataclass(frozen=True)
 class Card:
     """`memory` in bytes, `flops` in half precision and `bandwidth` of the memory, both at their peak and a second;
-    `compute` and `reading` are the shares of them that plain PyTorch is taken to reach, `stepwise` that of `flops` where
-    it writes or trains, in which few tokens are computed at once and much else is done between. `layer` are the seconds
+    `compute` and `reading` are the shares of them that plain PyTorch is taken to reach, `stepwise` that of `flops`
+    where it writes or trains: few tokens are computed at once, and much else is done between. `layer` are the seconds
     that starting a layer's kernels takes at least, `overhead` the bytes of a process that holds nothing yet."""
 
     name: str
