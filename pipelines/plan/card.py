@@ -15,7 +15,8 @@ class Card:
     """`memory` in bytes, `flops` in half precision and `bandwidth` of the memory, both at their peak and a second;
     `compute` and `reading` are the shares of them that plain PyTorch is taken to reach, `stepwise` that of `flops`
     where it writes or trains: few tokens are computed at once, and much else is done between. `layer` are the seconds
-    that starting a layer's kernels takes at least, `overhead` the bytes of a process that holds nothing yet."""
+    that starting a layer's kernels takes at least, `entry` those that an entry of the vocabulary takes where a step's
+    distribution is drawn from and recorded, or trained on, `overhead` the bytes of a process that holds nothing yet."""
 
     name: str
     memory: float
@@ -25,6 +26,7 @@ class Card:
     stepwise: float = 0.4
     reading: float = 0.6
     layer: float = 0.8e-3
+    entry: float = 0.0
     overhead: float = 1.0 * GIB
     is_gpu: bool = True
 
@@ -44,7 +46,7 @@ class Card:
 def _cpu() -> Card:
     """This machine, with what two cores with bfloat16 instructions were measured at."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Card("cpu", memory, 0.33e12, 15e9, 1.0, 0.6, 1.0, 0.0, 0.6 * GIB, is_gpu=False)
+    return Card("cpu", memory, 0.33e12, 15e9, 1.0, 0.6, 1.0, 0.0, 20e-9, 0.6 * GIB, is_gpu=False)
 
 
 #: Vendors' figures: dense half precision, and the memory that the driver reports.

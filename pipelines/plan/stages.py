@@ -229,7 +229,8 @@ class Plan:
             ),
         ]
         written, read = prompts * self.answer, prompts * (assumed.prompt + self.answer)
-        rolling = self.writing(self.slm, prompts, self.answer, batch) / collect.rollout.actors
+        rolling = self.writing(self.slm, prompts, self.answer, batch) + written * self.slm.vocabulary * self.card.entry
+        rolling /= collect.rollout.actors
         flops = self.teacher.flops(read, (assumed.prompt + self.answer) / 2, written)
         labelling = self.card.seconds(flops) / collect.label.actors
         kept = min(collect.steps + collect.random_steps, 1.0) * collect.k * CANDIDATE_BYTES
@@ -261,7 +262,8 @@ class Plan:
         flops += base * self.slm.flops(trunk, trunk / 2, 0)
         # Both models' logits at each state, and the tuned one's gradient.
         flops += 3 * batches * self.answer * 2 * self.slm.head
-        seconds = self.card.seconds(flops, stepwise=True) / settings.workers
+        entries = batches * self.answer * self.slm.vocabulary
+        seconds = (self.card.seconds(flops, stepwise=True) + entries * self.card.entry) / settings.workers
         tokens = batches * packed
         work = {
             "training": f"{settings.steps} steps of {settings.batch} trajectories, {_count(tokens)} packed tokens, "
