@@ -1,6 +1,6 @@
 """What the endpoint does under load, on the embedded generator's problems.
 
-    python -m benchmarks.serving [--recipe runs/demo/recipe.yaml] [--parts closed,open,overhead,fairness,places,soak]
+    python -m benchmarks.serving [--recipe runs/demo/recipe.yaml] [--parts closed,open,exact]
 
 It serves the recipe itself, in processes of their own, and asks from this one:
 
@@ -9,10 +9,11 @@ It serves the recipe itself, in processes of their own, and asks from this one:
     overhead  CPU of all server processes over that of the engine called directly, in turn
     fairness  a tiny request beside one of 128 choices
     places    what the teacher reads for an answer of S2T, with more decodes at once than the engines have places
+    exact     --answers requests, streamed and 64 at once, against the same ones whole and alone
     soak      --minutes of mixed requests while engine replicas are killed at random: no answer may differ from the one
               given alone, and every request has to end, with an answer or a refusal
 
-The exit status is 1 where the soak found an answer that was wrong, or a request that hung or ended otherwise.
+The exit status is 1 where an answer was not the one given alone, or a request hung or ended otherwise.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from benchmarks.serving.endpoint import ServedEndpoint
 
 T = TypeVar("T")
-PARTS = ("closed", "open", "overhead", "fairness", "places", "soak")
+PARTS = ("closed", "open", "overhead", "fairness", "places", "exact", "soak")
 WIDTHS_OF_OVERHEAD = (16, 64)
+WIDTH_OF_EXACT = 64
 #: For `places`: so few slots, and decodes at once that fit and that do not.
 SLOTS, WIDTHS_OF_PLACES = 8, (4, 24)
 
@@ -59,10 +61,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def _measure(endpoint: ServedEndpoint, chosen: Sequence[str], options: argparse.Namespace) -> bool:
-    """Measure those parts; returns whether the soak was well."""
+    """Measure those parts; returns whether every answer was the right one."""
     from benchmarks.serving import parts, soak
     from benchmarks.serving.client import client
     from benchmarks.serving.direct import direct_engine
+    from benchmarks.serving.exact import exact
     from s2t_models.recipe import load_recipe
 
     policies = [policy for policy in options.policies if endpoint.offers(policy)]
@@ -81,12 +84,13 @@ async def _measure(endpoint: ServedEndpoint, chosen: Sequence[str], options: arg
             await parts.fairness(load, options.requests)
         if "places" in chosen:
             await parts.places(load, "s2t", WIDTHS_OF_PLACES, options.requests)
+        is_well = "exact" not in chosen or await exact(load, policies, options.answers, WIDTH_OF_EXACT)
         if "soak" not in chosen:
-            return True
+            return is_well
         kill = soak.kills_engines(endpoint.processes, endpoint.engines())
         soaked = await soak.soak(load, policies, options.minutes, options.width, kill, options.kill_every, options.seed)
         soak.report(soaked, options.minutes, options.width)
-        return soaked.is_well
+        return is_well and soaked.is_well
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -105,6 +109,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=_several(float), default=[0.5, 1, 2, 10], help="of open, times the capacity")
     parser.add_argument("--seconds", type=float, default=30, help="of each rate of open")
     parser.add_argument("--rounds", type=int, default=5, help="of overhead")
+    parser.add_argument("--answers", type=int, default=1000, help="of exact")
     parser.add_argument("--minutes", type=float, default=10, help="of the soak")
     parser.add_argument("--width", type=int, default=16, help="requests at once, of the soak")
     parser.add_argument("--kill-every", type=float, default=30, metavar="SECONDS", help="on average, of the soak")
