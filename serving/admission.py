@@ -3,7 +3,8 @@
 An engine holds as many decodes as it has slots. Here a decode waits for a place in every engine it calls and keeps it
 to its end, so a decode of many calls finds its prefix where it left it, however many others are about. Places go first
 to the request that has the fewest, and no request has more than its share: a request of 128 samples leaves room for
-the next one. When too many wait, a request is refused at once.
+the next one, and does not make each step of the engine as long as it could. When too many wait, a request is refused
+at once.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-#: The share of an engine's places that one request may have.
-MOST_OF_ALL = 0.5
+#: The share of an engine's places that one request may have: by itself, and where others have asked lately. A small
+#: request takes as long as the steps that it shares with a big one.
+ALONE, AMONG_OTHERS = 0.5, 0.25
+#: How many seconds ago is lately.
+LATELY_S = 1.0
 
 
 class Busy(RuntimeError):
@@ -40,23 +44,22 @@ class Admission:
     one event loop."""
 
     def __init__(self, places: Mapping[str, int], most_waiting: int) -> None:
-        self._free = dict(places)
-        self._share = {engine: max(1, math.ceil(MOST_OF_ALL * count)) for engine, count in places.items()}
+        self._places, self._free = places, dict(places)
         self._most_waiting = most_waiting
-        self._waiting: list[_Waiting] = []
+        self._waiting: dict[str, deque[_Waiting]] = {}  # by request, none of them empty
         self._held: Counter[tuple[str, str]] = Counter()  # (request, engine) -> places
+        self._asked: dict[str, float] = {}  # request -> when it last wanted a place
         self._seconds = 1.0  # that a place was lately kept for
 
     @property
     def waiting(self) -> int:
         """Requests that wait for their first place."""
-        return len({one.request for one in self._waiting if not self._most_held(one)})
+        return sum(not self._most_held(queue[0]) for queue in self._waiting.values())
 
     @property
     def retry_after(self) -> int:
         """In how many seconds there may be room."""
-        places = max(1, min(self._share.values(), default=1) / MOST_OF_ALL)
-        return max(1, math.ceil(self._seconds * self.waiting / places))
+        return max(1, math.ceil(self._seconds * self.waiting / min(self._places.values(), default=1)))
 
     def check(self) -> None:
         """Raise Busy where a new request would be one too many."""
@@ -73,13 +76,14 @@ class Admission:
     async def place(self, request: str, engines: Collection[str]) -> AsyncGenerator[None]:
         """A place in each of the engines, for a decode of the request of that id."""
         waiting = _Waiting(request, engines)
-        self._waiting.append(waiting)
+        self._asked[request] = time.monotonic()
+        self._waiting.setdefault(request, deque()).append(waiting)
         self._grant()
         try:
             await waiting.granted
         except asyncio.CancelledError:
-            if waiting in self._waiting:
-                self._waiting.remove(waiting)
+            if waiting.granted.cancelled():
+                self._leave(waiting)
                 self._grant()  # what was kept for it
             else:  # it was given its place in the same turn of the loop
                 self._give_back(waiting)
@@ -95,19 +99,34 @@ class Admission:
         """Give out what is free, in order: the request with the fewest places first, then the one that came first. What
         one waits for is kept for it, so that those who need less do not pass it for ever."""
         kept: Counter[str] = Counter()
-        for one in sorted(self._waiting, key=self._most_held):
-            if one.granted.cancelled():  # its decode is about to be told
-                continue
-            if any(self._held[one.request, name] >= self._share[name] for name in one.engines):
-                continue
-            if all(self._free[name] > kept[name] for name in one.engines):
-                self._waiting.remove(one)
+        most = self._most()
+        for queue in sorted(self._waiting.values(), key=lambda queue: self._most_held(queue[0])):
+            for one in tuple(queue):
+                if one.granted.cancelled():  # its decode is about to be told
+                    continue
+                if any(self._held[one.request, name] >= most[name] for name in one.engines):
+                    break
+                if not all(self._free[name] > kept[name] for name in one.engines):
+                    kept.update(name for name in one.engines if self._free[name] > kept[name])
+                    break
+                self._leave(one)
                 for name in one.engines:
                     self._free[name] -= 1
                     self._held[one.request, name] += 1
                 one.granted.set_result(None)
-            else:
-                kept.update(name for name in one.engines if self._free[name] > kept[name])
+
+    def _leave(self, one: _Waiting) -> None:
+        queue = self._waiting[one.request]
+        queue.remove(one)
+        if not queue:
+            del self._waiting[one.request]
+
+    def _most(self) -> dict[str, int]:
+        """The places of each engine that one request may have now."""
+        now = time.monotonic()
+        self._asked = {request: when for request, when in self._asked.items() if now - when < LATELY_S}
+        share = AMONG_OTHERS if len(self._asked) > 1 else ALONE
+        return {name: max(1, math.ceil(share * count)) for name, count in self._places.items()}
 
     def _give_back(self, one: _Waiting) -> None:
         for name in one.engines:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from serving import admission as admission_module
 from serving.admission import Admission, Busy
 
 
@@ -75,6 +76,37 @@ def test_half_of_an_engine_is_left_to_others():
         held.set()
         await asyncio.gather(*many)
 
+    asyncio.run(scenario())
+
+
+def test_a_quarter_has_to_do_where_others_have_asked_lately(monkeypatch: pytest.MonkeyPatch):
+    async def scenario() -> None:
+        admission = Admission({"slm": 16}, 100)
+        endings: list[asyncio.Event] = []
+
+        async def decode() -> None:
+            async with admission.place("many", ["slm"]):
+                endings.append(asyncio.Event())
+                await endings[-1].wait()
+
+        async def end(count: int) -> int:
+            """So many decodes end; returns how many run then."""
+            for ending in [ending for ending in endings if not ending.is_set()][:count]:
+                ending.set()
+            await asyncio.sleep(0.01)
+            return sum(not ending.is_set() for ending in endings)
+
+        many = [asyncio.ensure_future(decode()) for _ in range(60)]
+        assert await end(0) == 8
+        async with admission.place("one", ["slm"]):
+            pass
+        assert [await end(1) for _ in range(6)] == [7, 6, 5, 4, 4, 4]
+        monkeypatch.setattr(admission_module, "LATELY_S", 0.0)
+        assert await end(1) == 8
+        while not all(task.done() for task in many):
+            await end(8)
+
+    monkeypatch.setattr(admission_module, "LATELY_S", 60.0)
     asyncio.run(scenario())
 
 

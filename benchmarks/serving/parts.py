@@ -22,6 +22,8 @@ FULL = 64
 WARM_UP = 1 / 3
 #: The tokens of a tiny request, and the choices of one that is big.
 TINY, BIG = 5, 128
+#: A few decodes that go on until their tokens are spent.
+FEW, ENDLESS = 7, {"temperature": 2.0, "top_p": 1.0, "top_k": 0, "max_tokens": 800}
 #: How long a big request has been under way when the first tiny one comes.
 HEAD_START_S = 0.3
 
@@ -196,13 +198,14 @@ async def overhead(load: Load, direct: DirectEngine, widths: Sequence[int], requ
 
 
 async def fairness(load: Load, samples: int) -> None:
-    """A tiny request's latency alone, and beside one big request."""
+    """A tiny request's latency alone, beside one big request, and beside a few decodes, which is what a batch costs."""
     bigs = {
+        f"{FEW} decodes": load.body("sample", n=FEW, **ENDLESS),
         f"sample, n = {BIG}": load.body("sample", n=BIG),
         f"maj@{BIG}": load.body(f"maj@{BIG}"),
     }
     alone = [await _tiny(load) for _ in range(samples)]
-    rows = [["alone", together(percentiles(alone, (50, 95)), 1000, 0), "", ""]]
+    rows = [["alone", together(percentiles(alone, (50, 95)), 1000, 0), "", "", ""]]
     for name, body in bigs.items():
         beside: list[float] = []
         outcomes: list[Outcome] = []
@@ -218,10 +221,11 @@ async def fairness(load: Load, samples: int) -> None:
                 break
         failed = sum(not outcome.answered for outcome in outcomes)
         ratio = f"{statistics.median(beside) / statistics.median(alone):.2f}" if beside else "-"
-        rows.append([f"beside {name}", together(percentiles(beside, (50, 95)), 1000, 0), ratio, str(failed)])
+        took = together(percentiles((outcome.seconds for outcome in outcomes), (50,)), 1, 2)
+        rows.append([f"beside {name}", together(percentiles(beside, (50, 95)), 1000, 0), ratio, took, str(failed)])
     show(
         f"Fairness: a request of {TINY} tokens (aim: under 3 times its latency alone)",
-        ["", "ms p50 / p95", "ratio of medians", "big ones that failed"],
+        ["", "ms p50 / p95", "ratio of medians", "big ones: s p50", "failed"],
         rows,
     )
 
