@@ -38,7 +38,7 @@ SUMMARY = {
     "errors": {"empty prompt": 1},
     "steps": 720,
     "kept_steps": 96,
-    "teacher_prefill": 1234,
+    "teacher_prefill": 744,
     "agreement": 0.9,
     "least_kl": 0.5,
     "hit": {"1": 0.25, "8": 0.75},
