@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from faults.raylets import Raylets
-from processes import REPOSITORY
+from processes import REPOSITORY, free_port
 
 from pipelines.data.layout import RESULTS
 from pipelines.data.shards import read_shards
@@ -91,6 +91,7 @@ def test_the_stages_as_submitted_jobs(nodes: Raylets, tmp_path: Path) -> None:
 
     trained = ["--set", f"artifact={artifact}", "--set", f"checkpoints.kd={control}"]
     asked = ["--items", "3", "--seeds", "0", "--policies", "greedy,s2t-local,kd"]
+    asked += ["--set", f"serving.port={free_port()}"]
     assert "greedy" in submit(nodes, store, "benchmark", *recipe, *trained, *asked, "--output", bench)
     frame = read_results(bench / RESULTS)[0]
     assert len(frame) == 9

@@ -25,8 +25,8 @@ class Damaged(ValueError):
 
 def sealed(table: pa.Table, metadata: Mapping[str, str] | None = None) -> bytes:
     """The table as an Arrow IPC file, with `metadata` in its schema."""
-    values: dict[str | bytes, str | bytes] = {**(metadata or {}), _KEY: _BLANK}
-    schema = table.schema.with_metadata(values)
+    values = {key.encode(): value.encode() for key, value in (metadata or {}).items()}
+    schema = table.schema.with_metadata(values | {_KEY: _BLANK})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, schema) as writer:
         writer.write_table(table.cast(schema))

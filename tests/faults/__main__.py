@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from .stages import REPOSITORY, STAGES, prepare
 
 def main() -> int:
     options = _parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started ends too
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     folder = (options.folder or Path(tempfile.mkdtemp(prefix="s2t-faults-"))).resolve()
@@ -39,7 +41,7 @@ def main() -> int:
     began = time.monotonic()
     if left:
         prepare(folder / "inputs")
-        raylets = Raylets()
+        raylets = Raylets() if any(stage.on_ray for stage, _, _ in left) else None
         try:
             laboratory, longest = Laboratory(folder, raylets), 0.0
             for stage, fault, number in left:
@@ -51,7 +53,8 @@ def main() -> int:
                 known[stage.name, number] = point
                 print(point, flush=True)
         finally:
-            raylets.close()
+            if raylets is not None:
+                raylets.close()
     print(f"\n{table(list(known.values()))}")
     return 1 if any(point.lost or point.differing or point.unclear for point in known.values()) else 0
 

@@ -35,7 +35,7 @@ class Scene:
     is the most that an undisturbed run had on its disk, bytes; `environment` goes to the driver."""
 
     stage: Stage
-    raylets: Raylets
+    raylets: Raylets | None
     inputs: Path
     folder: Path
     draw: random.Random
@@ -46,6 +46,11 @@ class Scene:
     tracking: TrackingServer | None = None
     put_back: Callable[[], object] = lambda: None
     struck: str = ""
+
+    @property
+    def cluster(self) -> Raylets:
+        assert self.raylets is not None
+        return self.raylets
 
     @property
     def output(self) -> Path:
@@ -77,7 +82,7 @@ class Fault:
 
 
 def _kill_one(scene: Scene, *names: str) -> None:
-    found = scene.raylets.workers(*names)
+    found = scene.cluster.workers(*names)
     if found:
         victim = scene.draw.choice(found)
         with suppress(psutil.Error):
@@ -86,9 +91,9 @@ def _kill_one(scene: Scene, *names: str) -> None:
 
 
 def _kill_a_raylet(scene: Scene) -> None:
-    scene.raylets.kill_raylet(scene.draw)
+    scene.cluster.kill_raylet(scene.draw)
     time.sleep(AWAY_S)
-    scene.raylets.join()
+    scene.cluster.join()
 
 
 def _kill_the_driver(scene: Scene) -> None:
@@ -118,9 +123,9 @@ time.sleep(3600)
 
 def _fill_the_object_stores(scene: Scene) -> None:
     """Objects half as much again as each node's store holds, so that some are spilled before the stage begins."""
-    command = [sys.executable, "-c", _FILL, "4", str(scene.raylets.store_mib * 3 // 2)]
+    command = [sys.executable, "-c", _FILL, "4", str(scene.cluster.store_mib * 3 // 2)]
     filler = subprocess.Popen(
-        command, env=os.environ | {"RAY_ADDRESS": scene.raylets.address}, stdout=subprocess.PIPE, text=True
+        command, env=os.environ | {"RAY_ADDRESS": scene.cluster.address}, stdout=subprocess.PIPE, text=True
     )
     scene.undo.append(filler.kill)
     assert filler.stdout is not None
@@ -144,6 +149,7 @@ def _track(scene: Scene) -> None:
     scene.tracking.start()
     scene.undo.append(scene.tracking.kill)
     scene.environment["MLFLOW_TRACKING_URI"] = scene.tracking.uri
+    scene.environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "2"  # seconds of patience, not minutes
 
 
 def _kill_tracking(scene: Scene) -> None:
@@ -216,8 +222,8 @@ FAULTS = {
             strike=_kill_the_driver,
             then=("--set", "distil.workers=1", "--set", "distil.min_workers=1"),
         ),
-        Fault("node left", strike=lambda scene: scene.raylets.leave(scene.draw)),
-        Fault("node joined", strike=lambda scene: scene.raylets.join()),
+        Fault("node left", strike=lambda scene: scene.cluster.leave(scene.draw)),
+        Fault("node joined", strike=lambda scene: scene.cluster.join()),
         Fault("object store full", before=_fill_the_object_stores, has_moment=False),
         Fault("disk full", before=_small_disk, after=_make_room, has_moment=False, says="the disk is full"),
         Fault("MLflow down", before=_track, strike=_kill_tracking, after=_track_again, again=True),

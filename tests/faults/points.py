@@ -55,9 +55,10 @@ class Undisturbed:
 
 
 class Laboratory:
-    """Runs points in `folder`, where what an undisturbed run gives is kept for the next time."""
+    """Runs points in `folder`, where what an undisturbed run gives is kept for the next time. Stages that are not on
+    Ray do without `raylets`."""
 
-    def __init__(self, folder: Path, raylets: Raylets) -> None:
+    def __init__(self, folder: Path, raylets: Raylets | None) -> None:
         self.folder, self.raylets = folder, raylets
         self.inputs = folder / "inputs"
         self.said = folder / "stderr"
@@ -105,7 +106,8 @@ class Laboratory:
         finally:
             for undo in reversed(scene.undo):
                 undo()
-            self.raylets.restore()
+            if self.raylets is not None:
+                self.raylets.restore()
         point = Point(
             stage.name, fault.name, number, moment, scene.struck, loss.lost, loss.differing, unclear, reruns,
             round(time.monotonic() - began, 1), line if status != 0 else "",
@@ -146,7 +148,9 @@ class Laboratory:
     def _start(
         self, stage: Stage, inputs: Path, output: Path, environment: dict[str, str], then: tuple[str, ...] = ()
     ) -> subprocess.Popen[bytes]:
-        store = {"MLFLOW_TRACKING_URI": f"sqlite:///{self.folder}/mlflow.db", "RAY_ADDRESS": self.raylets.address}
+        store = {"MLFLOW_TRACKING_URI": f"sqlite:///{self.folder}/mlflow.db"}
+        if self.raylets is not None:
+            store["RAY_ADDRESS"] = self.raylets.address
         with self.said.open("w") as said:
             return subprocess.Popen(
                 [*stage.command(inputs, output), *then],
@@ -172,12 +176,14 @@ class Laboratory:
 
 
 def plan(stages: list[str], faults: list[str], count: int) -> list[tuple[Stage, Fault, int]]:
-    """`count` points a stage, its faults in turn; those of `faults` alone where any are given."""
-    points = []
-    for name in stages:
-        own = [fault for fault in OF_STAGE[name] if not faults or fault in faults]
-        points += [(STAGES[name], FAULTS[own[number % len(own)]], number) for number in range(count) if own]
-    return points
+    """`count` points a stage, stages and their faults in turn; those of `faults` alone where any are given."""
+    own = {name: [fault for fault in OF_STAGE[name] if not faults or fault in faults] for name in stages}
+    return [
+        (STAGES[name], FAULTS[chosen[number % len(chosen)]], number)
+        for number in range(count)
+        for name, chosen in own.items()
+        if chosen
+    ]
 
 
 def table(points: list[Point]) -> str:

@@ -23,6 +23,7 @@ SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 MIB = 1024**2
+STARTS_WITHIN_S = 120
 
 
 class Raylets:
@@ -52,7 +53,11 @@ class Raylets:
 
     def join(self) -> None:
         """One more node."""
-        self._nodes.append(self._cluster.add_node(**self._options))
+        from ray._private.services import wait_for_node
+
+        node = self._cluster.add_node(wait=False, **self._options)
+        self._nodes.append(node)
+        wait_for_node(node.gcs_address, node.plasma_store_socket_name, STARTS_WITHIN_S)
 
     def leave(self, draw: random.Random) -> None:
         """A node goes for good, with all that runs on it."""

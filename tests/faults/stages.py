@@ -44,6 +44,7 @@ class Stage:
     loss: Callable[[Path, Path], Loss]
     actors: tuple[str, ...] = ()
     begun: Callable[[Path], tuple[int, ...]] | None = None
+    on_ray: bool = True
 
     def command(self, inputs: Path, output: Path) -> list[str]:
         return [sys.executable, "-m", *self.arguments(inputs, output)]
@@ -184,7 +185,13 @@ def _training_loss(output: Path, undisturbed: Path) -> Loss:
 
 
 def _benchmark(inputs: Path, output: Path) -> list[str]:
-    settings = {"slm.num_cpus": 0.5, "teacher.num_cpus": 0.5, "benchmark.concurrency": 8, "collect.prompts": 50}
+    settings = {
+        "slm.num_cpus": 0.5,
+        "teacher.num_cpus": 0.5,
+        "serving.port": 18431,
+        "benchmark.concurrency": 8,
+        "collect.prompts": 50,
+    }
     asked = ["--policies", "greedy,sample,llm", "--items", "24", "--seeds", "0,1"]
     return ["pipelines.benchmark", "--recipe", "embedded", "--output", str(output), *asked, *_set(settings)]
 
@@ -232,7 +239,7 @@ STAGES = {
         Stage("distil elastic", _distil("selector", **ELASTIC), _steps, STEPS, _training_loss, (), _begun),
         Stage("distil router", _router, lambda output: 0, 1, _router_loss, ("MapWorker",)),
         Stage("benchmark", _benchmark, _answers, 144, _results_loss, ("ServeReplica", "MapWorker")),
-        Stage("analyse", _analyse, _tables, 4, _tables_loss),
+        Stage("analyse", _analyse, _tables, 4, _tables_loss, on_ray=False),
     )
 }
 
