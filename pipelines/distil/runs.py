@@ -40,9 +40,9 @@ def open_run(
     one begins without it."""
     run = None
     kept = "the training goes on, and is logged at its end if the store is there then"
-    tracking.use_store_for(has_begun, kept)
-    with tracking.costs_nothing(kept):
-        run = begin_run(recipe, provenance, collections)
+    if tracking.use_store_for(has_begun, kept):
+        with tracking.costs_nothing(kept):
+            run = begin_run(recipe, provenance, collections)
     try:
         yield run
     except BaseException:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -32,11 +32,17 @@ _VIEW = "workflowType=machine_learning"
 _DIGEST = 36
 
 
-def use_store_for(has_begun: bool, kept: str, uri: str | None = None) -> None:
+def use_store_for(has_begun: bool, kept: str, uri: str | None = None) -> bool:
     """`use_store`, before any work: a job that has not begun is refused where the store is not there (StoreError). One
-    that goes on is not: it may lose more than its record. `kept` says what is safe, as for `costs_nothing`."""
-    with costs_nothing(kept) if has_begun else nullcontext():
+    that goes on is not: it may lose more than its record. Returns whether the store is there; `kept` says what is safe,
+    as for `costs_nothing`."""
+    if not has_begun:
         use_store(uri)
+        return True
+    with costs_nothing(kept):
+        use_store(uri)
+        return True
+    return False
 
 
 @contextmanager

@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from pipelines.collect import job
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import LABELLED, PROMPT, Labels, Rollouts
-from pipelines.collect.job import collect
 from pipelines.collect.publish import DamagedFiles, publish
 from pipelines.collect.sink import committed, take_back
 from pipelines.data.seal import sealed
-from pipelines.data.shards import read_shards
+from pipelines.data.shards import read_shards, shard_metadata
 from s2t_models.hosting import pair
 from s2t_models.recipe import load_recipe
 
@@ -66,7 +66,7 @@ def test_a_node_that_dies_costs_a_collection_no_row(node: Any, recipe_path: Path
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    collect(recipe, tmp_path)
+    job.collect(recipe, tmp_path)
     killer.join(1)
     assert not killer.is_alive(), "the node died while the collection ran"
     found = {row["uid"]: row for row in read_shards(tmp_path)[0].to_pylist()}
@@ -100,6 +100,37 @@ def test_damaged_files_are_found_before_anything_is_published_and_taken_back(tmp
         take_back(path, checkpoint)
     assert committed(labelled, checkpoint) == [labelled / "d.arrow"]
     assert [path.stem for path in labelled.iterdir()] == ["d"]
+
+
+def test_a_collection_makes_the_rows_of_damaged_files_again(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(recipe_path, [*SETTINGS, "collect.prompts=6"])
+    engines = pair(recipe)
+    asked = pa.Table.from_pylist(sources.rows(sources.from_task(recipe.collect.task, None, recipe), recipe), PROMPT)
+    made = Labels(recipe, engines["teacher"])(Rollouts(recipe, engines["slm"])(asked))
+    labelled, checkpoint = tmp_path / "work" / "labelled", tmp_path / "work" / "checkpoint"
+    for folder in (labelled, checkpoint):
+        folder.mkdir(parents=True)
+    runs: list[list[str]] = []
+
+    def run(*_: Any) -> list[Path]:
+        """What Ray does in `_run`: the rows that are not committed."""
+        missing = [i for i in range(3) if not (checkpoint / f"{i}.parquet").is_file()]
+        for i in missing:
+            part = made.slice(2 * i, 2)
+            (labelled / f"{i}.arrow").write_bytes(sealed(part)[: None if runs else -50 * i or None])
+            parquet.write_table(part.select(["uid"]), checkpoint / f"{i}.parquet")
+        runs.append([f"{i}" for i in missing])
+        return committed(labelled, checkpoint)
+
+    monkeypatch.setattr(job, "_run", run)
+    metadata = shard_metadata(recipe, "s", "t", "tok", "embedded-train")
+    job._make(recipe, engines, tmp_path, asked.to_pylist(), metadata)
+    assert runs == [["0", "1", "2"], ["1", "2"]]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": not")[0] for line in lines] == [f"collect: {labelled}/{i}.arrow" for i in (1, 2)]
+    assert read_shards(tmp_path)[0]["uid"].to_pylist() == asked["uid"].to_pylist()
 
 
 def test_each_fault_of_a_stage_has_its_turn() -> None:
