@@ -18,6 +18,8 @@ from .stages import INTERVAL, STAGES, Loss, Stage
 #: Longest run, and how often the command is run again.
 PATIENCE_S = 240.0
 RERUNS = 3
+#: What a benchmark says where it ended well but for questions that got no answer.
+UNANSWERED = "the same command asks again"
 #: A disturbed run may take that many times as long before its fault comes.
 SLACK = 3.0
 
@@ -97,8 +99,8 @@ class Laboratory:
             status, line = self._end(scene.driver)
             fault.after(scene)
             unclear = int(status not in (0, -9) and not _is_clear(line, fault))
-            reruns, again = 0, status
-            while reruns < RERUNS and (again != 0 or (fault.again and not reruns)):
+            reruns, again, later = 0, status, line
+            while reruns < RERUNS and (again != 0 or (fault.again and not reruns) or UNANSWERED in later):
                 again, later = self._end(self._start(stage, scene.inputs, scene.output, scene.environment, fault.then))
                 reruns += 1
                 line = line or later
