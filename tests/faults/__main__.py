@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
-from .injections import FAULTS
+from .injections import FAULTS, OBJECT_STORE
+from .object_store import ObjectStore
 from .points import Laboratory, plan, record, recorded, table
 from .raylets import Raylets
 from .stages import REPOSITORY, STAGES, prepare
@@ -35,15 +37,19 @@ def main() -> int:
     known = {(point.stage, point.number): point for point in recorded(journal)}
     wanted = plan(options.stage, options.fault, options.points)
     left = [(stage, fault, number) for stage, fault, number in wanted if (stage.name, number) not in known]
+    if not find_spec("moto"):
+        left = [point for point in left if point[1].name != OBJECT_STORE]
+        print("object store away: left out, the S3 server (moto) is not installed", file=sys.stderr)
     if not can_mount(folder):
         left = [point for point in left if point[1].name != "disk full"]
         print("disk full: left out, a tmpfs cannot be mounted here", file=sys.stderr)
     began = time.monotonic()
     if left:
         prepare(folder / "inputs")
+        objects = ObjectStore() if any(fault.name == OBJECT_STORE for _, fault, _ in left) else None
         raylets = Raylets() if any(stage.on_ray for stage, _, _ in left) else None
         try:
-            laboratory, longest = Laboratory(folder, raylets), 0.0
+            laboratory, longest = Laboratory(folder, raylets, objects), 0.0
             for stage, fault, number in left:
                 if options.seconds and time.monotonic() - began + longest > options.seconds:
                     break
@@ -53,8 +59,9 @@ def main() -> int:
                 known[stage.name, number] = point
                 print(point, flush=True)
         finally:
-            if raylets is not None:
-                raylets.close()
+            for started in (raylets, objects):
+                if started is not None:
+                    started.close()
     print(f"\n{table(list(known.values()))}")
     return 1 if any(point.lost or point.differing or point.unclear for point in known.values()) else 0
 

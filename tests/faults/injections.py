@@ -20,13 +20,15 @@ import pyarrow as pa
 
 from pipelines.data.layout import SHARDS
 from pipelines.data.seal import sealed
+from s2t_models.storage import Location
 
+from .object_store import ObjectStore
 from .raylets import Raylets
 from .stages import Stage
 from .tracking_server import TrackingServer
 
-#: How long a node that was killed is away.
-AWAY_S = 3.0
+#: How long a node that was killed is away, and an object store that cannot be reached.
+AWAY_S, STORE_AWAY_S = 3.0, 60.0
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Scene:
     driver: subprocess.Popen[bytes] | None = None
     environment: dict[str, str] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list)
+    objects: ObjectStore | None = None
     tracking: TrackingServer | None = None
     put_back: Callable[[], object] = lambda: None
     struck: str = ""
@@ -53,8 +56,8 @@ class Scene:
         return self.raylets
 
     @property
-    def output(self) -> Path:
-        return self.folder / "out"
+    def output(self) -> Location:
+        return self.folder / "out" if self.objects is None else self.objects.folder(self.folder.name)
 
     def beside(self, name: str) -> Path:
         """A folder of the fault's own, on another file system than the output may be."""
@@ -162,6 +165,16 @@ def _track_again(scene: Scene) -> None:
     scene.tracking.start()
 
 
+def _lose_the_object_store(scene: Scene) -> None:
+    assert scene.objects is not None
+    scene.objects.leave(STORE_AWAY_S)
+
+
+def _find_the_object_store(scene: Scene) -> None:
+    assert scene.objects is not None
+    scene.objects.wait()
+
+
 def _damage(path: Path, draw: random.Random, tear: bool) -> str:
     content = bytearray(path.read_bytes())
     at = draw.randrange(len(content))
@@ -176,7 +189,7 @@ def _damage(path: Path, draw: random.Random, tear: bool) -> str:
 def _kill_and_damage(scene: Scene, tear: bool) -> None:
     """The driver is killed, and then one file of what it had done is damaged."""
     _kill_the_driver(scene)
-    if files := sorted((scene.output / "work" / "labelled").glob("*.arrow")):
+    if files := sorted((scene.folder / "out" / "work" / "labelled").glob("*.arrow")):
         scene.struck = _damage(scene.draw.choice(files), scene.draw, tear)
 
 
@@ -209,6 +222,8 @@ def _tear(path: Path, draw: random.Random) -> str:
     return _damage(path, draw, tear=True)
 
 
+#: The one fault whose output is in an object store.
+OBJECT_STORE = "object store away for a minute"
 FAULTS = {
     fault.name: fault
     for fault in (
@@ -226,6 +241,7 @@ FAULTS = {
         Fault("node joined", strike=lambda scene: scene.cluster.join()),
         Fault("object store full", before=_fill_the_object_stores, has_moment=False),
         Fault("disk full", before=_small_disk, after=_make_room, has_moment=False, says="the disk is full"),
+        Fault(OBJECT_STORE, strike=_lose_the_object_store, after=_find_the_object_store),
         Fault("MLflow down", before=_track, strike=_kill_tracking, after=_track_again, again=True),
         Fault("file of a killed run torn", strike=lambda scene: _kill_and_damage(scene, tear=True)),
         Fault("file of a killed run changed", strike=lambda scene: _kill_and_damage(scene, tear=False)),
@@ -246,11 +262,11 @@ _ON_RAY = ("actor killed", "worker killed", "raylet killed", "node left", "node 
 _INPUTS = ("shard torn", "shard changed", "shard of version 0")
 #: The faults that a stage can have.
 OF_STAGE = {
-    "collect": (*_ON_RAY, *_ANYWHERE, "file of a killed run torn", "file of a killed run changed"),
+    "collect": (*_ON_RAY, OBJECT_STORE, *_ANYWHERE, "file of a killed run torn", "file of a killed run changed"),
     "distil": (*_ON_RAY, *_ANYWHERE, *_INPUTS, "driver killed, other workers"),
     "distil kd": (*_ON_RAY, *_ANYWHERE),
     "distil elastic": ("worker killed", "raylet killed", "driver killed", "node left", "node joined"),
     "distil router": (*_ON_RAY, *_ANYWHERE),
-    "benchmark": (*_ON_RAY, *_ANYWHERE, "gateway killed"),
-    "analyse": (*_ANYWHERE, *_INPUTS),
+    "benchmark": (*_ON_RAY, *_ANYWHERE, "gateway killed", OBJECT_STORE),
+    "analyse": (*_ANYWHERE, *_INPUTS, OBJECT_STORE),
 }

@@ -11,7 +11,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .injections import FAULTS, OF_STAGE, Fault, Scene
+from s2t_models.storage import Location, StorageError
+
+from .injections import FAULTS, OBJECT_STORE, OF_STAGE, Fault, Scene
+from .object_store import ObjectStore
 from .raylets import Raylets
 from .stages import INTERVAL, STAGES, Loss, Stage
 
@@ -60,8 +63,8 @@ class Laboratory:
     """Runs points in `folder`, where what an undisturbed run gives is kept for the next time. Stages that are not on
     Ray do without `raylets`."""
 
-    def __init__(self, folder: Path, raylets: Raylets | None) -> None:
-        self.folder, self.raylets = folder, raylets
+    def __init__(self, folder: Path, raylets: Raylets | None, objects: ObjectStore | None = None) -> None:
+        self.folder, self.raylets, self.objects = folder, raylets, objects
         self.inputs = folder / "inputs"
         self.said = folder / "stderr"
 
@@ -91,6 +94,8 @@ class Laboratory:
             shutil.rmtree(old)
         folder.mkdir(parents=True)
         scene = Scene(stage, self.raylets, self.inputs, folder, draw, expected.peak)
+        if fault.name == OBJECT_STORE:
+            scene.objects = self.objects
         began = time.monotonic()
         try:
             fault.before(scene)
@@ -148,7 +153,7 @@ class Laboratory:
         return loss
 
     def _start(
-        self, stage: Stage, inputs: Path, output: Path, environment: dict[str, str], then: tuple[str, ...] = ()
+        self, stage: Stage, inputs: Path, output: Location, environment: dict[str, str], then: tuple[str, ...] = ()
     ) -> subprocess.Popen[bytes]:
         store = {"MLFLOW_TRACKING_URI": f"sqlite:///{self.folder}/mlflow.db"}
         if self.raylets is not None:
@@ -208,11 +213,11 @@ def recorded(path: Path) -> list[Point]:
     return [Point(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _progress(stage: Stage, output: Path) -> int:
+def _progress(stage: Stage, output: Location) -> int:
     """0 where files come and go under the look."""
     try:
         return stage.progress(output)
-    except (OSError, ValueError):
+    except (OSError, ValueError, StorageError):
         return 0
 
 

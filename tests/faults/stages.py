@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from s2t_models.storage import Location
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: A training evaluates and keeps a checkpoint each INTERVAL of its STEPS.
 STEPS, INTERVAL = 40, 4
@@ -38,15 +40,15 @@ class Stage:
     steps at which a training's worker groups began."""
 
     name: str
-    arguments: Callable[[Path, Path], list[str]]
-    progress: Callable[[Path], int]
+    arguments: Callable[[Path, Any], list[str]]
+    progress: Callable[[Any], int]
     total: int
-    loss: Callable[[Path, Path], Loss]
+    loss: Callable[[Any, Path], Loss]
     actors: tuple[str, ...] = ()
     begun: Callable[[Path], tuple[int, ...]] | None = None
     on_ray: bool = True
 
-    def command(self, inputs: Path, output: Path) -> list[str]:
+    def command(self, inputs: Path, output: Location) -> list[str]:
         return [sys.executable, "-m", *self.arguments(inputs, output)]
 
 
@@ -78,7 +80,7 @@ def prepare(inputs: Path) -> None:
                     write_shard(part / SHARDS / shard_name(index, 2), half, shard_metadata(recipe, *pair, task))
 
 
-def _collect(inputs: Path, output: Path) -> list[str]:
+def _collect(inputs: Path, output: Location) -> list[str]:
     settings = {
         "collect.prompts": 48,
         "collect.max_new_tokens": 120,
@@ -91,19 +93,13 @@ def _collect(inputs: Path, output: Path) -> list[str]:
     return ["pipelines.collect", "--recipe", "embedded", "--output", str(output), *_set(settings)]
 
 
-def _rows_committed(output: Path) -> int:
-    import pyarrow.parquet as parquet
+def _rows_committed(output: Location) -> int:
+    from pipelines.collect.sink import CommittedRows
 
-    from pipelines.collect.sink import committed
-
-    work = output / "work"
-    records = [
-        work / "checkpoint" / f"{path.stem}.parquet" for path in committed(work / "labelled", work / "checkpoint")
-    ]
-    return sum(parquet.read_metadata(record).num_rows for record in records if record.is_file())
+    return CommittedRows(output / "work" / "labelled", output / "work" / "checkpoint")()
 
 
-def _collection_loss(output: Path, undisturbed: Path) -> Loss:
+def _collection_loss(output: Location, undisturbed: Path) -> Loss:
     from pipelines.data.shards import read_shards
 
     rows, expected = (
@@ -184,7 +180,7 @@ def _training_loss(output: Path, undisturbed: Path) -> Loss:
     return Loss(0 if has_rows else 1, (not figures) + (not _is_near(done.trigger_head, expected.trigger_head, NEAR)))
 
 
-def _benchmark(inputs: Path, output: Path) -> list[str]:
+def _benchmark(inputs: Path, output: Location) -> list[str]:
     settings = {
         "slm.num_cpus": 0.5,
         "teacher.num_cpus": 0.5,
@@ -196,11 +192,11 @@ def _benchmark(inputs: Path, output: Path) -> list[str]:
     return ["pipelines.benchmark", "--recipe", "embedded", "--output", str(output), *asked, *_set(settings)]
 
 
-def _answers(output: Path) -> int:
+def _answers(output: Location) -> int:
     return sum(path.read_bytes().count(b"\n") for path in (output / "answers").glob("*.jsonl"))
 
 
-def _results_loss(output: Path, undisturbed: Path) -> Loss:
+def _results_loss(output: Location, undisturbed: Path) -> Loss:
     from pipelines.data.layout import RESULTS
     from pipelines.results.summary import read_results
 
@@ -214,15 +210,15 @@ def _results_loss(output: Path, undisturbed: Path) -> Loss:
     return Loss(len(expected.index.difference(frame.index)), int((~same.all(axis=1)).sum()) + len(twice))
 
 
-def _analyse(inputs: Path, output: Path) -> list[str]:
+def _analyse(inputs: Path, output: Location) -> list[str]:
     return ["pipelines.analyse", str(inputs / "train"), "--output", str(output)]
 
 
-def _tables(output: Path) -> int:
+def _tables(output: Location) -> int:
     return len(list(output.glob("*.csv")))
 
 
-def _tables_loss(output: Path, undisturbed: Path) -> Loss:
+def _tables_loss(output: Location, undisturbed: Path) -> Loss:
     names = {path.name for path in undisturbed.iterdir()}
     there = {path.name for path in output.iterdir()}
     tables = [name for name in names & there if name.endswith(".csv")]
