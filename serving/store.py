@@ -103,7 +103,10 @@ def _reached(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(uri)
         yield
     except (mlflow.exceptions.MlflowException, OSError, ValueError) as error:
-        raise StoreError(f"MLflow store {without_password(uri)}: cannot be used: {one_line(error)}") from None
+        reason = one_line(error)
+        if "Max retries exceeded" in reason:  # after which urllib3 says at length where
+            reason = "no server answers there; start it, or name another in MLFLOW_TRACKING_URI"
+        raise StoreError(f"MLflow store {without_password(uri)}: cannot be used: {reason}") from None
 
 
 def _probe(uri: str) -> None:

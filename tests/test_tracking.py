@@ -55,7 +55,9 @@ def test_a_store_that_is_away_stops_what_begins_and_not_what_goes_on(capsys: pyt
         tracking.use_store_for(False, "work is kept", away)
     tracking.use_store_for(True, "work is kept", away)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"not logged to MLflow: MLflow store {away}: cannot be used: ")
+    assert line.startswith(
+        f"not logged to MLflow: MLflow store {away}: cannot be used: no server answers there; start it"
+    )
     assert line.endswith("; work is kept")
 
 
