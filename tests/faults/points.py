@@ -21,6 +21,8 @@ from .stages import INTERVAL, STAGES, Loss, Stage
 #: Longest run, and how often the command is run again.
 PATIENCE_S = 240.0
 RERUNS = 3
+#: The moment of a fault that came too late.
+MISSED = "none: it had ended before"
 #: What a benchmark says where it ended well but for questions that got no answer.
 UNANSWERED = "the same command asks again"
 #: A disturbed run may take that many times as long before its fault comes.
@@ -138,7 +140,7 @@ class Laboratory:
                 fault.strike(scene)
                 return f"{passed:.1f} s, {done} of {stage.total}", done
             time.sleep(0.02)
-        return "the end (it had ended before)", 0
+        return MISSED, 0
 
     def _loss(self, scene: Scene, expected: Undisturbed, status: int | None, seen: int) -> Loss:
         if status != 0:
@@ -194,7 +196,8 @@ def plan(stages: list[str], faults: list[str], count: int) -> list[tuple[Stage, 
 
 
 def table(points: list[Point]) -> str:
-    """The points by stage and fault, as Markdown."""
+    """The points by stage and fault, as Markdown; those whose run had ended before the fault came are left out."""
+    points = [point for point in points if point.moment != MISSED]
     columns = ("stage", "fault", "points", "lost rows", "differing rows", "unclear errors", "reruns")
     lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * 5]
     for stage, fault in sorted({(point.stage, point.fault) for point in points}):

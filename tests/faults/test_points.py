@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from pipelines.data.shards import read_shards, shard_metadata
 from s2t_models.hosting import pair
 from s2t_models.recipe import load_recipe
 
-from .points import Point, plan, record, recorded, table
+from .points import MISSED, Point, plan, record, recorded, table
 from .stages import STAGES
 
 SETTINGS = [
@@ -143,9 +144,10 @@ def test_each_fault_of_a_stage_has_its_turn() -> None:
 def test_the_table_adds_up_what_was_recorded(tmp_path: Path) -> None:
     lost = Point("collect", "disk full", 1, "its place", "8 KiB", 2, 1, 0, 1, 20.0, "collect: the disk is full")
     well = Point("collect", "disk full", 2, "its place", "9 KiB", 0, 0, 0, 2, 20.0, "")
+    late = replace(well, number=3, moment=MISSED)
     for point in (lost, well):
         record(point, tmp_path / "points.jsonl")
     assert recorded(tmp_path / "points.jsonl") == [lost, well]
     assert recorded(tmp_path / "none.jsonl") == []
-    assert table([lost, well]).splitlines()[-1] == "| collect | disk full | 2 | 2 | 1 | 0 | 3 |"
+    assert table([lost, well, late]).splitlines()[-1] == "| collect | disk full | 2 | 2 | 1 | 0 | 3 |"
     assert str(lost).endswith("lost 2, differing 1, reruns 1, 20 s: collect: the disk is full")
