@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -77,7 +78,8 @@ def distil(
     state = training / _name(recipe, provenance)
     curves = Follower(state / CURVES)
     if known is not None and known.has_inputs_of(provenance):
-        log_trained(recipe, known, output, collections, training, curves, None)
+        with locked(training) if training.is_dir() else nullcontext():  # what could not be logged is there
+            log_trained(recipe, known, output, collections, training, curves, None)
         return known
     cluster.start()
     cluster.require(

@@ -7,6 +7,7 @@ The prompts are those of the training shards. What R2R's labels and router are i
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -82,7 +83,8 @@ def distil_router(recipe: Recipe, shards: Location, output: Location) -> str:
     curves = training / CURVES
     known = read_provenance(output)
     if known is not None and known.has_inputs_of(provenance):
-        log_trained(recipe, known, output, collections, training, Follower(curves), None)
+        with locked(training) if training.is_dir() else nullcontext():  # what could not be logged is there
+            log_trained(recipe, known, output, collections, training, Follower(curves), None)
         return f"trained      before, with the same inputs and settings\nis in        {output}"
     with locked(training):
         remove(curves)  # of a router that was not finished
