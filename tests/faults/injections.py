@@ -49,6 +49,7 @@ class Scene:
     tracking: TrackingServer | None = None
     put_back: Callable[[], object] = lambda: None
     struck: str = ""
+    was_missed: bool = False
 
     @property
     def cluster(self) -> Raylets:
@@ -85,12 +86,18 @@ class Fault:
 
 
 def _kill_one(scene: Scene, *names: str) -> None:
-    found = scene.cluster.workers(*names)
-    if found:
-        victim = scene.draw.choice(found)
-        with suppress(psutil.Error):
-            scene.struck = victim.cmdline()[0].removeprefix("ray::").partition(".")[0]
-            victim.kill()
+    """SIGKILL one of the workers with such a name, as soon as there is one."""
+    assert scene.driver is not None
+    while scene.driver.poll() is None:
+        if found := scene.cluster.workers(*names):
+            victim = scene.draw.choice(found)
+            with suppress(psutil.Error):
+                name = victim.cmdline()[0].removeprefix("ray::").partition(".")[0]
+                victim.kill()
+                scene.struck = name
+                return
+        time.sleep(0.05)
+    scene.was_missed = True
 
 
 def _kill_a_raylet(scene: Scene) -> None:

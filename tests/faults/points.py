@@ -138,7 +138,7 @@ class Laboratory:
             passed, done = time.monotonic() - began, _progress(stage, scene.output)
             if passed > SLACK * seconds or (done >= share * stage.total if by_progress else passed >= share * seconds):
                 fault.strike(scene)
-                return f"{passed:.1f} s, {done} of {stage.total}", done
+                return MISSED if scene.was_missed else f"{passed:.1f} s, {done} of {stage.total}", done
             time.sleep(0.02)
         return MISSED, 0
 
