@@ -1,5 +1,5 @@
-"""The part of the points that takes seconds: a node that dies under a collection, damaged files of a killed one, and
-the table. `make test-faults` runs the rest."""
+"""What of the points takes seconds: damaged files of a killed collection, and the table; and a node that dies under a
+collection, which is slow. `make test-faults` runs the rest."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def node(ray_cluster: str) -> Iterator[Any]:
     cluster.remove_node(added, allow_graceful=False)
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_costs_a_collection_no_row(node: Any, recipe_path: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_path, SETTINGS)
     draw = random.Random(0)
