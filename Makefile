@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 # Threads that wait leave their core to the next process.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo real test lint test-slow test-clients docs pair bench mlflow clean
+.PHONY: demo real test lint test-slow test-faults test-clients docs pair bench mlflow clean
 
 demo: $(INSTALLED)
 	@$(BIN)/s2t demo
@@ -34,6 +34,11 @@ lint: $(INSTALLED)
 # What takes longer: the pair trained again from nothing, the whole demo, deploying and benchmarking beside others.
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
+
+# Every stage under faults at seeded random points, in hours; what ran before is not run again (see docs/faults.md).
+# FAULTS: other options, such as "--stage collect --points 5".
+test-faults: $(INSTALLED)
+	@$(BIN)/python -m tests.faults --folder runs/faults $(FAULTS)
 
 # Evaluation harnesses against the endpoint, in an environment of their own.
 test-clients: $(INSTALLED) .venv-clients/.installed

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.collect.actors import LABELLED
+from pipelines.data.seal import sealed
 from s2t_models.recipe import Recipe, load_recipe
 
 ROWS_A_FILE = 32
@@ -38,8 +39,7 @@ def labelled_files(
         rng = np.random.default_rng([seed, number])
         index = rng.permutation(np.arange(start, min(start + rows_a_file, rows)))
         path = folder / f"{number:07d}.arrow"
-        with pa.ipc.new_file(path, LABELLED) as writer:
-            writer.write_table(_rows(index, steps, recipe.collect.k, rng))
+        path.write_bytes(sealed(_rows(index, steps, recipe.collect.k, rng)))
         files.append(path)
     return files
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from s2t_models.errors import UserError, one_line
+from s2t_models.errors import UserError, no_room, one_line
 from s2t_models.storage import Location
 
 LOG = "errors.log"
@@ -45,10 +45,14 @@ def run_command(name: str, work: Callable[[], int | None], output: Location | No
     try:
         with _ctrl_c_stops(f"{name}: stopped" + ("; the same command goes on from here" if resumes else "")):
             return work() or 0
-    except UserError as error:
-        print(f"{name}: {error}{_kept(error, output) if error.__cause__ else ''}", file=sys.stderr)
-        return error.status
     except Exception as error:
+        if line := no_room(error):
+            again = "the same command goes on from here" if resumes else "start it again"
+            print(f"{name}: the disk is full ({line}); make room, and {again}", file=sys.stderr)
+            return UserError.status
+        if isinstance(error, UserError):
+            print(f"{name}: {error}{_kept(error, output) if error.__cause__ else ''}", file=sys.stderr)
+            return error.status
         print(f"{name}: unexpected {type(error).__name__}: {one_line(error)}{_kept(error, output)}", file=sys.stderr)
         return 1
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
+
+
+_NO_ROOM = ("no space left on device", "disk quota exceeded", "database or disk is full")
 
 
 class UserError(Exception):
@@ -29,6 +33,24 @@ def one_line(error: BaseException | str, longest: int = 300) -> str:
     if "Traceback (most recent call last)" in text or text.startswith("ray::"):
         text = text.rsplit("\n", 1)[-1]
     return " ".join(text.split())[:longest] or (type(error).__name__ if isinstance(error, BaseException) else "")
+
+
+def no_room(error: BaseException) -> str | None:
+    """Where an error came of a full disk, here or in a process that Ray ran, the line that says so; else None."""
+    known: set[int] = set()
+    left = [error]
+    while left:
+        found = left.pop()
+        known.add(id(found))
+        lines = str(found).splitlines()
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT):
+            return one_line(found)
+        if line := next((line for line in lines if any(words in line.lower() for words in _NO_ROOM)), None):
+            return one_line(line)
+        # Ray's errors hold those of its tasks as `cause`, and those of a training's workers as `worker_failures`.
+        held = [found.__cause__, getattr(found, "cause", None), *getattr(found, "worker_failures", {}).values()]
+        left += [inner for inner in held if isinstance(inner, BaseException) and id(inner) not in known]
+    return None
 
 
 def first_problem(error: ValidationError) -> str:

@@ -42,7 +42,7 @@ def use_store(uri: str | None = None) -> str:
     with _reached(uri):
         import mlflow
 
-        with _impatient():
+        with impatient():
             experiment = mlflow.get_experiment_by_name(EXPERIMENT)
             if experiment is None:
                 mlflow.create_experiment(EXPERIMENT, artifact_location=location, tags=dict([KIND]))
@@ -67,7 +67,7 @@ def open_store() -> str:
     uri = _chosen(None)
     if (file := _file(uri)) and not file.is_file():
         raise StoreError(f"MLflow store {uri}: there is no such file; name the store in MLFLOW_TRACKING_URI")
-    with _reached(uri), _impatient():
+    with _reached(uri), impatient():
         import mlflow
 
         mlflow.search_experiments(max_results=1)
@@ -103,7 +103,10 @@ def _reached(uri: str) -> Iterator[None]:
         mlflow.set_tracking_uri(uri)
         yield
     except (mlflow.exceptions.MlflowException, OSError, ValueError) as error:
-        raise StoreError(f"MLflow store {without_password(uri)}: cannot be used: {one_line(error)}") from None
+        reason = one_line(error)
+        if "Max retries exceeded" in reason:  # after which urllib3 says at length where
+            reason = "no server answers there; start it, or name another in MLFLOW_TRACKING_URI"
+        raise StoreError(f"MLflow store {without_password(uri)}: cannot be used: {reason}") from None
 
 
 def _probe(uri: str) -> None:
@@ -118,7 +121,7 @@ def _probe(uri: str) -> None:
 
 
 @contextmanager
-def _impatient() -> Iterator[None]:
+def impatient() -> Iterator[None]:
     """One attempt of a few seconds: MLflow's own patience, minutes of it without a word, is for a store that has
     answered before."""
     few = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(_PROBE_S)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def test_a_command_ends_with_a_status_and_a_line(
     assert (tmp_path / LOG).is_file() is has_log
     if has_log:
         assert f"{tmp_path / LOG}; S2T_DEBUG=1" in said
+
+
+def test_a_full_disk_is_said_in_one_line_wherever_it_was_met(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = OSError(errno.ENOSPC, "No space left on device", "/data/out/a.arrow")
+    remote = RuntimeError(
+        "ray::write()\n  File x, line 3\nOSError: [Errno 28] No space left on device: '/data/out/a.arrow'\n"
+    )
+    for error, cause in ((here, None), (UserError("an actor failed"), here), (UserError("training failed"), remote)):
+        assert run_command("job", fails(error, cause), tmp_path) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("job: the disk is full (")
+        assert "/data/out/a.arrow" in said
+        assert said.endswith("make room, and the same command goes on from here\n")
+        assert said.count("\n") == 1
 
 
 def test_the_log_holds_the_traceback_and_what_it_came_from(tmp_path: Path) -> None:

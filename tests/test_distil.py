@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 from labelled_rows import failed_row, labelled_rows
+from made_up import provenance
 from scipy import stats
 
 from pipelines.data.layout import SHARDS
@@ -244,6 +245,19 @@ def test_the_latest_of_the_checkpoints_that_are_as_good_as_the_best_is_taken():
     assert job._best([at(320, 0.9), at(200, 0.9)])[1]["step"] == 320
 
 
+def test_a_training_is_known_by_what_decides_it_and_not_by_its_workers(recipe: Recipe):
+    def named(**changes: Any) -> tuple[str, Any]:
+        changed = recipe.model_copy(update={"distil": recipe.distil.model_copy(update=changes)})
+        settings = job._settings(changed)
+        return job._name(changed, provenance(settings=settings)), settings
+
+    for same in ({"workers": 4}, {"workers": 4, "min_workers": 2}, {"num_cpus": 2.0}, {"num_gpus": 1.0}):
+        assert named(**same) == named()
+    for other in ({"steps": 99}, {"batch": 2}, {"evaluate_every": 3}, {"micro_batch": 9}):
+        assert named(**other)[0] != named()[0]
+        assert named(**other)[1] != named()[1]
+
+
 def kill_a_worker(after: Path, done: threading.Event) -> None:
     """SIGKILL one Ray Train worker as soon as Ray's record of checkpoints in the folder `after` names one."""
     import ray
@@ -409,6 +423,9 @@ def test_wrong_input_is_refused_in_one_line_before_anything_runs(
     assert "collected with another divergence" in refused([*command, "--calibration", str(other)], output, capsys)
     assert "unknown key distil.colour" in refused([*command, "--set", "distil.colour=1"], output, capsys)
     assert "does not divide" in refused([*command, "--set", "distil.workers=3"], output, capsys)
+    assert "min_workers = 2 exceeds distil.workers = 1" in refused(
+        [*command, "--set", "distil.min_workers=2"], output, capsys
+    )
     fused = refused([*command, "--set", "distil.lora.targets=[q_proj,qkv_proj]"], output, capsys)
     assert "qwen2 has no linear layers called qkv_proj; it has q_proj, k_proj" in fused
     output.mkdir()

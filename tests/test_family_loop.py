@@ -21,9 +21,10 @@ from made_up import provenance
 from tiny_families import FAMILIES, write_pair
 
 from pipelines.analyse.audit import judge
-from pipelines.collect.actors import LABELLED, PROMPT, Labels, Rollouts
+from pipelines.collect.actors import PROMPT, Labels, Rollouts
 from pipelines.collect.prompts import Prompt, rows
 from pipelines.collect.publish import publish
+from pipelines.data.seal import sealed
 from pipelines.data.shards import shard_metadata
 from pipelines.data.trajectories import ShardTrajectories
 from s2t_models import loading
@@ -120,8 +121,7 @@ def _collect(recipe: Recipe, folder: Path, slm: LogProbabilities, teacher: LogPr
             np.testing.assert_allclose(labels_K["slm_logprobs_K"], slm_V[labels_K["candidates_K"]], atol=1e-3)
             np.testing.assert_allclose(labels_K["teacher_logprobs_K"], teacher_V[labels_K["candidates_K"]], atol=1e-3)
     file = folder / "labelled.arrow"
-    with pa.ipc.new_file(file, LABELLED) as writer:
-        writer.write_table(labelled)
+    file.write_bytes(sealed(labelled))
     metadata = shard_metadata(recipe, "slm", "teacher", "tokenizer", "file:p")
     (folder / "collection").mkdir()
     publish([file], len(given), folder / "collection", metadata, recipe)

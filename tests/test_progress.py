@@ -17,6 +17,7 @@ from s2t_models.engines.contract import Sampling
 from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.settings import ModelSettings
+from s2t_models.storage import StorageError
 from s2t_models.threads import use_threads
 from serving import written
 
@@ -31,6 +32,19 @@ def test_answers_count_as_soon_as_they_are_kept(tmp_path: Path) -> None:
     assert added.count() == 2
     (tmp_path / "torn.jsonl").write_text(json.dumps({"key": "c"}) + '\n{"key"')
     assert added.count() == 1
+
+
+def test_a_count_that_fails_is_the_last_one_again(capsys: pytest.CaptureFixture[str]) -> None:
+    known = iter([3])
+
+    def count() -> int:
+        for number in known:
+            return number
+        raise StorageError("s3://bucket/out: the store cannot be reached")
+
+    with Progress("collect", "rows", 10, count):
+        pass
+    assert "collect: 3/10 rows" in capsys.readouterr().err
 
 
 def test_progress_shows_tokens_and_slow_rows_by_the_minute(capsys: pytest.CaptureFixture[str]) -> None:

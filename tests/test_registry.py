@@ -22,7 +22,8 @@ from recorded import recorded_results, recorded_shards
 
 from pipelines.collect.runs import log_collection
 from pipelines.data.shards import shards_digest
-from pipelines.distil.runs import log_if_missing
+from pipelines.distil.curves import Follower
+from pipelines.distil.runs import log_trained
 from pipelines.results.report import report
 from s2t_models import loading
 from s2t_models.artifact import Artifact
@@ -39,6 +40,7 @@ SUMMARY = {
     "errors": {"empty prompt": 1},
     "steps": 720,
     "kept_steps": 96,
+    "teacher_prefill": 744,
     "agreement": 0.9,
     "least_kl": 0.5,
     "hit": {"1": 0.25, "8": 0.75},
@@ -84,7 +86,8 @@ def jobs(
     )
     for _ in range(2):
         log_collection(recipe, folder / "train", metadata, SUMMARY)
-        log_if_missing(recipe, done, trained, {"training": folder / "train"})
+        curves = Follower(folder / "curves")
+        log_trained(recipe, done, trained, {"training": folder / "train"}, folder / "training", curves, None)
     weights = loading.weights_hash(Artifact.load(trained).model(recipe.slm))
     _, link = report(recorded_results(folder / "results.parquet", weights=weights), folder, store)
     runs = mlflow.search_runs(experiment_names=[EXPERIMENT], output_format="list")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 
 from pipelines.data.layout import RECORD, SHARDS
 from pipelines.data.schema import SHARD, VERSION
+from pipelines.data.seal import read_sealed, sealed
 from pipelines.data.shards import (
     ShardError,
     check_pair,
@@ -107,13 +109,21 @@ def test_lost_shard_is_noticed(collection: Path) -> None:
 def test_file_that_is_not_arrow_is_refused(collection: Path, content: bytes) -> None:
     path = collection / SHARDS / shard_name(1, 2)
     path.write_bytes(content)
-    assert f"{path}: not a shard" in _refused(collection)
+    assert f"{path}: not a whole shard: not an Arrow IPC file" in _refused(collection)
 
 
-def test_truncated_shard_is_refused(collection: Path) -> None:
+@pytest.mark.parametrize("point", range(50))
+def test_a_torn_shard_and_one_with_a_changed_bit_are_refused(collection: Path, point: int) -> None:
+    draw = random.Random(point)
     path = collection / SHARDS / shard_name(1, 2)
-    path.write_bytes(path.read_bytes()[:-100])
-    assert f"{path}: not a shard" in _refused(collection)
+    content = bytearray(path.read_bytes())
+    at = draw.randrange(len(content))
+    if point % 2:
+        del content[at:]
+    else:
+        content[at] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+    assert _refused(collection).startswith(f"{path}: not a whole shard: ")
 
 
 def test_other_arrow_file_is_refused(collection: Path) -> None:
@@ -121,14 +131,14 @@ def test_other_arrow_file_is_refused(collection: Path) -> None:
     table = pa.table({"uid": ["c"]})
     with pa.ipc.new_file(path, table.schema) as writer:
         writer.write_table(table)
+    assert "not a whole shard: an Arrow IPC file without a checksum" in _refused(collection)
+    path.write_bytes(sealed(table))
     assert "not a shard of this project" in _refused(collection)
 
 
 def test_other_columns_are_refused(collection: Path, recipe: Recipe) -> None:
     path = collection / SHARDS / shard_name(1, 2)
-    table = pa.table({"uid": ["c"]}).replace_schema_metadata(_metadata(recipe))
-    with pa.ipc.new_file(path, table.schema) as writer:
-        writer.write_table(table)
+    path.write_bytes(sealed(pa.table({"uid": ["c"]}), _metadata(recipe)))
     assert "columns" in _refused(collection)
 
 
@@ -159,3 +169,15 @@ def test_shards_of_another_pair_than_the_recipes_are_refused(collection: Path) -
     check_pair(metadata, "s", "t", "tok")
     with pytest.raises(ShardError, match="another pair: not the recipe's teacher, tokenizer;"):
         check_pair(metadata, "s", "other", "other")
+
+
+def test_the_checksum_goes_by_the_file_whatever_its_rows_hold(tmp_path: Path) -> None:
+    """Also rows that hold what stands in a file while its checksum is not known yet."""
+    blank = "the sha256 of this file, with these words in its place".ljust(64, ".")
+    table = pa.table({"prompt": [blank, blank * 3], "number": [1, 2]})
+    content = sealed(table, {"key": "value"})
+    assert content.count(blank.encode()) == 4, "those of the rows are left as they are"
+    (tmp_path / "a").write_bytes(content)
+    read = read_sealed(tmp_path / "a")
+    assert read.equals(table)
+    assert read.schema.metadata == {b"key": b"value"}

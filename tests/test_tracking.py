@@ -11,7 +11,7 @@ from recorded import recorded_results
 
 from pipelines.results.report import report
 from pipelines.runtime import tracking
-from serving.store import EXPERIMENT, use_store
+from serving.store import EXPERIMENT, StoreError, use_store
 
 
 @pytest.fixture
@@ -47,6 +47,36 @@ def test_a_store_that_fails_at_the_end_costs_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("not logged to MLflow: MLflow store sqlite:")
     assert line.endswith("; runs/train is whole, and the same command logs it")
+
+
+def test_a_store_that_is_away_stops_what_begins_and_not_what_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    away = "http://127.0.0.1:9"
+    with pytest.raises(StoreError, match="cannot be used"):
+        tracking.use_store_for(False, "work is kept", away)
+    tracking.use_store_for(True, "work is kept", away)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"not logged to MLflow: MLflow store {away}: cannot be used: no server answers there; start it"
+    )
+    assert line.endswith("; work is kept")
+
+
+def test_a_run_left_open_is_under_way_until_it_is_gone_on_with(store: str) -> None:
+    use_store(store)
+    with tracking.start_run("long") as run:
+        pass
+    tracking.leave_open(run)
+    assert mlflow.get_run(run).info.status == "RUNNING"
+    assert mlflow.active_run() is None
+    with tracking.go_on_with(run):
+        tracking.log_metrics({"accuracy": 0.5})
+    ended = mlflow.get_run(run)
+    assert (ended.info.status, ended.data.metrics) == ("FINISHED", {"accuracy": 0.5})
+    with tracking.start_run("other") as run:
+        pass
+    tracking.leave_open(run)
+    tracking.give_up(run)
+    assert mlflow.get_run(run).info.status == "FAILED"
 
 
 def test_links_name_no_password(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,7 @@ def analyse(
 
     Raises UserError: the inputs are none, cannot be read, every row of one errored, or what an audit needs is missing.
     """
+    use_store(tracking)
     tables: dict[str, list[dict[str, Any]]] = {}
     pages = ""
     figures: dict[str, Figure] = {}
@@ -73,7 +74,8 @@ def analyse(
         figures |= decision_analysis.figures(results, tables)
         pages = _pages(results, output / _PAGES_FOLDER, most_pages, data)
     _write(output, tables, figures)
-    _track(inputs, output, tables, figures, tracking)
+    with store.costs_nothing(f"{output} is whole, and the same command logs it"):
+        _track(inputs, output, tables, figures, tracking)
     parts = [f"### {name.replace('_', ' ')}\n\n{_markdown(rows)}" for name, rows in tables.items() if rows]
     return "\n\n".join([*parts, *([pages] if pages else [])])
 

@@ -36,6 +36,7 @@ from pipelines.data.layout import ANSWERS, JUDGEMENTS, RESULTS
 from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
 from pipelines.results.summary import write_results
+from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.records import NewLines
 from pipelines.tasks import Item, Task
@@ -48,7 +49,6 @@ from s2t_models.storage import Location
 from serving import cluster
 from serving.app import run_for_job
 from serving.keys import new_key
-from serving.store import use_store
 from serving.written import new_board, total
 
 #: How many tokens the engines have written so far; None where that is not known.
@@ -93,7 +93,9 @@ def benchmark(recipe: Recipe, output: Location, options: Options) -> tuple[str, 
     with locked(output):
         chosen = [(task.prepared(options.unsandboxed), items) for task, items in load_items(recipe, options.data)]
         splits = check_splits(recipe, chosen, options.data)
-        use_store(options.tracking)  # before the first question: a store that is not there must not cost them
+        # Before the first question: a store that is not there must not cost them.
+        kept = f"the answers in {output} are kept, and the same command logs what comes of them"
+        tracking.use_store_for((output / ANSWERS).is_dir(), kept, options.tracking)
         cluster.start()
         with _endpoint(recipe, chosen, options, output) as asked:
             # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.

@@ -27,9 +27,9 @@ from ray.data.checkpoint import CheckpointConfig
 
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import PROMPT, Labels, Rollouts
-from pipelines.collect.publish import publish
+from pipelines.collect.publish import DamagedFiles, publish
 from pipelines.collect.runs import log_collection
-from pipelines.collect.sink import ArrowSink, CommittedRows, committed, filesystem_of
+from pipelines.collect.sink import ArrowSink, CommittedRows, committed, filesystem_of, take_back
 from pipelines.data.layout import COLLECTED, RECORD
 from pipelines.data.shards import shard_metadata
 from pipelines.runtime import tracking
@@ -43,8 +43,10 @@ from s2t_models.recipe import Recipe
 from s2t_models.settings import ActorPool, ModelSettings
 from s2t_models.storage import Location, ObjectPath, remove, whole, write_json
 from serving import cluster, placement
-from serving.store import use_store
 from serving.written import new_board, total
+
+#: How often files are damaged before the collection gives up.
+TRIES = 3
 
 
 class CollectError(UserError):
@@ -68,12 +70,8 @@ def collect(
         metadata = _claim(recipe, output, task, rows)
         work = output / "work"
         if not (output / COLLECTED).is_file():
-            use_store()  # before the first rollout: one that is not there must be said now
-            files = _run(recipe, engines, work, rows)
-            try:
-                publish(files, len(rows), output, metadata, recipe)
-            except NothingDone as error:
-                raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
+            tracking.use_store_for(work.is_dir(), f"what is in {work} is kept, and the collection is logged at its end")
+            _make(recipe, engines, output, rows, metadata)
         remove(work)
         summary = json.loads((output / COLLECTED).read_text())
         with tracking.costs_nothing(f"{output} is whole, and the same command logs it"):
@@ -82,6 +80,30 @@ def collect(
         first = one_line(summary["first_error"])
         print(f"collect: {errored} of {summary['rows']} rows errored (the first: {first})", file=sys.stderr)
     return summary
+
+
+def _make(
+    recipe: Recipe,
+    engines: Mapping[str, Hosted],
+    output: Location,
+    rows: list[dict[str, Any]],
+    metadata: dict[str, str],
+) -> None:
+    """Roll out, label and publish; the rows of files that turn out to be damaged are made again."""
+    work = output / "work"
+    for left in reversed(range(TRIES)):
+        try:
+            publish(_run(recipe, engines, work, rows), len(rows), output, metadata, recipe)
+            return
+        except NothingDone as error:
+            raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
+        except DamagedFiles as error:
+            for path, reason in error.files:
+                print(f"collect: {path}: {reason}; its rows are made again", file=sys.stderr)
+                take_back(path, work / "checkpoint")
+            if not left:
+                path, reason = error.files[0]
+                raise CollectError(f"{path}: {reason}, for the {TRIES}th time; see to the disk") from None
 
 
 def report(summary: dict[str, Any], output: Location) -> str:

@@ -25,7 +25,8 @@ import pyarrow.compute as pc
 from pipelines.collect import ranks
 from pipelines.data.layout import COLLECTED, SHARDS
 from pipelines.data.schema import SHARD
-from pipelines.data.shards import ShardError, open_arrow, questions, shard_name, write_shard
+from pipelines.data.seal import Damaged, read_sealed
+from pipelines.data.shards import ShardError, questions, shard_name, write_shard
 from s2t_models.calibration import BUDGETS, THRESHOLDS, Calibration
 from s2t_models.errors import NothingDone, one_line
 from s2t_models.noise import uniforms
@@ -42,10 +43,18 @@ FILES_A_TASK, SHARDS_A_TASK, AT_ONCE = 64, 2, 64
 Result = TypeVar("Result")
 
 
+class DamagedFiles(Exception):
+    """Files of labelled rows that are not what was written, each with what is wrong."""
+
+    def __init__(self, files: Sequence[tuple[Location, str]]) -> None:
+        super().__init__(f"{len(files)} damaged files")
+        self.files = list(files)
+
+
 @dataclass
 class Survey:
     """What some files hold: each row's place (its number among the prompts, its file's number, its row there), and
-    counts."""
+    counts; and which of them are damaged, and how."""
 
     index: np.ndarray
     file: np.ndarray
@@ -57,6 +66,7 @@ class Survey:
     errors: Counter[str] = field(default_factory=Counter)
     finish: Counter[str] = field(default_factory=Counter)
     first_error: tuple[int, str] | None = None
+    damaged: list[tuple[Location, str]] = field(default_factory=list)
 
     def add(self, other: Survey) -> None:
         """Count the other's too; places are kept apart by whoever adds."""
@@ -66,6 +76,7 @@ class Survey:
         self.tokens += other.tokens
         self.errors += other.errors
         self.finish += other.finish
+        self.damaged += other.damaged
         self.first_error = min(filter(None, (self.first_error, other.first_error)), default=None)
 
 
@@ -96,8 +107,8 @@ def publish(
 ) -> dict[str, Any]:
     """Write `output`'s shards, thresholds and summary from the `rows` rows in `files`; returns the summary.
 
-    The summary appears last, and with it the collection. Raises ShardError where a row is missing, NothingDone where
-    every row errored.
+    The summary appears last, and with it the collection. Raises DamagedFiles, ShardError where a row is missing,
+    NothingDone where every row errored.
     """
     survey, file_of, row_of = _survey_all(files, rows)
     if not survey.steps:
@@ -172,6 +183,8 @@ def _survey_all(files: Sequence[Location], rows: int) -> tuple[Survey, np.ndarra
     for part in _spread(_survey, jobs, len(files) <= FILES_A_TASK):
         file_of[part.index], row_of[part.index] = part.file, part.row
         whole.add(part)
+    if whole.damaged:
+        raise DamagedFiles(whole.damaged)
     missing = np.flatnonzero(file_of < 0)
     if len(missing):
         raise ShardError(
@@ -189,7 +202,11 @@ def _survey(files: Sequence[Location], first: int) -> Survey:
     """What some files hold; `first` is the number of the first of them."""
     survey, places = _nothing(), []
     for number, path in enumerate(files, first):
-        table = _read(path)
+        try:
+            table = read_sealed(path)
+        except Damaged as error:
+            survey.damaged.append((path, str(error)))
+            continue
         index = table["index"].to_numpy()
         places.append((index, np.full(len(index), number), np.arange(len(index))))
         errors = [(int(at), text) for at, text in zip(index, table["error"].to_pylist(), strict=True) if text]
@@ -206,7 +223,8 @@ def _survey(files: Sequence[Location], first: int) -> Survey:
                 first_error=min(errors, default=None),
             )
         )
-    survey.index, survey.file, survey.row = (np.concatenate(column) for column in zip(*places, strict=True))
+    if places:
+        survey.index, survey.file, survey.row = (np.concatenate(column) for column in zip(*places, strict=True))
     return survey
 
 
@@ -311,7 +329,7 @@ def _keep(table: pa.Table, least_kl: float, recipe: Recipe) -> pa.Table:
 
 
 def _read(path: Location) -> pa.Table:
-    return pa.ipc.open_file(open_arrow(path)).read_all()
+    return read_sealed(path, check=False)  # which the survey has done
 
 
 def _flat(table: pa.Table, name: str) -> np.ndarray:

@@ -12,23 +12,19 @@ from ray.data.block import BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink
 
 from pipelines.collect.actors import LABELLED
-from pipelines.data.shards import open_arrow
+from pipelines.data.seal import open_arrow, sealed
 from s2t_models.storage import Location, ObjectPath
 
 
 class ArrowSink(BlockBasedFileDatasink):
-    """Writes each block as one Arrow IPC file of labelled rows."""
+    """Writes each block as one Arrow IPC file of labelled rows, with its checksum."""
 
     def __init__(self, folder: Location) -> None:
         super().__init__(str(folder), file_format="arrow", try_create_dir=False, **filesystem_of(folder))
 
     def write_block_to_file(self, block: BlockAccessor, file: pa.NativeFile) -> None:
-        table = block.to_arrow().select(LABELLED.names).cast(LABELLED)
         # In one piece: a file of an object store that is closed half-written would be there, half.
-        content = pa.BufferOutputStream()
-        with pa.ipc.new_file(content, LABELLED) as writer:
-            writer.write_table(table)
-        file.write(content.getvalue())
+        file.write(sealed(block.to_arrow().select(LABELLED.names).cast(LABELLED)))
 
 
 def filesystem_of(place: Location) -> dict[str, Any]:
@@ -41,6 +37,12 @@ def committed(folder: Location, checkpoint: Location) -> list[Location]:
     them."""
     records = sorted(path for path in checkpoint.glob("*.parquet") if not path.stem.endswith(".pending"))
     return [folder / f"{path.stem}.arrow" for path in records]
+
+
+def take_back(path: Location, checkpoint: Location) -> None:
+    """A file's commit, and the file: its rows are made again."""
+    (checkpoint / f"{path.stem}.parquet").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 class CommittedRows:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipelines.data.layout import COLLECTED, RECORD, SHARDS
 from pipelines.data.schema import METADATA, SHARD, VERSION
+from pipelines.data.seal import Damaged, read_sealed, sealed
 from s2t_models.errors import UserError
 from s2t_models.node_cache import fetched, recorded_digests, sha256_of
 from s2t_models.recipe import Recipe
@@ -42,25 +43,18 @@ def shard_metadata(recipe: Recipe, slm: str, teacher: str, tokenizer: str, task:
 
 
 def write_shard(path: Location, table: pa.Table, metadata: dict[str, str]) -> str:
-    """Write one shard whole or not at all; returns its sha256."""
-    schema = SHARD.with_metadata(metadata)
+    """Write one shard whole or not at all, with its checksum; returns the sha256 of the file."""
     with whole(path) as part:
-        with pa.ipc.new_file(part, schema) as writer:
-            writer.write_table(table.cast(schema))
+        part.write_bytes(sealed(table.cast(SHARD), metadata))
         return sha256_of(part)
-
-
-def open_arrow(path: Location) -> pa.NativeFile:
-    """A file as Arrow reads it: mapped into memory, or read whole from an object store."""
-    return pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else pa.memory_map(str(path))
 
 
 def read_shards(collection: str | Location) -> tuple[pa.Table, dict[str, str]]:
     """All rows of a collection, in the order of its prompts, and the metadata its shards share. Files are
     memory-mapped; of an object store they are fetched once a node.
 
-    Raises ShardError: no such folder, a collection that is not finished, a file that is not a shard, another
-    version, shards of different pairs or recipes, a row that occurs twice.
+    Raises ShardError: no such folder, a collection that is not finished, a file that is not a shard or is not what was
+    written, another version, shards of different pairs or recipes, a row that occurs twice.
     """
     tables = list(each_shard(collection, mapped=True))
     rows = pa.concat_tables(tables)
@@ -76,16 +70,16 @@ def read_metadata(collection: str | Location) -> dict[str, str]:
     return metadata_of(_read(shard_paths(collection)[0]))
 
 
-def each_shard(collection: str | Location, mapped: bool = False) -> Iterator[pa.Table]:
+def each_shard(collection: str | Location, mapped: bool = False, check: bool = True) -> Iterator[pa.Table]:
     """The tables of a collection, one shard at a time; see `read_shards`. `mapped` ones take no memory: of an object
-    store they are fetched first."""
+    store they are fetched first. Checksums are checked unless that was done before: it reads all of a file."""
     paths = shard_paths(collection)
     if mapped:
         folder = fetched(paths[0].parent)
         paths = [folder / path.name for path in paths]
     first: dict[str, str] = {}
     for path in paths:
-        table = _read(path)
+        table = _read(path, check)
         first = first or metadata_of(table)
         _refuse_mixture(first, paths[0], metadata_of(table), path)
         yield table
@@ -139,11 +133,11 @@ def shard_name(index: int, count: int) -> str:
     return f"{index:05d}-of-{count:05d}.arrow"
 
 
-def _read(path: Location) -> pa.Table:
+def _read(path: Location, check: bool = True) -> pa.Table:
     try:
-        table = pa.ipc.open_file(open_arrow(path)).read_all()
-    except (pa.ArrowException, OSError) as error:
-        raise ShardError(f"{path}: not a shard (an Arrow IPC file): {' '.join(str(error).split())}") from None
+        table = read_sealed(path, check)
+    except Damaged as error:
+        raise ShardError(f"{path}: not a whole shard: {error}; restore the file or collect again") from None
     version = metadata_of(table).get("s2t.version")
     if version is None:
         raise ShardError(f"{path}: an Arrow file, but not a shard of this project")

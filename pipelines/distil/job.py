@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -23,26 +24,30 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.data.trajectories import ShardTrajectories
-from pipelines.distil.curves import Follower
+from pipelines.distil.curves import CURVES, Follower
 from pipelines.distil.inputs import DistilError, check_inputs, training_folder
-from pipelines.distil.runs import log_if_missing, log_trained, show_link, training_run
+from pipelines.distil.runs import log_trained, open_run
 from pipelines.distil.worker import read_state, train
-from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from s2t_models.artifact import read_provenance, refuse_foreign
+from s2t_models.errors import one_line
 from s2t_models.locks import locked
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, RecipeError
-from s2t_models.storage import Location, ObjectPath, remove
+from s2t_models.storage import Location, ObjectPath
 from s2t_models.threads import use_threads
 from s2t_models.training import objectives
 from s2t_models.training.build import build
 from s2t_models.training.selector import check_targets
 from serving import cluster
-from serving.store import use_store
 
 #: Worker groups that may die before the job gives up.
 MAX_FAILURES = 3
+#: Settings of `distil` that change what a training takes and not what it gives, but for rounding: one goes on with
+#: others than it began with.
+RESOURCES = ("workers", "min_workers", "num_cpus", "num_gpus", "gradient_checkpointing", "base_cache_gb")
+#: How often an elastic training looks whether there is room for more workers.
+RESIZE_EVERY_S = 30.0
 
 
 def distil(
@@ -58,6 +63,8 @@ def distil(
     Raises RecipeError, ShardError, ClusterError, StoreError, ArtifactError or DistilError.
     """
     settings = recipe.distil
+    if (settings.min_workers or 1) > settings.workers:
+        raise RecipeError(f"distil.min_workers = {settings.min_workers} exceeds distil.workers = {settings.workers}")
     if settings.batch % settings.workers:
         raise RecipeError(f"distil.batch = {settings.batch} does not divide among distil.workers = {settings.workers}")
     check_targets(recipe.slm, settings.lora)
@@ -65,29 +72,28 @@ def distil(
     provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe))
     known = read_provenance(output)
     collections = {"training": shards} | ({"calibration": calibration} if calibration else {})
-    if known is not None and known.has_inputs_of(provenance):
-        with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
-            log_if_missing(recipe, known, output, collections)
-        return known
     shards, output = shards.resolve(), output.resolve()
     calibration = calibration and calibration.resolve()
     training = training_folder(output)
+    state = training / _name(recipe, provenance)
+    curves = Follower(state / CURVES)
+    if known is not None and known.has_inputs_of(provenance):
+        with locked(training) if training.is_dir() else nullcontext():  # what could not be logged is there
+            log_trained(recipe, known, output, collections, training, curves, None)
+        return known
     cluster.start()
     cluster.require(
-        settings.workers * settings.num_cpus,
-        settings.workers * settings.num_gpus,
-        f"{recipe.name}: distil with {settings.workers} workers",
+        settings.fewest_workers * settings.num_cpus,
+        settings.fewest_workers * settings.num_gpus,
+        f"{recipe.name}: distil with {settings.fewest_workers} workers",
     )
+    has_begun = state.is_dir()
     with locked(training):
-        use_store()
-        with training_run(recipe, provenance, collections) as run:
-            trained, outcome = _train(recipe, shards, training, provenance, run)
+        with open_run(recipe, provenance, collections, has_begun) as run:
+            trained, outcome = _train(recipe, shards, state, provenance.objective, curves, run)
             begun = provenance.model_copy(update=outcome)
             done = _build(recipe, trained, shards, calibration, begun, output)
-            with tracking.costs_nothing(f"{output} is whole, and the same command registers it"):
-                log_trained(recipe, done, output)
-        remove(training)
-        show_link(run, done)
+        log_trained(recipe, done, output, collections, training, curves, run)
     return done
 
 
@@ -116,6 +122,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         f"{section}.{key}": value
         for section in ("distil", "trigger_head", "reserved")
         for key, value in whole[section].items()
+        if section != "distil" or key not in RESOURCES
     }
     return sections | {
         "budget": whole["budget"],
@@ -124,35 +131,38 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+def _name(recipe: Recipe, provenance: Provenance) -> str:
+    """The folder of a training's state, by all that decides it."""
+    settings = recipe.distil.model_dump(exclude=set(RESOURCES))
+    key = json.dumps([settings, recipe.reserved.model_dump(), recipe.slm.dtype, recipe.seed, provenance.shards])
+    return f"{provenance.objective}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
 def _train(
-    recipe: Recipe, shards: Location, training: Location, provenance: Provenance, run: str
+    recipe: Recipe, shards: Location, state: Location, objective: str, curves: Follower, run: str | None
 ) -> tuple[Any, dict[str, Any]]:
-    """Run or finish the training; returns the best trained tensors, and the outcome for the provenance."""
-    settings, objective = recipe.distil, provenance.objective
-    key = json.dumps(
-        [recipe.distil.model_dump(), recipe.reserved.model_dump(), recipe.slm.dtype, recipe.seed, provenance.shards]
-    )
-    name = f"{objective}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    folder = training / name
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = folder / "curves"
-    follower = Follower(curves, run)
+    """Run or finish the training in the folder `state`; returns the best trained tensors, and the outcome for the
+    provenance."""
+    settings, training = recipe.distil, state.parent
+    state.mkdir(parents=True, exist_ok=True)
+    workers = (settings.min_workers, settings.workers) if settings.min_workers else settings.workers
     trainer = TorchTrainer(
         train,
         train_loop_config={
             "recipe": recipe.model_dump_json(),
             "objective": objective,
             "shards": str(shards),
-            "curves": str(curves),
+            "curves": str(state / CURVES),
         },
         torch_config=TorchConfig(backend="nccl" if settings.num_gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=settings.workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # at run time it is that of Train v2
+            num_workers=workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=RESIZE_EVERY_S,
             use_gpu=settings.num_gpus > 0,
             resources_per_worker={"CPU": settings.num_cpus} | ({"GPU": settings.num_gpus} if settings.num_gpus else {}),
         ),
         run_config=RunConfig(  # type: ignore[call-arg]  # at run time it is that of Train v2
-            name=name,
+            name=state.name,
             storage_path=training.key if isinstance(training, ObjectPath) else str(training),
             storage_filesystem=training.file_system if isinstance(training, ObjectPath) else None,
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
@@ -161,14 +171,14 @@ def _train(
         ),
     )
     try:
-        with Progress(f"distil {objective}", "steps", settings.steps, follower.step):
+        with Progress(f"distil {objective}", "steps", settings.steps, lambda: curves.step(run)):
             # In the main thread Ray Train takes Ctrl-C for itself, and ends with status 0.
             result = ThreadPoolExecutor(1).submit(trainer.fit).result()
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from error
     best, metrics = _best(result.best_checkpoints or [])
     figures = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    return read_state(best)["trained"], {"validation": figures, "begun_at_steps": tuple(follower.begun)}
+    return read_state(best)["trained"], {"validation": figures, "begun_at_steps": tuple(curves.begun)}
 
 
 def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
@@ -198,8 +208,10 @@ def _build(
 
     try:
         return ray.get(on_a_worker.remote(trained))
-    except ray.exceptions.RayTaskError as error:
-        raise DistilError(f"building {output.name} failed: {' '.join(str(error.cause).split())}") from error
+    except ray.exceptions.RayError as error:
+        raise DistilError(
+            f"building {output.name} failed: {one_line(error)}; the same command goes on with the trained checkpoint"
+        ) from error
 
 
 def _root_cause(error: BaseException) -> str:

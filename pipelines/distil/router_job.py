@@ -7,6 +7,7 @@ The prompts are those of the training shards. What R2R's labels and router are i
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,12 +16,13 @@ import pyarrow as pa
 import ray
 
 from pipelines.data.shards import each_shard
+from pipelines.distil.curves import CURVES, Curves, Follower
 from pipelines.distil.inputs import DistilError, check_inputs, training_folder
-from pipelines.distil.runs import log_trained, show_link, training_run
-from pipelines.runtime import tracking
+from pipelines.distil.runs import log_trained, open_run
 from s2t_models import chat, loading
-from s2t_models.artifact import refuse_foreign, replacing
+from s2t_models.artifact import read_provenance, refuse_foreign, replacing
 from s2t_models.engines.load import capabilities, load
+from s2t_models.errors import one_line
 from s2t_models.hosting import Hosted, pair
 from s2t_models.locks import locked
 from s2t_models.policies import r2r_labels
@@ -33,7 +35,6 @@ from s2t_models.storage import Location, remove
 from s2t_models.threads import use_threads
 from s2t_models.training.router import train_router
 from serving import cluster, placement
-from serving.store import use_store
 
 #: One prompt's labelled steps, laid end to end; `error` where the row failed, which costs no other row.
 LABELLED = pa.schema(
@@ -78,19 +79,25 @@ def distil_router(recipe: Recipe, shards: Location, output: Location) -> str:
     refuse_foreign(output, SETTINGS)
     settings = {f"router.{key}": value for key, value in recipe.router.model_dump(mode="json").items()}
     provenance = check_inputs(recipe, "router", shards, None, {"router": recipe.router.seed}, settings)
-    training = training_folder(output)
+    training, collections = training_folder(output), {"training": shards}
+    curves = training / CURVES
+    known = read_provenance(output)
+    if known is not None and known.has_inputs_of(provenance):
+        with locked(training) if training.is_dir() else nullcontext():  # what could not be logged is there
+            log_trained(recipe, known, output, collections, training, Follower(curves), None)
+        return f"trained      before, with the same inputs and settings\nis in        {output}"
     with locked(training):
-        use_store()  # before the labels: one that is not there must not cost them
-        with training_run(recipe, provenance, {"training": shards}) as run:
-            report = _label_and_train(recipe, _prompts(shards, recipe.router.prompts), output.resolve(), provenance)
-            with tracking.costs_nothing(f"{output} is whole"):
-                log_trained(recipe, provenance, output)
-    remove(training)
-    show_link(run, provenance)
+        remove(curves)  # of a router that was not finished
+        with open_run(recipe, provenance, collections, has_begun=False) as run:
+            prompts = _prompts(shards, recipe.router.prompts)
+            report = _label_and_train(recipe, prompts, output.resolve(), provenance, Curves(curves))
+        log_trained(recipe, provenance, output, collections, training, Follower(curves), run)
     return f"{report}\nwritten to   {output}"
 
 
-def _label_and_train(recipe: Recipe, prompts: pa.Table, output: Location, provenance: Provenance) -> str:
+def _label_and_train(
+    recipe: Recipe, prompts: pa.Table, output: Location, provenance: Provenance, curves: Curves
+) -> str:
     if "features" not in capabilities(pair(recipe)["slm"]):
         raise DistilError(
             f"{recipe.name}: the router learns from the SLM's hidden states, which a {recipe.slm.engine} engine "
@@ -110,8 +117,12 @@ def _label_and_train(recipe: Recipe, prompts: pa.Table, output: Location, proven
         compute=ray.data.ActorPoolStrategy(size=stage.actors),
         num_cpus=stage.num_cpus,
         num_gpus=stage.num_gpus,
-    ).to_arrow_refs()
-    steps = pa.concat_tables([part for part in ray.get(rows) if len(part)])
+    )
+    try:
+        parts = [part for part in ray.get(rows.to_arrow_refs()) if len(part)]
+    except ray.exceptions.RayError as error:
+        raise DistilError(f"labelling failed: {one_line(error)}; the same command tries again") from error
+    steps = pa.concat_tables(parts).sort_by("uid")  # they come as they are done, and a training goes by their order
     whole = steps.filter(steps["error"].is_null())
     hidden = loading.load_config(recipe.slm).hidden_size
     inputs_TF = whole["inputs"].combine_chunks().flatten().to_numpy().reshape(-1, 2 * hidden + recipe.router.support)
@@ -119,12 +130,11 @@ def _label_and_train(recipe: Recipe, prompts: pa.Table, output: Location, proven
     train = ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus)(_train)
     try:
         history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, provenance))
-    except ray.exceptions.RayTaskError as error:
-        raise DistilError(" ".join(str(error.cause).split())) from error
-    with tracking.costs_nothing(f"{output} is whole"):
-        for metrics in history:
-            tracking.log_metrics({f"router/{name}": value for name, value in metrics.items()}, int(metrics["epoch"]))
-        tracking.log_metrics({"router/threshold": threshold, "router/divergent": float(labels_T.mean())})
+    except ray.exceptions.RayError as error:
+        raise DistilError(f"training the router failed: {one_line(error)}; the same command tries again") from error
+    for metrics in history:
+        curves.add(int(metrics["epoch"]), {f"router/{name}": value for name, value in metrics.items()})
+    curves.add(len(history), {"router/threshold": threshold, "router/divergent": float(labels_T.mean())})
     return (
         f"labelled     {len(labels_T)} steps of {len(whole)} answers ({len(steps) - len(whole)} failed), "
         f"{labels_T.mean():.1%} divergent\n"

@@ -6,7 +6,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
+
+from s2t_models.errors import UserError
 
 _EVERY_S = 1.0
 _LOG_EVERY_S = 30.0
@@ -15,7 +18,8 @@ _LOG_EVERY_S = 30.0
 class Progress:
     """Shows `count()` of `total` while the `with` block runs. The count is polled in a thread, so that any
     blocking call can be watched from outside. With `tokens`, also how many have been written, and how fast since the
-    last look: a count that moves while rows are long.
+    last look: a count that moves while rows are long. A count that fails, because a store is away for a while, is the
+    last one again: what is only shown stops no job.
 
         with Progress("collect", "rows", total=2400, count=rows_written):
             dataset.write_datasink(sink)
@@ -30,11 +34,12 @@ class Progress:
         tokens: Callable[[], int] | None = None,
     ) -> None:
         self.name, self.unit, self.total, self.count, self.tokens = name, unit, total, count, tokens
+        self._known = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
-        self._begin, self._first = time.monotonic(), self.count()
+        self._begin, self._first = time.monotonic(), self._counted()
         self._shown, self._written = self._begin, 0
         self._thread.start()
         return self
@@ -46,6 +51,11 @@ class Progress:
         self._thread.join()
         self._show(last=True)
 
+    def _counted(self) -> int:
+        with suppress(OSError, UserError):
+            self._known = self.count()
+        return self._known
+
     def _watch(self) -> None:
         while not self._done.wait(_EVERY_S):
             self._show()
@@ -56,7 +66,7 @@ class Progress:
         if not (terminal or last or now - self._shown >= _LOG_EVERY_S):
             return
         since, self._shown = now - self._shown, now
-        done, seconds = self.count(), now - self._begin
+        done, seconds = self._counted(), now - self._begin
         self._first = min(self._first, done)  # resumed from a checkpoint, the count goes back to it
         rate = (done - self._first) / seconds if seconds else 0.0
         per, period = (rate, "s") if rate >= 1 or not rate else (60 * rate, "min")

@@ -7,6 +7,7 @@ Names begin with the time of writing, so that their order is that of the records
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -34,13 +35,20 @@ class RecordLog:
         self._file = None if isinstance(folder, ObjectPath) else (folder / _new_name()).open("ab", buffering=0)
 
     def append(self, record: Record) -> None:
+        """Keep a record. Raises OSError or StorageError, and then nothing of it is there."""
         line = json.dumps(record).encode() + b"\n"  # in ASCII: a lone surrogate is no UTF-8
         if self._file is None:
             (self._folder / _new_name()).write_bytes(line)  # type: ignore[union-attr]
             return
         with self._lock:
-            self._file.write(line)
-            os.fsync(self._file.fileno())
+            size = os.fstat(self._file.fileno()).st_size
+            try:
+                if self._file.write(line) != len(line):  # a disk that fills up takes a part of it
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+                os.fsync(self._file.fileno())
+            except OSError:
+                os.ftruncate(self._file.fileno(), size)
+                raise
 
 
 class NewLines:

@@ -10,14 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from s2t_models.errors import UserError, one_line
 from s2t_models.storage import Location, ObjectPath, copied
-from serving.store import experiment_id, without_password
+from serving.store import experiment_id, impatient, use_store, without_password
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +30,19 @@ _LOCAL_UI = "http://127.0.0.1:5000"
 _VIEW = "workflowType=machine_learning"
 #: The longest digest that MLflow keeps of a data set.
 _DIGEST = 36
+
+
+def use_store_for(has_begun: bool, kept: str, uri: str | None = None) -> bool:
+    """`use_store`, before any work: a job that has not begun is refused where the store is not there (StoreError). One
+    that goes on is not: it may lose more than its record. Returns whether the store is there; `kept` says what is safe,
+    as for `costs_nothing`."""
+    if not has_begun:
+        use_store(uri)
+        return True
+    with costs_nothing(kept):
+        use_store(uri)
+        return True
+    return False
 
 
 @contextmanager
@@ -45,16 +58,40 @@ def start_run(
         yield run.info.run_id
 
 
+def leave_open(run: str) -> None:
+    """Take a run that was ended for one that is under way: a job that takes hours holds none active meanwhile."""
+    import mlflow
+
+    mlflow.MlflowClient().update_run(run, status="RUNNING")
+
+
 @contextmanager
-def costs_nothing(what: str) -> Iterator[None]:
-    """Where the store fails in the block, say so in one line on stderr and go on: `what` says what is safe all the
+def go_on_with(run: str) -> Iterator[None]:
+    """The run that was left open, which ends with the block."""
+    import mlflow
+
+    with mlflow.start_run(run_id=run):
+        yield
+
+
+def give_up(run: str) -> None:
+    """The run that was left open has failed; if the store is not there, it stays open."""
+    import mlflow
+
+    with suppress(mlflow.exceptions.MlflowException, OSError), impatient():
+        mlflow.MlflowClient().set_terminated(run, "FAILED")
+
+
+@contextmanager
+def costs_nothing(kept: str) -> Iterator[None]:
+    """Where the store fails in the block, say so in one line on stderr and go on: `kept` says what is safe all the
     same, and how to log it after all."""
     import mlflow
 
     try:
         yield
     except (mlflow.exceptions.MlflowException, OSError, UserError) as error:
-        print(f"not logged to MLflow: {one_line(error)}; {what}", file=sys.stderr)
+        print(f"not logged to MLflow: {one_line(error)}; {kept}", file=sys.stderr)
 
 
 def find_runs(tag: str, value: str, most: int = 8) -> list[str]:

@@ -1,0 +1,255 @@
+"""The stages as commands on a cluster, small enough to be run a hundred times; how far a run has got, and what its
+output lost against that of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from s2t_models.storage import Location
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+#: A training evaluates and keeps a checkpoint each INTERVAL of its STEPS.
+STEPS, INTERVAL = 40, 4
+#: One worker a node, and one alone where a node is lost.
+ELASTIC = {"num_cpus": 3, "min_workers": 1}
+#: Figures of two trainings that only rounding tells apart.
+NEAR = 0.02
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a run's output lost against an undisturbed one: rows that are missing (of a training, steps beyond one
+    interval that were made again), and rows or figures that differ."""
+
+    lost: int
+    differing: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`arguments(inputs, output)` is its command, `progress(output)` how much of `total` is done, `loss(output,
+    undisturbed)` compares two outputs. `actors` are the titles of the Ray actors that do its work, `begun(output)` the
+    steps at which a training's worker groups began."""
+
+    name: str
+    arguments: Callable[[Path, Any], list[str]]
+    progress: Callable[[Any], int]
+    total: int
+    loss: Callable[[Any, Path], Loss]
+    actors: tuple[str, ...] = ()
+    begun: Callable[[Path], tuple[int, ...]] | None = None
+    on_ray: bool = True
+
+    def command(self, inputs: Path, output: Location) -> list[str]:
+        return [sys.executable, "-m", *self.arguments(inputs, output)]
+
+
+def prepare(inputs: Path) -> None:
+    """Make the collections that trainings and analyses read, `train` and `calibration`, without Ray. Left as they are
+    where they are there."""
+    from pipelines.data.layout import SHARDS
+    from pipelines.data.schema import SHARD
+    from pipelines.data.shards import shard_metadata, shard_name, write_shard
+    from s2t_models.loading import tokenizer_hash, weights_hash
+    from s2t_models.recipe import load_recipe
+    from s2t_models.storage import whole
+
+    sys.path.append(str(REPOSITORY / "tests"))
+    import pyarrow as pa
+    from labelled_rows import labelled_rows
+
+    recipe = load_recipe("embedded")
+    pair = weights_hash(recipe.slm), weights_hash(recipe.teacher), tokenizer_hash(recipe.slm)
+    for name, count in (("train", 24), ("calibration", 6)):
+        task = f"embedded-{name}"
+        if not (inputs / name).is_dir():
+            inputs.mkdir(parents=True, exist_ok=True)
+            table = pa.Table.from_pylist(labelled_rows(recipe, task, count), SHARD)
+            halves = table.slice(0, count // 2), table.slice(count // 2)
+            with whole(inputs / name) as part:
+                (part / SHARDS).mkdir(parents=True)
+                for index, half in enumerate(halves):
+                    write_shard(part / SHARDS / shard_name(index, 2), half, shard_metadata(recipe, *pair, task))
+
+
+def _collect(inputs: Path, output: Location) -> list[str]:
+    settings = {
+        "collect.prompts": 48,
+        "collect.max_new_tokens": 120,
+        "collect.rollout.actors": 2,
+        "collect.rollout.batch": 4,
+        "collect.rollout.num_cpus": 0.5,
+        "collect.label.batch": 4,
+        "collect.label.num_cpus": 0.5,
+    }
+    return ["pipelines.collect", "--recipe", "embedded", "--output", str(output), *_set(settings)]
+
+
+def _rows_committed(output: Location) -> int:
+    from pipelines.collect.sink import CommittedRows
+
+    return CommittedRows(output / "work" / "labelled", output / "work" / "checkpoint")()
+
+
+def _collection_loss(output: Location, undisturbed: Path) -> Loss:
+    from pipelines.data.shards import read_shards
+
+    rows, expected = (
+        {row["uid"]: row for row in read_shards(folder)[0].to_pylist()} for folder in (output, undisturbed)
+    )
+    figures = [json.loads((folder / "collect.json").read_text()) for folder in (output, undisturbed)]
+    differing = [uid for uid in rows.keys() & expected.keys() if not _is_near(rows[uid], expected[uid], 1e-3)]
+    extra = rows.keys() - expected.keys()
+    return Loss(len(expected.keys() - rows.keys()), len(differing) + len(extra) + (not _is_near(*figures, 1e-3)))
+
+
+def _distil(objective: str, **changes: Any) -> Callable[[Path, Path], list[str]]:
+    def arguments(inputs: Path, output: Path) -> list[str]:
+        settings = {
+            "distil.workers": 2,
+            "distil.steps": STEPS,
+            "distil.evaluate_every": INTERVAL,
+            "distil.batch": 4,
+            "distil.lora.rank": 4,
+            "distil.validation": 0.2,
+            "distil.min_teacher_margin": 0.1,
+            "trigger_head.epochs": 2,
+            "trigger_head.positives": 0.2,
+            **{f"distil.{key}": value for key, value in changes.items()},
+        }
+        shards = ["--shards", str(inputs / "train"), "--objective", objective]
+        if objective == "selector":
+            shards += ["--calibration", str(inputs / "calibration")]
+        return ["pipelines.distil", "--recipe", "embedded", *shards, "--output", str(output), *_set(settings)]
+
+    return arguments
+
+
+def _router(inputs: Path, output: Path) -> list[str]:
+    settings = {
+        "collect.label.num_cpus": 0.5,
+        "collect.label.batch": 4,
+        "collect.label.actors": 2,
+        "router.max_new_tokens": 60,
+        "router.width": 32,
+        "router.blocks": 1,
+        "router.epochs": 3,
+    }
+    trained = ["--shards", str(inputs / "train"), "--objective", "router", "--output", str(output)]
+    return ["pipelines.distil", "--recipe", "embedded", *trained, *_set(settings)]
+
+
+def _router_loss(output: Path, undisturbed: Path) -> Loss:
+    from s2t_models.router import load_router
+
+    one, other = (load_router(folder) for folder in (output, undisturbed))
+    differs = not _is_near(one.settings.threshold, other.settings.threshold, NEAR)
+    return Loss(0, int(differs))
+
+
+def _steps(output: Path) -> int:
+    paths = output.parent.glob("*.training/*/curves/*.jsonl")
+    lines = [line for path in paths for line in path.read_text().splitlines()]
+    return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
+
+
+def _begun(output: Path) -> tuple[int, ...]:
+    from s2t_models.artifact import read_provenance
+
+    provenance = read_provenance(output)
+    assert provenance is not None
+    return provenance.begun_at_steps
+
+
+def _training_loss(output: Path, undisturbed: Path) -> Loss:
+    from s2t_models.artifact import read_provenance
+
+    done, expected = read_provenance(output), read_provenance(undisturbed)
+    assert done is not None
+    assert expected is not None
+    has_rows = done.rows == expected.rows and done.shards == expected.shards
+    figures = _is_near(done.validation, expected.validation, NEAR)
+    return Loss(0 if has_rows else 1, (not figures) + (not _is_near(done.trigger_head, expected.trigger_head, NEAR)))
+
+
+def _benchmark(inputs: Path, output: Location) -> list[str]:
+    settings = {
+        "slm.num_cpus": 0.5,
+        "teacher.num_cpus": 0.5,
+        "serving.port": 18431,
+        "benchmark.concurrency": 8,
+        "collect.prompts": 50,
+    }
+    asked = ["--policies", "greedy,sample,llm", "--items", "24", "--seeds", "0,1"]
+    return ["pipelines.benchmark", "--recipe", "embedded", "--output", str(output), *asked, *_set(settings)]
+
+
+def _answers(output: Location) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in (output / "answers").glob("*.jsonl"))
+
+
+def _results_loss(output: Location, undisturbed: Path) -> Loss:
+    from pipelines.data.layout import RESULTS
+    from pipelines.results.summary import read_results
+
+    timing = ["seconds", "client_seconds", "usage"]  # usage counts what a cache spared
+    frame, expected = (
+        read_results(folder / RESULTS)[0].set_index("key").drop(columns=timing) for folder in (output, undisturbed)
+    )
+    both = frame.index.intersection(expected.index)
+    same = frame.loc[both].astype(str) == expected.loc[both].astype(str)
+    twice = [key for key, count in Counter(frame.index).items() if count > 1]
+    return Loss(len(expected.index.difference(frame.index)), int((~same.all(axis=1)).sum()) + len(twice))
+
+
+def _analyse(inputs: Path, output: Location) -> list[str]:
+    return ["pipelines.analyse", str(inputs / "train"), "--output", str(output)]
+
+
+def _tables(output: Location) -> int:
+    return len(list(output.glob("*.csv")))
+
+
+def _tables_loss(output: Location, undisturbed: Path) -> Loss:
+    names = {path.name for path in undisturbed.iterdir()}
+    there = {path.name for path in output.iterdir()}
+    tables = [name for name in names & there if name.endswith(".csv")]
+    differing = [name for name in tables if (output / name).read_text() != (undisturbed / name).read_text()]
+    return Loss(len(names - there), len(differing))
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("collect", _collect, _rows_committed, 48, _collection_loss, ("MapWorker",)),
+        Stage("distil", _distil("selector"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _begun),
+        Stage("distil kd", _distil("kd"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _begun),
+        Stage("distil elastic", _distil("selector", **ELASTIC), _steps, STEPS, _training_loss, (), _begun),
+        Stage("distil router", _router, lambda output: 0, 1, _router_loss, ("MapWorker",)),
+        Stage("benchmark", _benchmark, _answers, 144, _results_loss, ("ServeReplica", "MapWorker")),
+        Stage("analyse", _analyse, _tables, 4, _tables_loss, on_ray=False),
+    )
+}
+
+
+def _set(settings: Mapping[str, Any]) -> list[str]:
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def _is_near(one: Any, other: Any, tolerance: float) -> bool:
+    """Equal, but for the last bits of floats: batches fall differently."""
+    if isinstance(one, float) and isinstance(other, float):
+        return bool(np.isclose(one, other, rtol=tolerance, atol=tolerance / 10, equal_nan=True))
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_is_near(one[key], other[key], tolerance) for key in one)
+    if isinstance(one, Sequence) and isinstance(other, Sequence) and not isinstance(one, str):
+        return len(one) == len(other) and all(map(lambda a, b: _is_near(a, b, tolerance), one, other))
+    return bool(one == other)
