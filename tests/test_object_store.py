@@ -118,6 +118,7 @@ def test_a_store_that_does_not_answer_ends_the_command_in_one_line(
     assert not list(tmp_path.glob("errors.log"))
 
 
+@pytest.mark.slow
 def test_an_artifact_is_trained_kept_and_served_from_the_store(collection: ObjectPath, recipe: Recipe) -> None:
     output = collection.parent / "artifact"
     done = distil(recipe, collection, output)
@@ -137,6 +138,7 @@ def test_an_artifact_is_trained_kept_and_served_from_the_store(collection: Objec
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_benchmark_resumes_and_is_analysed_in_the_store(
     ray_cluster: str,
     object_store: str,
