@@ -114,8 +114,7 @@ class Observed:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["state"] = {**scope.get("state", {}), "policy": "", "key": ""}
         began = time.perf_counter()
-        if refused := int(Headers(scope=scope).get(room.REFUSED.decode(), 0)):
-            metrics.refused("full", refused)
+        metrics.refused("full", room.refused(Headers(scope=scope)))
         _about.set(state)
         _arrived.set(began)
         status, written = 500, 0

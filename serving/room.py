@@ -10,12 +10,22 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 
+from starlette.datastructures import Headers
+
 #: On a gateway's answer: its `Room`. The proxy takes it off.
 HEADER = b"x-s2t-room"
 #: On a request to a gateway: how many the proxy has refused since it last said so.
 REFUSED = b"x-s2t-refused"
 #: How long a gateway is taken by its word, in seconds: then the next request goes to it and brings its answer.
 FRESH_S = 1.0
+_DIGITS = 9
+
+
+def refused(headers: Headers) -> int:
+    """How many the proxy says that it has refused. Where Serve's proxy is without its front, it may be anyone who says
+    so."""
+    text = headers.get(REFUSED.decode(), "")
+    return int(text) if text.isdecimal() and len(text) <= _DIGITS else 0
 
 
 @dataclass(frozen=True)

@@ -239,5 +239,10 @@ def test_a_gateway_counts_what_the_proxy_has_refused_and_nobody_else():
             for _ in range(2):
                 await client.get("/metrics", headers={room.REFUSED.decode(): "1000"})
                 assert counted() == before + 5
+        # Without the front in Serve's proxy, clients say what they like.
+        async with clients(gateway.app) as client:
+            for said in ("many", "-1", "9" * 30):
+                assert (await client.get("/health", headers={room.REFUSED.decode(): said})).status_code == 429
+        assert counted() == before + 5
 
     run(story)
