@@ -201,8 +201,9 @@ def test_a_store_that_does_not_answer_is_one_line(object_store: str, monkeypatch
 
 
 def test_a_model_is_fetched_once_and_known_without_its_weights(
-    place: ObjectPath, untrained_artifact: Path, recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: ObjectPath, untrained_artifact: Path, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("S2T_CACHE", str(tmp_path / "cache"))
     with whole(place / "artifact", CARD) as part:
         shutil.copytree(untrained_artifact, part)
     there, here = Artifact.load(str(place / "artifact")), Artifact.load(untrained_artifact)
