@@ -423,9 +423,8 @@ def test_wrong_input_is_refused_in_one_line_before_anything_runs(
     assert "collected with another divergence" in refused([*command, "--calibration", str(other)], output, capsys)
     assert "unknown key distil.colour" in refused([*command, "--set", "distil.colour=1"], output, capsys)
     assert "does not divide" in refused([*command, "--set", "distil.workers=3"], output, capsys)
-    assert "min_workers = 2 exceeds distil.workers = 1" in refused(
-        [*command, "--set", "distil.min_workers=2"], output, capsys
-    )
+    more_than_all = ["--set", "distil.workers=2", "--set", "distil.min_workers=3"]
+    assert "min_workers = 3 exceeds distil.workers = 2" in refused([*command, *more_than_all], output, capsys)
     fused = refused([*command, "--set", "distil.lora.targets=[q_proj,qkv_proj]"], output, capsys)
     assert "qwen2 has no linear layers called qkv_proj; it has q_proj, k_proj" in fused
     output.mkdir()
