@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ import torch
 from made_up import provenance
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference_engine import END, RESERVED, card, decode, draw, encode, run, tiny_pair
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
+from test_families import RESERVED as FAMILY_RESERVED
+from test_families import SERVED
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from s2t_models.artifact import ADAPTER
 from s2t_models.engines.contract import Draft, Penalties, Sampling, Written
@@ -28,7 +31,8 @@ from s2t_models.policies.single import SingleModel
 from s2t_models.policies.tah import ThinkAtHard
 from s2t_models.router import Router, RouterConfig, save_router
 from s2t_models.second_pass import CARD, DECIDER, Card, SecondPass, SecondPassError
-from s2t_models.settings import SamplerSettings, TahSettings
+from s2t_models.settings import LoraSettings, SamplerSettings, TahSettings
+from s2t_models.training.selector import lora_targets
 
 PROMPTS = [encode(text) for text in ("Ada has 12 ", "8+5=", "x", "Tom has 3 eggs and ", "12 + 7 = ?\n")]
 LAYERS, SUPPORT = (0, 2), 20
@@ -37,7 +41,8 @@ LAYERS, SUPPORT = (0, 2), 20
 def made_up(model: PreTrainedModel, folder: Path) -> Path:
     """A second pass that nobody trained: its LoRA moves logits by about what they spread."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    targets = lora_targets(model, LoraSettings())
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
     adapted = get_peft_model(copy.deepcopy(model), config)
     adapted.save_pretrained(folder / ADAPTER)
     hidden = model.config.hidden_size
@@ -54,6 +59,7 @@ class Reference:
 
     base: PreTrainedModel
     second: SecondPass
+    reserved: tuple[int, ...] = RESERVED
 
     def __post_init__(self) -> None:
         self.decider = self.second.decider()
@@ -65,32 +71,40 @@ class Reference:
         """The logits [T, V] after each token from the `first` on, and the decider's probability there [T]."""
         cache = DynamicCache()
         out = self.base(torch.tensor([tokens]), past_key_values=cache, output_hidden_states=True)
-        logits_TV = masked(out.logits[0])
+        logits_TV = self.masked(out.logits[0])
         states = torch.cat([out.hidden_states[layer][0] for layer in LAYERS], dim=-1)
         top_TN = logits_TV.sort(descending=True).values[:, :SUPPORT]
         p_T = self.decider(torch.cat([states, top_TN], dim=-1)).sigmoid()
         hard = [t for t in range(first, len(tokens)) if p_T[t] > threshold]
         if hard:
-            mean = [embedding(row, self.base.get_input_embeddings().weight) for row in logits_TV[hard]]
-            sees = torch.zeros(1, 1, len(hard), len(tokens) + len(hard), dtype=torch.bool)
-            window = getattr(self.base.config, "sliding_window", None) or len(tokens) + 1
-            for row, t in enumerate(hard):
-                for position in range(len(tokens)):
-                    sees[0, 0, row, position] = t - window < position <= t
-                for column, other in enumerate(hard):
-                    sees[0, 0, row, len(tokens) + column] = t - window < other <= t
-            mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
-            masks = mask if window > len(tokens) else {"sliding_attention": mask, "full_attention": mask}
-            if not hasattr(self.base.config, "layer_types"):
-                masks = mask
+            mean = [embedding(row, self.base.get_input_embeddings()) for row in logits_TV[hard]]
             again = self.adapted(
                 inputs_embeds=torch.stack(mean)[None],
                 position_ids=torch.tensor([hard]),
-                attention_mask=masks,
+                attention_mask=self.masks(len(tokens), hard),
                 past_key_values=cache,
             )
-            logits_TV[hard] = logits_TV[hard] + masked(again.logits[0])
+            logits_TV[hard] = logits_TV[hard] + self.masked(again.logits[0])
         return logits_TV[first:], p_T[first:].numpy()
+
+    def masks(self, tokens: int, hard: list[int]) -> Any:
+        """What the second passes of the `hard` tokens see of all tokens' first passes and of themselves."""
+
+        def mask(window: int) -> torch.Tensor:
+            sees = torch.zeros(1, 1, len(hard), tokens + len(hard), dtype=torch.bool)
+            for row, t in enumerate(hard):
+                for column, position in enumerate([*range(tokens), *hard]):
+                    sees[0, 0, row, column] = t - window < position <= t
+            return torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+
+        config = self.base.config
+        window = getattr(config, "sliding_window", None) or tokens + 1
+        if getattr(config, "layer_types", None):
+            return {"sliding_attention": mask(window), "full_attention": mask(tokens + 1)}
+        return mask(window)
+
+    def masked(self, logits_TV: torch.Tensor) -> torch.Tensor:
+        return logits_TV.clone().index_fill(-1, torch.tensor(self.reserved), -torch.inf)
 
     def generate(self, prompt: list[int], count: int, threshold: float, sampling: Sampling) -> tuple[list[int], list]:
         ids: list[int] = []
@@ -103,14 +117,10 @@ class Reference:
         return ids, hard
 
 
-def masked(logits_TV: torch.Tensor) -> torch.Tensor:
-    return logits_TV.clone().index_fill(-1, torch.tensor(RESERVED), -torch.inf)
-
-
-def embedding(logits_V: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+def embedding(logits_V: torch.Tensor, embed: torch.nn.Module) -> torch.Tensor:
     order = logits_V.argsort(descending=True)[:SUPPORT]
     e = torch.exp(logits_V[order] - logits_V.max())
-    return sum((share * weight_VH[token] for share, token in zip(e / e.sum(), order, strict=True)), torch.zeros(()))
+    return sum((share * embed(token) for share, token in zip(e / e.sum(), order, strict=True)), torch.zeros(()))
 
 
 @pytest.fixture(scope="module")
@@ -239,36 +249,24 @@ def test_sampled_text_is_the_seeds(engine, reference, threshold):
     assert draft.ids == reference.generate(PROMPTS[0], 24, threshold, sampling)[0]
 
 
-def test_sliding_layers_leave_out_second_passes_that_lie_too_far_behind(tmp_path):
-    config = MistralConfig(
-        vocab_size=112,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=6,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        attn_implementation="eager",
-    )
+@pytest.mark.parametrize("family", SERVED)
+def test_every_family_that_is_served_runs_second_passes(family: str, tmp_path: Path):
+    """Also those with sliding layers, from which second passes that lie too far behind are left out."""
     torch.manual_seed(0)
-    model = MistralForCausalLM(config).float().eval()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(SERVED[family]), attn_implementation="eager").float().eval()
     second = SecondPass.load(made_up(model, tmp_path))
-    reference = Reference(model, second)
-    prompt = PROMPTS[3]
-    p_T = reference.logits(prompt, 0, 1.0)[1]
-    threshold = float(np.median(p_T))
-    ids, hard = reference.generate(prompt, 24, threshold, Sampling(1))
-    assert len(hard) > 4
-    with running(model, second) as engine:
-        draft = think(engine, prompt, TahSettings(threshold=threshold), support=8)
-    assert draft.ids == ids
-    logits_TV, _ = reference.logits(prompt + ids[:-1], len(prompt) - 1, threshold)
-    expected_TV = logits_TV.log_softmax(-1).numpy()
-    supported = draft.supported
-    rows = np.arange(len(ids))[:, None]
-    np.testing.assert_allclose(supported.logprobs_TN, expected_TV[rows, supported.ids_TN], atol=1e-3)
+    reference = Reference(model, second, FAMILY_RESERVED)
+    prompt = [5, 40, 7, 33, 12, 61, 8, 9, 77, 20, 4]
+    held = replace(card("slm", "second_pass", context=64), vocabulary=97, masked_ids=FAMILY_RESERVED)
+    engine = TorchEngine(copy.deepcopy(model), held, 4, second_pass=second)
+    try:
+        draft = think(engine, prompt, TahSettings(threshold=0.0), max_tokens=14, support=8)
+    finally:
+        engine.close()
+    logits_TV, _ = reference.logits(prompt + draft.ids[:-1], len(prompt) - 1, 0.0)
+    expected_TV, rows = logits_TV.log_softmax(-1).numpy(), np.arange(len(draft.ids))[:, None]
+    np.testing.assert_allclose(draft.supported.logprobs_TN, expected_TV[rows, draft.supported.ids_TN], atol=1e-3)
+    assert len(draft.decisions) == len(draft.ids) > 8
 
 
 def test_the_policy_streams_and_decides_through_the_contract(engine, threshold):
