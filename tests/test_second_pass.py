@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_up import provenance
-from peft import LoraConfig, PeftModel, get_peft_model
+from made_up import LAYERS, SUPPORT, second_pass
+from peft import PeftModel
 from reference_engine import END, RESERVED, card, decode, draw, encode, run, tiny_pair
 from test_families import RESERVED as FAMILY_RESERVED
 from test_families import SERVED
@@ -29,28 +29,10 @@ from s2t_models.noise import uniforms
 from s2t_models.policies.base import Engines, Request
 from s2t_models.policies.single import SingleModel
 from s2t_models.policies.tah import ThinkAtHard
-from s2t_models.router import Router, RouterConfig, save_router
-from s2t_models.second_pass import CARD, DECIDER, Card, SecondPass, SecondPassError
-from s2t_models.settings import LoraSettings, SamplerSettings, TahSettings
-from s2t_models.training.selector import lora_targets
+from s2t_models.second_pass import CARD, SecondPass, SecondPassError
+from s2t_models.settings import SamplerSettings, TahSettings
 
 PROMPTS = [encode(text) for text in ("Ada has 12 ", "8+5=", "x", "Tom has 3 eggs and ", "12 + 7 = ?\n")]
-LAYERS, SUPPORT = (0, 2), 20
-
-
-def made_up(model: PreTrainedModel, folder: Path) -> Path:
-    """A second pass that nobody trained: its LoRA moves logits by about what they spread."""
-    torch.manual_seed(1)
-    targets = lora_targets(model, LoraSettings())
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
-    adapted = get_peft_model(copy.deepcopy(model), config)
-    adapted.save_pretrained(folder / ADAPTER)
-    hidden = model.config.hidden_size
-    decider = Router(RouterConfig(hidden, SUPPORT, width=16, blocks=2, states=len(LAYERS)))
-    save_router(decider, folder / DECIDER)
-    provenance(objective="tah").write(folder)
-    (folder / CARD).write_text(Card(layers=LAYERS, support=SUPPORT).model_dump_json())
-    return folder
 
 
 @dataclass
@@ -131,7 +113,7 @@ def slm() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def second(slm: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> SecondPass:
-    return SecondPass.load(made_up(slm, tmp_path_factory.mktemp("second")))
+    return SecondPass.load(second_pass(slm, tmp_path_factory.mktemp("second")))
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +236,7 @@ def test_every_family_that_is_served_runs_second_passes(family: str, tmp_path: P
     """Also those with sliding layers, from which second passes that lie too far behind are left out."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(SERVED[family]), attn_implementation="eager").float().eval()
-    second = SecondPass.load(made_up(model, tmp_path))
+    second = SecondPass.load(second_pass(model, tmp_path))
     reference = Reference(model, second, FAMILY_RESERVED)
     prompt = [5, 40, 7, 33, 12, 61, 8, 9, 77, 20, 4]
     held = replace(card("slm", "second_pass", context=64), vocabulary=97, masked_ids=FAMILY_RESERVED)
