@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from labelled_rows import labelled_rows
 from made_up import provenance
 
+from pipelines.data.layout import SHARDS
+from pipelines.data.schema import SHARD
+from pipelines.data.shards import shard_metadata, shard_name, write_shard
+from pipelines.distil.__main__ import main
 from s2t_models import loading
 from s2t_models.artifact import ADAPTER, read_provenance
 from s2t_models.engines.contract import Sampling
@@ -78,6 +83,15 @@ def test_training_lowers_its_loss_and_trains_the_lora_alone(trained: tuple[Train
         if other is None:
             other = now[name.replace(".weight", ".base_layer.weight").replace(".bias", ".base_layer.bias")]
         torch.testing.assert_close(other, value, rtol=0, atol=0)
+
+
+def test_a_batch_is_the_same_however_it_is_cut(recipe: Recipe, rows: list[dict[str, Any]]):
+    steps = []
+    for tokens in (100, 4096):
+        cut = recipe.model_copy(update={"distil": recipe.distil.model_copy(update={"micro_batch": tokens})})
+        steps.append(Trainer(cut, "tah", trajectories(rows)).advance())
+    for name in ("loss", "second_pass_loss", "gradient_norm"):
+        assert steps[0][name] == pytest.approx(steps[1][name], rel=1e-4)
 
 
 def test_the_loss_and_the_states_are_those_of_plain_forwards(
@@ -212,6 +226,27 @@ def test_vllm_does_not_offer_it(product: Path, recipe: Recipe):
     vllm = recipe.slm.model_copy(update={"engine": "vllm"})
     reason = offer(host(recipe.model_copy(update={"tah": str(product), "slm": vllm})))[1]["tah"]
     assert reason == "tah needs second_pass of slm, which a vllm engine does not have here"
+
+
+@pytest.mark.slow
+def test_s2t_distil_trains_it_on_several_workers(
+    ray_cluster: str, recipe: Recipe, recipe_path: Path, rows: list[dict[str, Any]], tmp_path: Path, capsys: Any
+):
+    table = pa.Table.from_pylist(rows, SHARD)
+    pair = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher), loading.tokenizer_hash(recipe.slm)
+    (tmp_path / "train" / SHARDS).mkdir(parents=True)
+    metadata = shard_metadata(recipe, *pair, "embedded-train")
+    write_shard(tmp_path / "train" / SHARDS / shard_name(0, 1), table, metadata)
+    command = ["--recipe", str(recipe_path), "--shards", str(tmp_path / "train"), "--objective", "tah"]
+    command += ["--output", str(tmp_path / "tah")]
+    for setting in (*SETTINGS, "distil.workers=2", "distil.evaluate_every=6"):
+        command += ["--set", setting]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "trained      tah, 12 steps" in shown
+    assert "of the steps take a second pass" in shown
+    assert host(recipe.model_copy(update={"tah": str(tmp_path / "tah")})).slm.second_pass is not None
+    assert main(command) == 0  # and leaves it as it is
 
 
 def test_a_version_of_it_is_served(product: Path, recipe: Recipe):
