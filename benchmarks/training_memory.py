@@ -110,6 +110,7 @@ def made_up_trajectories(args: argparse.Namespace) -> list[Any]:
             tree,
             noise_T,
             noise_T,
+            rng.integers(0, args.ids, args.tokens - prompt),
             is_top_G,
             np.log(order),
             np.log(logprobs[1]),

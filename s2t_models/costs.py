@@ -76,9 +76,9 @@ class ModelCost:
         """Tokens of a slot."""
         return self.settings.context or default_context(self.model)
 
-    def cache(self, slots: int, context: int | None = None) -> int:
-        """Bytes of the torch engine's static KV cache."""
-        shape = cache_shape(self.model.config, slots, context or self.context)
+    def cache(self, slots: int, context: int | None = None, second: bool = False) -> int:
+        """Bytes of the torch engine's static KV cache, with `second` with room for second passes."""
+        shape = cache_shape(self.model.config, slots, context or self.context, second)
         return torch.Size(shape).numel() * self.dtype.itemsize
 
     def flops(self, tokens: float, seen: float, heads: float | None = None) -> float:

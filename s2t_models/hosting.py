@@ -14,6 +14,7 @@ from s2t_models.calibration import Calibration, CalibrationError
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.reserved import describe, masked_rows, reserved_rows
 from s2t_models.router import SETTINGS, weights_hash
+from s2t_models.second_pass import SecondPass, SecondPassError
 from s2t_models.settings import ModelSettings
 from s2t_models.storage import Location, location
 
@@ -33,19 +34,25 @@ def alongside(engine: str, name: str | None) -> str:
 @dataclass(frozen=True)
 class Hosted:
     """One engine, on the device and slots of `settings`: a model, or the S2T-Local artifact in a folder; it never
-    generates the masked ids, nor an artifact its own reserved ones. `router` is the folder of R2R's router, which runs
-    beside the SLM."""
+    generates the masked ids, nor an artifact its own reserved ones. `router` is the folder of R2R's router, and
+    `second_pass` that of Think-at-Hard's decider and LoRA, which run beside the SLM."""
 
     name: str
     settings: ModelSettings
     masked_ids: tuple[int, ...] = ()
     artifact: Location | None = None
     router: Location | None = None
+    second_pass: Location | None = None
 
     @property
     def router_hash(self) -> str | None:
         """sha256 of the router's weights, where there is a router."""
         return None if self.router is None else weights_hash(self.router)
+
+    @property
+    def second_pass_hash(self) -> str | None:
+        """sha256 of the weights of the second pass, where there is one."""
+        return None if self.second_pass is None else SecondPass.load(self.second_pass).weights_hash
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ def host(recipe: Recipe) -> Hosting:
         artifacts[name] = NamedArtifact(_decoding_as_made(other, recipe), _thresholds(recipe, other))
     if recipe.router.path is not None:
         engines["slm"] = replace(slm, router=_router("router.path", recipe.router.path, recipe))
+    if recipe.tah is not None:
+        engines["slm"] = replace(engines["slm"], second_pass=_second_pass(recipe.tah, recipe))
     for name, path in recipe.routers.items():
         engine = alongside("slm", name)
         engines[engine] = replace(slm, name=engine, router=_router(f"routers.{name}", path, recipe))
@@ -150,6 +159,16 @@ def _router(key: str, path: str, recipe: Recipe) -> Location:
         raise RecipeError(f"{key}: {folder} holds no router; `s2t distil --objective router` trains one")
     provenance = read_provenance(folder)
     _same_weights(key, folder, "SLM", provenance.base_weights if provenance else None, recipe.slm)
+    return folder.resolve()
+
+
+def _second_pass(path: str, recipe: Recipe) -> Location:
+    try:
+        folder = SecondPass.load(path).folder
+    except SecondPassError as error:
+        raise RecipeError(f"tah: {error}") from None
+    provenance = read_provenance(folder)
+    _same_weights("tah", folder, "SLM", provenance.base_weights if provenance else None, recipe.slm)
     return folder.resolve()
 
 

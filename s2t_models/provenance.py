@@ -15,7 +15,7 @@ from s2t_models.storage import Location
 
 PROVENANCE = "provenance.json"
 #: What came of a training, and the recipe's digest, which covers settings that no training reads.
-_NO_INPUTS = {"recipe", "validation", "begun_at_steps", "trigger_head", "calibration_steps"}
+_NO_INPUTS = {"recipe", "validation", "begun_at_steps", "trigger_head", "decider", "calibration_steps"}
 
 
 class ProvenanceError(UserError):
@@ -29,7 +29,8 @@ class Provenance(BaseModel):
     of its prompts (`splits.question_hashes`), so that a benchmark can refuse rows that were trained on. `settings` are
     those that decide the result, by their name in the recipe. Of the outcome: `validation` holds the figures of the
     checkpoint that was taken, `begun_at_steps` the optimiser steps at which worker groups began, `trigger_head` the
-    head's figures, and `calibration_steps` how many steps its thresholds are percentiles of.
+    head's figures, `decider` those of Think-at-Hard's decider, and `calibration_steps` how many steps thresholds are
+    percentiles of.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
@@ -47,6 +48,7 @@ class Provenance(BaseModel):
     validation: dict[str, float] = {}
     begun_at_steps: tuple[int, ...] = ()
     trigger_head: dict[str, float] = {}
+    decider: dict[str, float] = {}
     calibration_steps: int | None = None
 
     def has_inputs_of(self, other: Provenance) -> bool:

@@ -59,6 +59,7 @@ class Recipe(Settings):
     artifacts: dict[str, str] = Field({})
     routers: dict[str, str] = Field({})
     checkpoints: dict[str, str] = Field({})
+    tah: str | None = None
     budget: Annotated[float, Field(gt=0, le=1)] = 0.01
     seed: int = Field(0, ge=0)
     published: Annotated[bool, Field(strict=True)] = False
@@ -182,6 +183,7 @@ def _absolute(recipe: Recipe) -> Recipe:
             "slm": model(recipe.slm),
             "teacher": model(recipe.teacher),
             "artifact": of(recipe.artifact),
+            "tah": of(recipe.tah),
             **{
                 section: {name: of(path) for name, path in getattr(recipe, section).items()}
                 for section in ("artifacts", "routers", "checkpoints")

@@ -1,7 +1,8 @@
 """R2R's router: from the SLM's outputs at a step, the probability that its token makes the text diverge.
 
 Inputs are an engine's `features`: last hidden state, embedding of the SLM's token, top logits. It is trained
-by `training.router` and knows nothing of engines. Axes: _T step, _F feature, _H hidden.
+by `training.router` and knows nothing of engines. Think-at-Hard's decider is the same network on other hidden states
+(`second_pass`). Axes: _T step, _F feature, _H hidden.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def weights_hash(folder: Location) -> str:
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Sizes and threshold. `hidden` is the SLM's; the published router is 1024 wide with 6 blocks of expansion 4."""
+    """Sizes and threshold. `hidden` is the SLM's; the inputs begin with `states` vectors of that size. The published
+    router is 1024 wide with 6 blocks of expansion 4."""
 
     hidden: int
     support: int = 100
@@ -38,6 +40,7 @@ class RouterConfig:
     expansion: int = 4
     dropout: float = 0.1
     threshold: float = 0.5
+    states: int = 2
 
 
 class _Block(nn.Module):
@@ -55,13 +58,14 @@ class _Block(nn.Module):
 
 
 class Router(nn.Module):
-    """concat[last hidden, token embedding, linear(top logits)] -> width -> residual blocks -> logit."""
+    """concat[hidden states, linear(top logits)] -> width -> residual blocks -> logit. R2R's router has two states: the
+    last hidden one and the token's embedding."""
 
     def __init__(self, settings: RouterConfig) -> None:
         super().__init__()
         self.settings = settings
         self.logits = nn.Linear(settings.support, settings.hidden)
-        self.enter = nn.Linear(3 * settings.hidden, settings.width)
+        self.enter = nn.Linear((settings.states + 1) * settings.hidden, settings.width)
         self.blocks = nn.Sequential(
             *(_Block(settings.width, settings.expansion, settings.dropout) for _ in range(settings.blocks))
         )
@@ -69,9 +73,10 @@ class Router(nn.Module):
         self.leave = nn.Linear(settings.width, 1)
 
     def forward(self, inputs_TF: torch.Tensor) -> torch.Tensor:
-        """Logits [T] of inputs [T, H + H + support]."""
-        states_TH, top_TN = inputs_TF.split((2 * self.settings.hidden, self.settings.support), dim=-1)
-        joined = torch.cat((states_TH, self.logits(top_TN)), dim=-1)
+        """Logits [T] of inputs [T, states * H + support]."""
+        states = self.settings.states * self.settings.hidden
+        states_TF, top_TN = inputs_TF.split((states, self.settings.support), dim=-1)
+        joined = torch.cat((states_TF, self.logits(top_TN)), dim=-1)
         return self.leave(self.norm(self.blocks(self.enter(joined)))).squeeze(-1)
 
     @torch.no_grad()

@@ -162,6 +162,27 @@ class LoraSettings(Settings):
     targets: tuple[str, ...] = ()
 
 
+class TahTraining(Settings):
+    """What Think-at-Hard trains beside `distil`'s own settings, with the published ones.
+
+    `lora` acts from the second pass on. Its input is the mean embedding of the `support` likeliest tokens. The decider
+    reads as many top logits and the hidden states at these `depths`, as shares of the layers, and is trained with
+    positives that weigh `positive_weight`, `batch` trajectories at a time."""
+
+    lora: LoraSettings = LoraSettings(rank=32, alpha=64, dropout=0.1)
+    support: Count = 100
+    depths: Annotated[tuple[Fraction, ...], Field(min_length=1)] = (0.07, 0.36, 0.64, 0.93)
+    width: Count = 512
+    blocks: Count = 6
+    expansion: Count = 4
+    dropout: Fraction = 0.1
+    positive_weight: float = Field(5.4, gt=0)
+    learning_rate: float = Field(3e-5, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    batch: Count = 16
+    epochs: Count = 2
+
+
 class DistilSettings(Settings):
     """Selector training (Eqs. 6-8, 13, 14). `temperature` is the score temperature, `margin` the weight of the
     pairwise hinge, `beta` that of the KL to the base, `min_teacher_margin` the filter of D.4.
@@ -203,6 +224,7 @@ class DistilSettings(Settings):
     min_workers: Count | None = None
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
+    tah: TahTraining = TahTraining()
 
     @property
     def fewest_workers(self) -> int:
@@ -266,6 +288,13 @@ class MultiplexSettings(Settings):
     patience: Count = 256
 
 
+class TahSettings(Settings):
+    """Think-at-Hard. A token whose decider gives more than `threshold` takes a second pass."""
+
+    threshold: Fraction = 0.9
+    sampler: SamplerSettings = SamplerSettings(temperature=0.6, top_p=0.95, top_k=20)
+
+
 class PolicySettings(Settings):
     """What policies share (`chunk`: the longest draft that is judged at once) and what each has of its own, with the
     published defaults. `sample` also draws the samples of maj@n and what Multiplex goes on with."""
@@ -277,6 +306,7 @@ class PolicySettings(Settings):
     local: LocalSettings = LocalSettings()
     specreason: SpecReasonSettings = SpecReasonSettings()
     multiplex: MultiplexSettings = MultiplexSettings()
+    tah: TahSettings = TahSettings()
 
 
 class RouterSettings(Settings):

@@ -36,7 +36,7 @@ from s2t_models.engines.contract import (
 from s2t_models.engines.load import load
 from s2t_models.engines.telling import joined, told
 from s2t_models.hosting import Hosted
-from s2t_models.settings import MultiplexSettings
+from s2t_models.settings import MultiplexSettings, TahSettings
 from s2t_models.threads import use_threads
 from serving.written import keep_posted
 
@@ -49,7 +49,8 @@ PART_EVERY_S = 0.02
 LOST = (RayActorError, EngineDied)
 #: How long a call waits for another replica, in seconds, before it fails.
 ANOTHER_WITHIN_S = 15.0
-#: Drafts that can go on behind tokens that are there. Multiplex reads mean embeddings, which are not.
+#: Drafts that can go on behind tokens that are there. Multiplex reads mean embeddings, and Think-at-Hard second
+#: passes, which are not.
 GOES_ON = ("generate", "generate_selecting")
 
 
@@ -143,6 +144,11 @@ class RemoteEngine:
         self, prefix: list[int], sampling: Sampling, settings: MultiplexSettings, tell: Tell | None = None
     ) -> Draft:
         return await self._draft("generate_multiplex", tell, prefix, sampling, settings)
+
+    async def generate_thinking(
+        self, prefix: list[int], sampling: Sampling, settings: TahSettings, tell: Tell | None = None
+    ) -> Draft:
+        return await self._draft("generate_thinking", tell, prefix, sampling, settings)
 
     async def route(self, tokens: list[int], start: int) -> Routed:
         return await self._call("route", tokens, start)

@@ -4,7 +4,7 @@ serves.
 A version is a folder that stands by itself:
 
     recipe.yaml    the pair and the settings it was trained with, to serve it with
-    trained/       what was trained: an artifact, a plain checkpoint, or a router
+    trained/       what was trained: an artifact, a plain checkpoint, a router, or a second pass
 
 In a store on this file system the files are hard links: the weights take no room twice, and the version stays when the
 folder they came from is replaced. Elsewhere they are uploaded. A model is known by the sha256 of its weights, so that a
@@ -31,6 +31,8 @@ from s2t_models.errors import UserError, one_line
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.router import SETTINGS, weights_hash
+from s2t_models.second_pass import CARD as SECOND_PASS
+from s2t_models.second_pass import SecondPass
 from s2t_models.storage import whole
 from serving.store import open_store
 
@@ -109,6 +111,8 @@ def weights_of(folder: Path, recipe: Recipe) -> str:
         return loading.weights_hash(Artifact.load(folder).model(recipe.slm))
     if (folder / SETTINGS).is_file():
         return weights_hash(folder)
+    if (folder / SECOND_PASS).is_file():
+        return SecondPass.load(folder).weights_hash
     return loading.weights_hash(recipe.slm.model_copy(update={"path": str(folder), "revision": None}))
 
 
@@ -118,8 +122,8 @@ def recipe_of(uris: Sequence[str], recipe: str | None = None, overrides: Iterabl
     is the recipe's own; a further one is called NAME-VERSION or NAME-ALIAS, where what such a name may not hold becomes
     a dash.
 
-    Raises RegistryError where there is no such version, it holds no model of this project, or its name is taken,
-    StoreError where there is no store, and RecipeError."""
+    Raises RegistryError where there is no such version, it holds no model of this project, its name is taken, or it is
+    a further second pass, of which the SLM has one, StoreError where there is no store, and RecipeError."""
     if twice := next((uri for uri in uris if uris.count(uri) > 1), None):
         raise RegistryError(f"{twice}: is named twice")
     folders = [_fetched(uri) for uri in uris]
@@ -141,7 +145,7 @@ def _fetched(uri: str) -> Path:
 
 
 def _kind(trained: Path) -> str:
-    """What it is: "artifact", "router", or the objective of a checkpoint."""
+    """What it is: "artifact", "router", "tah", or the objective of a checkpoint."""
     if (trained / CARD).is_file():
         return "artifact"
     provenance = read_provenance(trained)
@@ -154,10 +158,14 @@ def _with_own(recipe: Recipe, kind: str, path: str) -> Recipe:
         return recipe.model_copy(update={"artifact": path})
     if kind == "router":
         return recipe.model_copy(update={"router": recipe.router.model_copy(update={"path": path})})
+    if kind == "tah":
+        return recipe.model_copy(update={"tah": path})
     return recipe.model_copy(update={"checkpoints": {**recipe.checkpoints, kind: path}})
 
 
 def _with_further(recipe: Recipe, kind: str, path: str, uri: str) -> Recipe:
+    if kind == "tah":
+        raise RegistryError(f"{uri}: the SLM has one second pass, and the recipe has it already; serve this one alone")
     section = {"artifact": "artifacts", "router": "routers"}.get(kind, "checkpoints")
     named, name = getattr(recipe, section), re.sub(r"[^A-Za-z0-9_-]+", "-", uri.removeprefix("models:/")).lstrip("_-")
     if name in named:
@@ -172,6 +180,7 @@ def _keep(model: LoggedModel, recipe: Recipe, folder: Path) -> None:
     alone = recipe.model_copy(
         update={
             "artifact": None,
+            "tah": None,
             "artifacts": {},
             "routers": {},
             "checkpoints": {},

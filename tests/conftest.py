@@ -154,9 +154,24 @@ def _untrained(recipe: Any, folder: Path, thresholds: dict[str, dict[float, floa
 
 
 @pytest.fixture(scope="session")
-def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path, other_artifact: Path) -> str:
-    """The URL (.../v1) of the embedded pair and two untrained artifacts, served by real Serve for the whole
-    session."""
+def untrained_second_pass(recipe_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second pass of the embedded SLM that nobody trained."""
+    from made_up import second_pass
+
+    from s2t_models import loading
+    from s2t_models.recipe import load_recipe
+
+    slm = load_recipe(recipe_path).slm
+    folder = tmp_path_factory.mktemp("tah")
+    return second_pass(loading.load_model(slm), folder, base_weights=loading.weights_hash(slm))
+
+
+@pytest.fixture(scope="session")
+def endpoint(
+    ray_cluster: str, recipe_path: Path, untrained_artifact: Path, other_artifact: Path, untrained_second_pass: Path
+) -> str:
+    """The URL (.../v1) of the embedded pair, two untrained artifacts and a second pass, served by real Serve for the
+    whole session."""
     import socket
 
     from s2t_models.hosting import host
@@ -168,6 +183,7 @@ def endpoint(ray_cluster: str, recipe_path: Path, untrained_artifact: Path, othe
         port = probe.getsockname()[1]
     settings = [f"artifact={untrained_artifact}", f"artifacts.other={other_artifact}"]
     settings += ["checkpoints.kd=embedded:slm", f"serving.port={port}"]
+    settings += [f"tah={untrained_second_pass}", "policies.tah.threshold=0.35"]
     few = [f"{model}.num_cpus=0.1" for model in ("slm", "teacher")]
     return run(host(load_recipe(recipe_path, settings + few)), blocking=False)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from s2t_models.artifact import Card
+from s2t_models.artifact import ADAPTER, Card
 from s2t_models.calibration import Calibration
 from s2t_models.loading import weights_hash
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
 from s2t_models.reserved import bins, reserved_rows
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: What a decider that nobody trained reads.
+LAYERS, SUPPORT = (0, 2), 20
 #: Settings that differ from the embedded recipe's, of an artifact that is served beside another.
 OTHER = ("reserved.count=8", "policies.local.prior_weight=0.5", "distil.temperature=0.2")
 
@@ -64,3 +70,27 @@ def calibration(**changes: Any) -> Calibration:
         "divergence": "KL(SLM || teacher), top 64, bucket",
     }
     return Calibration(**record | changes)
+
+
+def second_pass(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:
+    """A second pass that nobody trained: its LoRA moves logits by about what they spread."""
+    import copy
+
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from s2t_models import second_pass
+    from s2t_models.router import Router, RouterConfig, save_router
+    from s2t_models.settings import LoraSettings
+    from s2t_models.training.selector import lora_targets
+
+    torch.manual_seed(1)
+    targets = lora_targets(model, LoraSettings())
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    get_peft_model(copy.deepcopy(model), config).save_pretrained(folder / ADAPTER)
+    sizes = RouterConfig(model.config.hidden_size, SUPPORT, width=16, blocks=2, states=len(LAYERS))
+    save_router(Router(sizes), folder / second_pass.DECIDER)
+    provenance(objective="tah", **changes).write(folder)
+    card = second_pass.Card(layers=LAYERS, support=SUPPORT)
+    (folder / second_pass.CARD).write_text(card.model_dump_json())
+    return folder

@@ -250,6 +250,7 @@ def test_rows_that_anything_of_the_recipe_was_made_with_are_refused(recipe_path:
         (f"router.path={tmp_path}", r"training \(file:mine.jsonl\)"),
         (f"artifacts.new={tmp_path}", r"training \(file:mine.jsonl\)"),
         (f"routers.new={tmp_path}", r"training \(file:mine.jsonl\)"),
+        (f"tah={tmp_path}", r"training \(file:mine.jsonl\)"),
         (f"trigger.calibration={tmp_path}", r"calibration \(mine\)"),
     ):
         recipe = job(recipe_path, setting)

@@ -42,6 +42,7 @@ from s2t_models.policies.base import Engines, Request
 from s2t_models.policies.local import Local, generate_selecting
 from s2t_models.policies.multiplex import MultiplexEngine
 from s2t_models.policies.r2r import FeatureEngine, RoutingEngine
+from s2t_models.policies.tah import SecondPassEngine
 from s2t_models.settings import CandidateSettings, MultiplexSettings
 
 TEXTS = ("Ada has 12 ", "8+5=", "Tom and Ida, ", "x", "then 4 more ", "Q: 7 of 90?\n", "zebra ", "(a)(b)")
@@ -53,6 +54,7 @@ PROTOCOLS = {
     "multiplex": MultiplexEngine,
     "features": FeatureEngine,
     "route": RoutingEngine,
+    "second_pass": SecondPassEngine,
 }
 
 

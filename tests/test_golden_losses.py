@@ -20,7 +20,7 @@ from s2t_models.training.batches import trajectories
 from s2t_models.training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "training.json"
-OBJECTIVES = ("selector", "kd")
+OBJECTIVES = ("selector", "kd", "tah")
 SETTINGS = (
     "distil.steps=20",
     "distil.batch=4",

@@ -68,7 +68,7 @@ def test_an_objective_is_added_by_its_class_alone(
 
 
 def test_an_unknown_objective_is_named(recipe_path: Path) -> None:
-    with pytest.raises(UserError, match="no objective 'kdd'; there are: selector, kd"):
+    with pytest.raises(UserError, match="no objective 'kdd'; there are: selector, kd, tah"):
         objective("kdd", load_recipe(recipe_path).distil)
 
 
@@ -85,7 +85,7 @@ step = dict(step=1, by_kl=True, candidates_K=[5, 6], slm_logprobs_K=[-1.0, -1.0]
 rows = [
     dict(
         uid=str(n), prompt=str(n), prompt_ids=[n, 3], output_ids=[5, 7, 9],
-        kl_T=[0, 1, 0], entropy_T=[0] * 3, kept=[step],
+        kl_T=[0, 1, 0], entropy_T=[0] * 3, teacher_argmax_T=[5, 6, 9], kept=[step],
     )
     for n in range(1, 5)
 ]

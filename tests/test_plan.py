@@ -73,6 +73,7 @@ def test_weights_and_cache_are_what_the_engine_allocates():
     cost, model = ModelCost(settings), load_model(settings)
     assert cost.weights == sum(value.nbytes for value in model.parameters())
     assert cost.cache(3) == Slots(model, 3, 100).cache.nbytes
+    assert cost.cache(3, second=True) == Slots(model, 3, 100, second=True).cache.nbytes
 
 
 def test_activations_are_what_autograd_keeps_in_a_real_forward():
@@ -182,6 +183,16 @@ def test_what_is_served_beside_the_recipes_own_takes_the_slms_memory_once_more(t
     parts = {process.name: process.parts["weights"] for process in stage.processes}
     assert parts["s2t-local:new"] == parts["slm:old"] == parts["slm"] > 0
     assert stage.work["beside"].startswith("s2t-local:new, slm:old: ")
+
+
+def test_second_passes_take_room_in_the_slms_cache(tmp_path):
+    cache = {}
+    for tah in (None, "x"):
+        wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-1.5b", tah=tah)
+        processes = {process.name: process for process in Plan(wanted, CARDS["h100"]).serve().processes}
+        cache[tah] = {name: processes[name].parts["cache"] for name in ("slm", "teacher", "s2t-local")}
+    assert cache["x"]["slm"] > 1.9 * cache[None]["slm"]
+    assert cache["x"] | {"slm": 0} == cache[None] | {"slm": 0}
 
 
 def test_figures_of_ones_own_replace_those_of_a_card():

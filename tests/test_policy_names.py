@@ -17,10 +17,11 @@ from s2t_models.policies.multiplex import MultiplexThinking
 from s2t_models.policies.r2r import RouterTrigger
 from s2t_models.policies.scorers import SelectorScorer, TeacherScorer
 from s2t_models.policies.single import SingleModel
+from s2t_models.policies.tah import ThinkAtHard
 from s2t_models.policies.triggers import DivergenceTrigger, EntropyTrigger, RandomTrigger
 from s2t_models.recipe import Recipe
 from s2t_models.router import Router, RouterConfig, save_router
-from s2t_models.settings import MultiplexSettings, SamplerSettings
+from s2t_models.settings import MultiplexSettings, SamplerSettings, TahSettings
 
 THRESHOLDS = {
     "kl": {0.01: 3.0, 0.05: 2.0, 0.1: 1.0},
@@ -31,9 +32,11 @@ MODEL = {"path": "embedded:slm"}
 RECIPE = Recipe.model_validate({"name": "pair", "slm": MODEL, "teacher": MODEL, "checkpoints": {"distilled": "x"}})
 
 
-def hosting(recipe: Recipe = RECIPE, thresholds=THRESHOLDS, router: Path | None = None, **changes) -> Hosting:
+def hosting(
+    recipe: Recipe = RECIPE, thresholds=THRESHOLDS, router: Path | None = None, second: Path | None = None, **changes
+) -> Hosting:
     recipe = recipe.model_copy(update=changes)
-    slm = Hosted("slm", recipe.slm, router=router)
+    slm = Hosted("slm", recipe.slm, router=router, second_pass=second)
     engines = {
         "slm": slm,
         "teacher": Hosted("teacher", recipe.teacher),
@@ -55,7 +58,7 @@ def router(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_policy_is_offered_under_its_name(router):
-    offered, refused = offer(hosting(router=router))
+    offered, refused = offer(hosting(router=router, second=Path("second")))
     assert list(offered) == names(hosting())
     assert refused == {}
     assert all(built.name == name for name, built in offered.items())
@@ -63,6 +66,7 @@ def test_every_policy_is_offered_under_its_name(router):
         *("greedy", "sample", "maj@8", "llm", "llm-sample", "takeover", "s2t", "s2t-dynamic-01", "s2t-dynamic-05"),
         *("takeover-entropy", "s2t-entropy", "takeover-random", "s2t-random", "s2t-local", "s2t-local-w0", "r2r"),
         *("s2t-local-kl", "s2t-local-entropy", "s2t-local-random", "specreason", "multiplex", "kd", "distilled"),
+        "tah",
     }
     assert {name for built in offered.values() for name in built.needs} == {
         *("slm", "teacher", "s2t-local", "kd", "distilled"),
@@ -93,7 +97,8 @@ def test_a_capability_that_an_engine_lacks_is_named(monkeypatch):
     plain = load.EngineKind("nowhere", plain=frozenset({"entropy"}))
     monkeypatch.setitem(load.ENGINES, "plain", plain)
     slm = RECIPE.slm.model_copy(update={"engine": "plain"})
-    offered, refused = offer(hosting(slm=slm))
+    offered, refused = offer(hosting(slm=slm, second=Path("second")))
+    assert refused["tah"] == "tah needs second_pass of slm, which a plain engine does not have here"
     assert refused["multiplex"] == "multiplex needs multiplex of slm, which a plain engine does not have here"
     assert {"greedy", "s2t", "s2t-entropy", "s2t-local"} <= set(offered)
 
@@ -106,6 +111,9 @@ def test_settings_come_from_the_recipe_with_the_published_defaults():
     assert get("maj@3") == Majority("maj@3", own, 3)
     expected = MultiplexSettings(width=3, temperature=1.0, weighted=True, entropy=0.1, patience=256)
     assert get("multiplex") == MultiplexThinking("multiplex", expected, own)
+    assert get("tah", second=Path("second")) == ThinkAtHard(
+        "tah", TahSettings(threshold=0.9, sampler=SamplerSettings(temperature=0.6, top_p=0.95, top_k=20))
+    )
     specreason = get("specreason").settings
     assert (specreason.accept, specreason.step_tokens, specreason.delimiter) == (7, 512, "\n\n")
 
@@ -244,6 +252,7 @@ def test_r2r_is_takeover_by_a_router(router):
         ("s2t-random@2", "s2t-random@2: a budget is a share of the steps above 0 and up to 1"),
         ("s2t-k65", "s2t-k65: a step has at most 64 candidates"),
         ("r2r", "r2r: router.path is not set; `s2t distil --objective router` trains one"),
+        ("tah", "tah: the recipe names no second pass as tah; `s2t distil --objective tah` trains one"),
     ],
 )
 def test_refusals_are_one_line(name, message):

@@ -63,7 +63,8 @@ def whole(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", ["greedy", "sample", "maj@3", "takeover", "s2t", "s2t-local", "s2t-local-kl", "specreason", "multiplex"]
+    "name",
+    ["greedy", "sample", "maj@3", "takeover", "s2t", "s2t-local", "s2t-local-kl", "specreason", "multiplex", "tah"],
 )
 def test_every_policy_streams_what_it_answers(client, name: str):
     body = chat(model=name, seed=3, s2t={"decisions": True})

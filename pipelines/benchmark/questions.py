@@ -61,12 +61,12 @@ def check_splits(recipe: Recipe, chosen: Sequence[tuple[Task, list[Item]]], data
 
 
 def recorded_rows(recipe: Recipe) -> dict[str, set[str]]:
-    """The row hashes (`splits.question_hashes`) by split that the artifacts, the checkpoints, the routers and the
-    calibration of the recipe say they were made with. Raises ArtifactError, ProvenanceError or RecipeError where a
-    record cannot be read."""
+    """The row hashes (`splits.question_hashes`) by split that the artifacts, the checkpoints, the routers, the second
+    pass and the calibration of the recipe say they were made with. Raises ArtifactError, ProvenanceError or RecipeError
+    where a record cannot be read."""
     rows: dict[str, set[str]] = {}
     beside = (*recipe.artifacts.values(), *recipe.routers.values(), *recipe.checkpoints.values())
-    for folder in (recipe.artifact, recipe.router.path, *beside):
+    for folder in (recipe.artifact, recipe.router.path, recipe.tah, *beside):
         provenance = read_provenance(folder) if folder else None
         for name, hashes in provenance.rows.items() if provenance else ():
             rows.setdefault(name, set()).update(hashes)

@@ -53,7 +53,7 @@ class _Part:
     """One record batch as views of its columns. `rows` are those that are trajectories."""
 
     def __init__(self, batch: pa.RecordBatch) -> None:
-        names = ("prompt_ids", "output_ids", "kl_T", "entropy_T")
+        names = ("prompt_ids", "output_ids", "kl_T", "entropy_T", "teacher_argmax_T")
         self._lists = {name: _List(batch[name]) for name in names}
         self._uids, self._prompts = batch["uid"], batch["prompt"]
         kept = batch["kept"]
@@ -80,6 +80,7 @@ class _Part:
             tree=tree,
             kl_T=np.array(self._lists["kl_T"][row]),
             entropy_T=np.array(self._lists["entropy_T"][row]),
+            teacher_T=self._lists["teacher_argmax_T"][row].astype(np.int64),
             by_kl_G=np.array(self._by_kl[groups.start : groups.stop], dtype=bool),
             slm_logprobs_GK=candidates["slm_logprobs_K"],
             teacher_logprobs_GK=candidates["teacher_logprobs_K"],

@@ -67,8 +67,9 @@ def distil(
         raise RecipeError(f"distil.min_workers = {settings.min_workers} exceeds distil.workers = {settings.workers}")
     if settings.batch % settings.workers:
         raise RecipeError(f"distil.batch = {settings.batch} does not divide among distil.workers = {settings.workers}")
-    check_targets(recipe.slm, settings.lora)
-    refuse_foreign(output, objectives.objective(objective, settings).mark)
+    chosen = objectives.objective(objective, settings)
+    check_targets(recipe.slm, chosen.lora)
+    refuse_foreign(output, chosen.mark)
     provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe))
     known = read_provenance(output)
     collections = {"training": shards} | ({"calibration": calibration} if calibration else {})
@@ -108,6 +109,11 @@ def report(done: Provenance, output: Location) -> str:
     ]
     if done.trigger_head:
         lines.append(f"trigger head AUC {done.trigger_head['auc']:.3f}")
+    if found := done.decider:
+        lines.append(
+            f"decider      {found['second_passes']:.1%} of the steps take a second pass; {found['recall']:.1%} of the "
+            f"hard ones ({found['hard']:.1%}) are among them, AUC {found['auc']:.3f}"
+        )
     return "\n".join([*lines, f"written to   {output}"])
 
 

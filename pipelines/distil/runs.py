@@ -72,7 +72,8 @@ def log_trained(
                 version = register(recipe, fetched(output), done)
                 best = {f"best/{name}": value for name, value in done.validation.items()}
                 trigger = {f"trigger/{name}": value for name, value in done.trigger_head.items()}
-                tracking.log_metrics(best | trigger, model_id=version.model_id)
+                decider = {f"decider/{name}": value for name, value in done.decider.items()}
+                tracking.log_metrics(best | trigger | decider, model_id=version.model_id)
             print(f"registered   {version.uri}")
             _show_link(run, done)
         remove(training)

@@ -120,18 +120,19 @@ class Plan:
         wide = max(getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size, cost.head // width)
         tokens = max(TOKENS_A_FORWARD, cost.context) if reads else max(TOKENS_A_FORWARD, self.assumed.prompt)
         itemsize = cost.dtype.itemsize
+        thinks = name == "slm" and self.recipe.tah is not None
         logits = max(batch * width * (itemsize + 12), reads * width * itemsize + min(reads, STRETCH) * width * 8)
         parts = {
             "overhead": self.card.overhead,
             "weights": cost.weights / cards,
-            "cache": cost.cache(settings.slots) / cards,
+            "cache": cost.cache(settings.slots, second=thinks) / cards,
             "forward": tokens * (3 * wide + 6 * layer.hidden_size) * itemsize,
             "logits": logits,
         }
 
         def change(room: float) -> str:
             rest = sum(parts.values()) - parts["cache"]
-            slots = int((room / (1 + SLACK) - rest) * cards / cost.cache(1))
+            slots = int((room / (1 + SLACK) - rest) * cards / cost.cache(1, second=thinks))
             if settings.engine == "vllm" and slots < settings.slots:
                 divided = parts["weights"] + parts["cache"]
                 spare = room / (1 + SLACK) - (sum(parts.values()) - divided)
@@ -143,7 +144,7 @@ class Plan:
                     return f"{role}.vllm.tensor_parallel {parallel} -> {needed}"
             if slots >= 1:
                 return f"{role}.slots {settings.slots} -> {slots}"
-            least = (rest + cost.cache(1)) * (1 + SLACK) / GIB
+            least = (rest + cost.cache(1, second=thinks)) * (1 + SLACK) / GIB
             return f"{role}: {least:.0f} GiB with one slot; take a card that holds them, or a smaller {role}"
 
         return Process(name, parts, settings.device, gpus, key, change, count)

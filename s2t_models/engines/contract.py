@@ -1,8 +1,8 @@
 """What an engine is: token ids in, token ids and log-probabilities out.
 
 The core is `Engine`: card, generate, score, close. Everything beyond it is a capability that the card lists, with a
-protocol of its own: `Selecting` here, mean-embedding inputs beside Multiplex, the router beside R2R. A policy that
-needs a capability is offered only where the engine has it.
+protocol of its own: `Selecting` here, mean-embedding inputs beside Multiplex, the router beside R2R, second passes
+beside Think-at-Hard. A policy that needs a capability is offered only where the engine has it.
 
 Calls carry their whole prefix and are asynchronous, so no policy manages a cache, any replica can serve any call, and
 batching is the engine's business. An engine belongs to the event loop of its first call; all its calls come from there.
@@ -31,7 +31,10 @@ Finish = Literal["end", "length", "trigger", "stop"]
 #: multiplex      mean embeddings as inputs (`policies.multiplex.MultiplexEngine`)
 #: features       inputs of R2R's router, to train one (`policies.r2r.FeatureEngine`)
 #: route          R2R's router itself (`policies.r2r.RoutingEngine`)
-Capability = Literal["select", "fused_select", "entropy", "seeded_noise", "multiplex", "features", "route"]
+#: second_pass    second passes at hard tokens (`policies.tah.SecondPassEngine`)
+Capability = Literal[
+    "select", "fused_select", "entropy", "seeded_noise", "multiplex", "features", "route", "second_pass"
+]
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,7 @@ class ModelCard:
     dtype: str = "float32"
     engine: str = "torch"
     router: str | None = None
+    second_pass: str | None = None
     capabilities: frozenset[Capability] = frozenset()
 
 

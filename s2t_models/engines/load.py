@@ -20,13 +20,14 @@ from s2t_models.settings import ModelSettings
 
 @dataclass(frozen=True)
 class EngineKind:
-    """`module` holds `load`. `plain` are the capabilities with any model; those of `artifact` and `router` come with
-    these."""
+    """`module` holds `load`. `plain` are the capabilities with any model; those of `artifact`, `router` and
+    `second_pass` come with these."""
 
     module: str
     plain: frozenset[Capability] = frozenset()
     artifact: frozenset[Capability] = frozenset({"select"})
     router: frozenset[Capability] = frozenset()
+    second_pass: frozenset[Capability] = frozenset()
 
 
 ENGINES: dict[str, EngineKind] = {
@@ -35,6 +36,7 @@ ENGINES: dict[str, EngineKind] = {
         plain=frozenset({"entropy", "seeded_noise", "multiplex", "features"}),
         artifact=frozenset({"select", "fused_select"}),
         router=frozenset({"route"}),
+        second_pass=frozenset({"second_pass"}),
     ),
     "vllm": EngineKind("s2t_models.engines.vllm.load", plain=frozenset({"entropy", "seeded_noise"})),
 }
@@ -51,7 +53,8 @@ def kind(hosted: Hosted) -> EngineKind:
 def capabilities(hosted: Hosted) -> frozenset[Capability]:
     """What the engine will be able to do beyond the core, known before it is loaded."""
     of = kind(hosted)
-    return of.plain | (of.artifact if hosted.artifact else frozenset()) | (of.router if hosted.router else frozenset())
+    beside = ((of.artifact, hosted.artifact), (of.router, hosted.router), (of.second_pass, hosted.second_pass))
+    return of.plain.union(*(with_it for with_it, folder in beside if folder))
 
 
 def card_of(
@@ -70,6 +73,7 @@ def card_of(
         dtype=settings.dtype,
         engine=hosted.settings.engine,
         router=hosted.router_hash,
+        second_pass=hosted.second_pass_hash,
         capabilities=capabilities(hosted),
     )
 

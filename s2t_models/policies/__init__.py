@@ -1,6 +1,6 @@
 """Policies by name: the name a policy is served under says what it is, with which settings, at which budget.
 
-    greedy  sample  maj@8  llm  llm-sample  specreason  multiplex  r2r  kd  <any checkpoint of the recipe>
+    greedy  sample  maj@8  llm  llm-sample  specreason  multiplex  tah  r2r  kd  <any checkpoint of the recipe>
     s2t[-METRIC][-dynamic-05][-k4][@0.05]   takeover[-METRIC][@0.05]
     s2t-local[-METRIC][-k4][-w0][@0.05][:ARTIFACT]   r2r[:ROUTER]
 
@@ -15,13 +15,13 @@ from types import ModuleType
 
 from s2t_models.engines.load import capabilities
 from s2t_models.hosting import Hosting
-from s2t_models.policies import collaborate, local, majority, multiplex, r2r, single, specreason
+from s2t_models.policies import collaborate, local, majority, multiplex, r2r, single, specreason, tah
 from s2t_models.policies.base import Policy
 from s2t_models.policies.errors import PolicyError
 
 __all__ = ["KINDS", "Policy", "PolicyError", "lacking", "names", "offer", "policy"]
 
-KINDS: list[ModuleType] = [single, majority, collaborate, local, r2r, specreason, multiplex]
+KINDS: list[ModuleType] = [single, majority, collaborate, local, r2r, specreason, multiplex, tah]
 
 
 def names(hosting: Hosting) -> list[str]:

@@ -191,6 +191,8 @@ async def one_draft(
                 yield Done(part.finish, {engine: part.usage})
             else:
                 yield Span(part.ids, source, part.support)
+                for decision in part.decisions:
+                    yield decision
 
 
 async def check_fits(engines: Engines, names: Iterable[str], request: Request) -> None:

@@ -28,13 +28,14 @@ NO_CANDIDATE = -1e9
 @dataclass(frozen=True)
 class Trajectory:
     """One labelled row. `tree` holds tokens and candidates; `by_kl_G` says which groups are top steps by KL; divergence
-    and entropy of each step are in nats."""
+    and entropy of each step are in nats, and `teacher_T` is what the teacher would write there."""
 
     uid: str
     prompt: str
     tree: Tree
     kl_T: np.ndarray
     entropy_T: np.ndarray
+    teacher_T: np.ndarray
     by_kl_G: np.ndarray
     slm_logprobs_GK: np.ndarray
     teacher_logprobs_GK: np.ndarray
@@ -81,6 +82,7 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         tree=tree,
         kl_T=np.array(row["kl_T"], dtype=np.float32),
         entropy_T=np.array(row["entropy_T"], dtype=np.float32),
+        teacher_T=np.array(row["teacher_argmax_T"], dtype=np.int64),
         by_kl_G=np.array([step["by_kl"] for step in kept], dtype=bool),
         slm_logprobs_GK=padded("slm_logprobs_K", NO_CANDIDATE, np.float32),
         teacher_logprobs_GK=padded("teacher_logprobs_K", NO_CANDIDATE, np.float32),
@@ -188,7 +190,7 @@ class Batch:
     """Packed trajectories with the labels of their groups, on one device.
 
     `valid_GK` marks the real candidates. `target_G` is the index of the teacher's best candidate, `target_token_G` its
-    id.
+    id; `teacher_S` is what the teacher would write at each decoding state.
     """
 
     packed: TreeBatch
@@ -199,6 +201,7 @@ class Batch:
     teacher_logprobs_GK: torch.Tensor
     target_G: torch.Tensor
     target_token_G: torch.Tensor
+    teacher_S: torch.Tensor
 
 
 def collate(items: Sequence[Trajectory], device: torch.device, leaves: bool = True) -> Batch:
@@ -227,4 +230,5 @@ def collate(items: Sequence[Trajectory], device: torch.device, leaves: bool = Tr
         teacher_logprobs_GK=teacher_GK,
         target_G=target_G,
         target_token_G=candidates_GK.gather(1, target_G[:, None])[:, 0],
+        teacher_S=torch.from_numpy(np.concatenate([item.teacher_T for item in items])).to(device),
     )

@@ -24,16 +24,17 @@ def build(
     provenance: Provenance,
     output: Location,
 ) -> Provenance:
-    """Merge what `Selector.trained` gave into the recipe's SLM and write the objective's product to `output`; returns
+    """Put what `Selector.trained` gave into the recipe's SLM and write the objective's product to `output`; returns
     its provenance as written. Without `calibration`, thresholds are set on the held-out prompts' trajectories."""
     chosen = objective(provenance.objective, recipe.distil)
     selector = load_selector(recipe, chosen)
     selector.load_trained(trained)
     adapter = selector.adapter(recipe.slm.path)
     training, held_out = split_by_prompt(data, recipe.distil.validation, recipe.seed)
+    model = selector.base() if chosen.keeps_lora_apart else selector.merge()
     merged = Merged(
         recipe=recipe,
-        model=selector.merge().eval(),
+        model=model.eval(),
         tokenizer=load_tokenizer(recipe.slm),
         reserved_ids=selector.reserved_ids,
         bins=tuple(selector.bins_R.tolist()),

@@ -24,8 +24,9 @@ from s2t_models.training.trigger_head import train_head
 
 @dataclass(frozen=True)
 class Merged:
-    """The trained model as plain transformers knows it, with what its products are made from: the trajectories it was
-    trained on, and others to set thresholds on. `ranking_head` [R, H] is there where no rows are reserved (D.1)."""
+    """The trained model as plain transformers knows it, or the frozen base where the objective keeps its LoRA apart,
+    with what products are made from: the trajectories trained on, and others to set thresholds on. `ranking_head`
+    [R, H] is there where no rows are reserved (D.1)."""
 
     recipe: Recipe
     model: PreTrainedModel

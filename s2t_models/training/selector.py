@@ -27,6 +27,7 @@ from s2t_models.loading import load_config
 from s2t_models.output_head import OutputHead
 from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins
+from s2t_models.second_pass import Gate
 from s2t_models.settings import LoraSettings, ModelSettings
 from s2t_models.training.tree_attention import decode, use_tree_attention
 
@@ -99,6 +100,7 @@ class Selector(nn.Module):
             if isinstance(module, BaseTunerLayer):
                 module.cast_input_dtype_enabled = model.dtype == torch.float32  # type: ignore[assignment]  # see `forward`
         self.output = OutputHead(self.model)
+        self.gate = Gate(self.adapted)
 
     @property
     def ranking_head(self) -> torch.Tensor | None:
@@ -110,12 +112,13 @@ class Selector(nn.Module):
         """The transformers model inside, adapters and all."""
         return cast(PreTrainedModel, self.adapted.base_model.model)
 
-    def forward(self, **inputs: Any) -> torch.Tensor:
+    def forward(self, lora_BL: torch.Tensor | None = None, **inputs: Any) -> torch.Tensor:
         """The tuned model's hidden states after the last norm, [B, L, H]; takes the arguments of
-        `tree_attention.decode`.
+        `tree_attention.decode`. With `lora_BL` (bool) the LoRA acts on these tokens alone.
 
         In half precision the LoRA factors, which are float32, are computed with in the model's: casting their inputs up
         would keep a second copy of nearly every activation."""
+        self.gate.open_BL = lora_BL
         device, dtype = self.rows_RH.device.type, self.model.dtype
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             return decode(self.model, **inputs)
@@ -177,6 +180,12 @@ class Selector(nn.Module):
             for name, value in get_peft_model_state_dict(self.adapted, save_embedding_layers=False).items()
         }
         return Adapter(config.to_dict(), tensors)
+
+    def base(self) -> PreTrainedModel:
+        """The frozen base as the plain transformers model that it was; the selector is used up."""
+        model = cast(PreTrainedModel, self.adapted.unload())
+        model.set_attn_implementation(self._attention)
+        return model
 
     def merge(self) -> PreTrainedModel:
         """Fold LoRA and reserved rows into a plain transformers model, which is returned; the selector is used up."""

@@ -46,7 +46,7 @@ def load_selector(recipe: Recipe, objective: Objective) -> Selector:
     model = load_model(recipe.slm)
     if recipe.distil.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    selector = Selector(model, reserved_rows(recipe), recipe.distil.lora, recipe.reserved.count).to(model.device)
+    selector = Selector(model, reserved_rows(recipe), objective.lora, recipe.reserved.count).to(model.device)
     for name, value in selector.named_parameters():
         value.requires_grad_(value.requires_grad and objective.trains(name))
     return selector
@@ -166,14 +166,7 @@ class Trainer:
 
     def _outputs(self, items: Sequence[Trajectory], batch: Batch, model: nn.Module) -> Outputs:
         """Both models' outputs; `model` is the selector, wrapped where gradients are to be kept in step."""
-        hidden_BLH = model(**batch.packed.inputs())
-        return Outputs(
-            base_SH=self._base(items, batch),
-            tuned_SH=batch.packed.states(hidden_BLH),
-            scores_GK=self.selector.scores(batch.packed.leaves(hidden_BLH)),
-            text_logits=self.selector.text_logits,
-            vocabulary=self.selector.vocabulary,
-        )
+        return self.objective.outputs(batch, self._base(items, batch), self.selector, model)
 
     def _base(self, items: Sequence[Trajectory], batch: Batch) -> torch.Tensor:
         """The frozen base's hidden states at the decoding states of a batch, [S, H]."""

@@ -8,6 +8,7 @@ Axes: _B row, _L packed token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,12 @@ ATTENTION = "s2t_tree"
 
 @dataclass
 class Sight:
-    """What each packed token sees: the first `seen_BL` tokens of its row, whose positions are their columns, and
-    itself. `positions_BL` are the tokens' own positions."""
+    """What each packed token sees: the first `seen_BL` tokens of its row, and itself; with `since_BL` also what stands
+    between that column and its own. `positions_BL` are the tokens' own positions."""
 
     seen_BL: torch.Tensor
     positions_BL: torch.Tensor
+    since_BL: torch.Tensor | None = None
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -38,12 +40,14 @@ class Sight:
         return cls((at_L + 1).expand_as(ids_BL), at_L.expand_as(ids_BL))
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask [B, 1, L, L]; with a `window`, prefix tokens that many positions back or more are not seen."""
+        """Additive mask [B, 1, L, L]; with a `window`, tokens that many positions back or more are not seen."""
         if window not in self._masks:
             at_L = torch.arange(self.seen_BL.shape[1], device=self.seen_BL.device)
             sees_BLL = at_L < self.seen_BL[..., None]
+            if self.since_BL is not None:
+                sees_BLL |= (at_L >= self.since_BL[..., None]) & (at_L <= at_L[:, None])
             if window is not None:
-                sees_BLL &= at_L > self.positions_BL[..., None] - window
+                sees_BLL &= self.positions_BL[:, None] > self.positions_BL[..., None] - window
             sees_BLL |= at_L == at_L[:, None]  # padding too, so that no row is empty
             mask_BLL = torch.zeros(sees_BLL.shape, dtype=dtype, device=at_L.device)
             self._masks[window] = mask_BLL.masked_fill_(~sees_BLL, torch.finfo(dtype).min)[:, None]
@@ -57,23 +61,32 @@ def use_tree_attention(model: PreTrainedModel) -> None:
 
 def decode(
     model: PreTrainedModel,
-    input_ids: torch.Tensor,
+    input_ids: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     sight: Sight | None = None,
+    inputs_embeds: torch.Tensor | None = None,
+    layers: Sequence[int] = (),
 ) -> torch.Tensor:
-    """The hidden states after the last norm, [B, L, H]; without `sight`, of plain texts. The model has been given to
+    """The hidden states after the last norm, [B, L, H]; without `sight`, of plain texts. With `layers`, those after
+    each of these (0: the embeddings) come before them, laid end to end, [B, L, F]. The model has been given to
     `use_tree_attention`."""
-    sight = Sight.causal(input_ids) if sight is None else sight
+    if sight is None:
+        assert input_ids is not None
+        sight = Sight.causal(input_ids)
     # Classes with kinds of layers look a mask up for each; the others make none for an attention of another name.
     kinds = getattr(model.config, "layer_types", None)
     masks = dict.fromkeys({*kinds, "full_attention"}) if kinds else None
     output = model.get_decoder()(
         input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
         attention_mask=masks,
         position_ids=sight.positions_BL if position_ids is None else position_ids,
         use_cache=False,
         sight=sight,
+        output_hidden_states=bool(layers),
     )
+    if layers:
+        return torch.cat([*(output.hidden_states[layer] for layer in layers), output.last_hidden_state], dim=-1)
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 

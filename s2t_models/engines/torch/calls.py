@@ -34,17 +34,21 @@ from s2t_models.engines.sampling import top
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.noise import uniforms
 from s2t_models.router import Router
+from s2t_models.second_pass import mean_embedding
 from s2t_models.settings import MultiplexSettings
 
 #: Positions whose full-vocabulary log-probabilities are held at once.
 STRETCH = 512
+#: Tokens that the decision at a hard token shows.
+SHOWN = 8
 
 Embed = Callable[[list[int]], torch.Tensor]
 
 
 @dataclass
 class Step:
-    """The next-token distribution after what was fed: the token picked from it, the trigger head's logit where asked.
+    """The next-token distribution after what was fed: the token picked from it, and where asked the trigger head's
+    logit, or the decider's probability that the token needs a second pass.
 
     The support is filled for the whole batch where the feed asked for it; `look` fills it for this row alone. A step
     holds the logits of its whole batch: it is for the step after it, not for keeping."""
@@ -53,6 +57,7 @@ class Step:
     logits_BV: torch.Tensor  # of the whole batch, of which this is `row`
     row: int
     trigger: float = 0.0
+    hard: float = 0.0
     top_ids_N: np.ndarray | None = None
     top_logprobs_N: np.ndarray | None = None
     entropy: float = 0.0
@@ -73,7 +78,8 @@ class Feed:
     """Run `ids` through the model behind the first `start` tokens of the row's slot.
 
     What comes back: with `read`, what it makes of the last `reads` fed tokens' (hidden_TH, logits_TV); else the `Step`
-    after the last token, or after the leaf that `choose` picks from the reserved rows' logits [K, R]."""
+    after the last token, or after the leaf that `choose` picks from the reserved rows' logits [K, R]. With `second` the
+    one token runs a second time (`slots.Query`), and the logits of its first pass, `first_V`, are added."""
 
     start: int
     ids: list[int]
@@ -86,6 +92,9 @@ class Feed:
     read: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
     reads: int = 0
     embedding: torch.Tensor | None = None
+    decide: bool = False
+    second: list[int] | None = None
+    first_V: torch.Tensor | None = None
 
 
 #: A call as the engine runs it: yields what to feed, is sent what came of it, returns the answer.
@@ -267,6 +276,49 @@ def generate_multiplex(
     while not (finish := drafting.add(step.token, step)):
         step = yield drafting.read_last()
     return drafting.draft(finish)
+
+
+def generate_thinking(
+    cached: int,
+    prefix: list[int],
+    sampling: Sampling,
+    output: Output,
+    threshold: float,
+    support: int,
+    embed: Callable[[torch.Tensor], torch.Tensor],
+) -> Procedure:
+    """Think-at-Hard: where the decider finds a token hard, it runs once more on the mean embedding of its `support`
+    likeliest next tokens, with the LoRA, and the logits of both passes add. Returns a Draft, with a decision for each
+    hard token: the first pass's likeliest next tokens, scored by their probabilities after both.
+
+    The prompt takes one pass; its last token, which decides the first step, may take two."""
+    drafting = _Drafting(cached, prefix, sampling, output, decide=True)
+    step = yield drafting.read_prefix()
+    second: list[int] = []
+    while True:
+        decision = None
+        if step.hard > threshold:
+            first, at = step, drafting.at - 1
+            second.append(at)
+            mean_H = mean_embedding(first.logits_V[None], support, embed)[0]
+            token = (prefix + drafting.ids)[-1:]
+            step = yield drafting.feed(
+                at, token, embedding=mean_H, second=list(second), first_V=first.logits_V, decide=False
+            )
+            decision = _both_passes(first, step, drafting.step)
+        if finish := drafting.add(step.token, step, decision):
+            return drafting.draft(finish)
+        step = yield drafting.read_last()
+
+
+def _both_passes(first: Step, both: Step, step: int) -> Decision:
+    """What a second pass made of the first one's likeliest next tokens."""
+    ids_K, logprobs_K = first.look(SHOWN)
+    preferences_K = both.logits_V.float().log_softmax(-1)[ids_K.tolist()].cpu().numpy()
+    scores_K = np.exp(preferences_K)
+    return Decision(
+        step, first.hard, ids_K.tolist(), logprobs_K.tolist(), scores_K.tolist(), preferences_K.tolist(), both.token
+    )
 
 
 def score(cached: int, tokens: list[int], start: int, ids_TN: np.ndarray, support: int) -> Procedure:

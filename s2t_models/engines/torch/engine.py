@@ -45,12 +45,14 @@ from s2t_models.engines.torch.calls import Feed, Output, Procedure, Step
 from s2t_models.engines.torch.slots import Query
 from s2t_models.noise import uniforms
 from s2t_models.reserved import bins as uniform_bins
-from s2t_models.settings import MultiplexSettings
+from s2t_models.second_pass import decider_inputs
+from s2t_models.settings import MultiplexSettings, TahSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from s2t_models.router import Router
+    from s2t_models.second_pass import SecondPass
 
 #: Tokens one forward takes at most, beyond its first feed; further feeds wait for the next.
 TOKENS_A_FORWARD = 2048
@@ -74,7 +76,7 @@ class TorchEngine:
     """The contract over one transformers model; the card's masked ids are never generated. Of an S2T-Local artifact,
     `head` is the trigger head, `reserved_ids` are the rows of the vocabulary that score, `bins` their values, by
     default uniform (Eq. 5), and `ranking_head` [R, H] rows that score in their place (D.1); `router` is R2R's router.
-    `decode` is the tokenizer's, for stop texts.
+    `decode` is the tokenizer's, for stop texts. `second_pass` holds Think-at-Hard's decider and LoRA.
 
     It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the
     model, or the card's context, cannot be served exactly."""
@@ -90,13 +92,18 @@ class TorchEngine:
         ranking_head: torch.Tensor | None = None,
         router: Router | None = None,
         decode: Callable[[list[int]], str] | None = None,
+        second_pass: SecondPass | None = None,
     ) -> None:
         self._card, self._decode = card, decode
         self._check = Checks(card, has_selector=head is not None)
         self._model = model
         self._head = head.to(model.device).eval() if head is not None else None
         self._router = router.to(model.device).eval() if router is not None else None
-        self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name))
+        thinks = second_pass is not None
+        self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name), thinks)
+        self._slots.gate = second_pass.attach(model) if second_pass else None
+        self._second = second_pass.card if second_pass else None
+        self._decider = second_pass.decider().to(model.device) if second_pass else None
         self._masked = torch.tensor(card.masked_ids, dtype=torch.long, device=model.device)
         embedding: Any = model.get_output_embeddings()
         bias, reserved = getattr(embedding, "bias", None), list(reserved_ids)
@@ -142,6 +149,22 @@ class TorchEngine:
         output = self._output_of(sampling, tell)
         return await self._call(
             prefix, lambda cached: calls.generate_multiplex(cached, prefix, sampling, output, settings, self._embed)
+        )
+
+    async def generate_thinking(
+        self, prefix: list[int], sampling: Sampling, settings: TahSettings, tell: Tell | None = None
+    ) -> Draft:
+        second = self._second
+        if second is None:
+            raise ValueError(f"{self._card.name} has no second pass; set tah")
+        self._check.draft(prefix, sampling)
+        self._check.unpenalised(sampling)
+        output, embed = self._output_of(sampling, tell), self._model.get_input_embeddings()
+        return await self._call(
+            prefix,
+            lambda cached: calls.generate_thinking(
+                cached, prefix, sampling, output, settings.threshold, second.support, embed
+            ),
         )
 
     def _output_of(self, sampling: Sampling, tell: Tell | None) -> Output:
@@ -318,10 +341,11 @@ class TorchEngine:
     def _forward(self, calls: list[_Call]) -> list[Any]:
         feeds = [call.feed for call in calls if call.feed is not None]
         queries = [
-            Query(call.slot, feed.start, feed.ids, feed.choose is not None, feed.embedding)
+            Query(call.slot, feed.start, feed.ids, feed.choose is not None, feed.embedding, feed.second)
             for call, feed in zip(calls, feeds, strict=True)
         ]
-        hidden_TH, firsts = self._slots.forward(queries)
+        layers = self._second.layers if self._second and any(feed.decide for feed in feeds) else ()
+        hidden_TH, firsts, states_TF = self._slots.forward(queries, layers)
         outcomes: list[Any] = [None] * len(feeds)
         stepping: list[int] = []
         last: list[int] = []
@@ -340,12 +364,17 @@ class TorchEngine:
             last.append(first + leaf)
         self._slots.keep(kept)
         if stepping:
-            for i, step in zip(stepping, self._steps(hidden_TH[last], [feeds[i] for i in stepping]), strict=True):
+            states_BF = None if states_TF is None else states_TF[last]
+            steps = self._steps(hidden_TH[last], states_BF, [feeds[i] for i in stepping])
+            for i, step in zip(stepping, steps, strict=True):
                 outcomes[i] = step
         return outcomes
 
-    def _steps(self, hidden_BH: torch.Tensor, feeds: list[Feed]) -> list[Step]:
+    def _steps(self, hidden_BH: torch.Tensor, states_BF: torch.Tensor | None, feeds: list[Feed]) -> list[Step]:
         logits_BV = self._logits(hidden_BH)
+        for row, feed in enumerate(feeds):
+            if feed.first_V is not None:
+                logits_BV[row] += feed.first_V
         self.written += len(feeds)
         samplings = [feed.sampling or Sampling(1) for feed in feeds]
         noise = [
@@ -364,6 +393,8 @@ class TorchEngine:
         if self._head is not None and any(feed.trigger for feed in feeds):
             for step, trigger in zip(steps, self._head(hidden_BH).tolist(), strict=True):
                 step.trigger = trigger
+        if states_BF is not None:
+            self._decide(states_BF, logits_BV, {row: steps[row] for row, feed in enumerate(feeds) if feed.decide})
         if count := max(feed.support for feed in feeds):
             ids_BN, logprobs_BN, entropy_B = (part.cpu().numpy() for part in support(logits_BV, count))
             for step, feed, ids_N, logprobs_N, entropy in zip(
@@ -373,6 +404,15 @@ class TorchEngine:
                     step.top_ids_N, step.top_logprobs_N = ids_N[: feed.support], logprobs_N[: feed.support]
                     step.entropy = float(entropy)
         return steps
+
+    def _decide(self, states_BF: torch.Tensor, logits_BV: torch.Tensor, deciding: dict[int, Step]) -> None:
+        """Let the decider say how hard the tokens of some rows are."""
+        assert self._second is not None
+        assert self._decider is not None
+        rows = list(deciding)
+        inputs = decider_inputs(states_BF[rows], logits_BV[rows], self._second.support)
+        for step, hard in zip(deciding.values(), self._decider.probabilities(inputs).tolist(), strict=True):
+            step.hard = hard
 
     def _bin_logits(self, hidden_KH: torch.Tensor) -> torch.Tensor:
         """The logits [K, R] that scores are read from."""

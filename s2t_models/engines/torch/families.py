@@ -84,16 +84,19 @@ def check_configuration(model: PreTrainedModel, context: int, setting: str) -> N
 
 
 @torch.inference_mode()
-def prepare(model: PreTrainedModel, count: int, context: int, setting: str) -> tuple[Slots, OutputHead]:
-    """The model on `count` slots of `context` tokens, and its output head. Raises UnsupportedModel where its
-    log-probabilities would not be those of its own forward; `setting` is the recipe's key for the context."""
+def prepare(
+    model: PreTrainedModel, count: int, context: int, setting: str, second: bool = False
+) -> tuple[Slots, OutputHead]:
+    """The model on `count` slots of `context` tokens, with `second` with room for second passes, and its output head.
+    Raises UnsupportedModel where its log-probabilities would not be those of its own forward; `setting` is the recipe's
+    key for the context."""
     check_configuration(model, context, setting)
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, min(TOKENS, context)).tolist()
     with _refusing_failures(model, "its own forward fails"):
         model.set_attn_implementation("eager")
         ids = torch.tensor([tokens], device=model.device)
         own_TV = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    slots = Slots(model, count, context)
+    slots = Slots(model, count, context, second)
     with _refusing_failures(model, "its class fails on the engine's cache"):
         output = OutputHead(model)
         logprobs_TV = output(_hidden_states(slots, tokens)).float().log_softmax(-1)
@@ -114,11 +117,11 @@ def _hidden_states(slots: Slots, tokens: list[int]) -> torch.Tensor:
     slots are empty again afterwards."""
     half = len(tokens) // 2
     try:
-        first_TH, _ = slots.forward([Query(0, 0, tokens[:half])])
+        first_TH, _, _ = slots.forward([Query(0, 0, tokens[:half])])
         queries = [Query(0, half, tokens[half:])]
         if len(slots.tokens) > 1:
             queries.append(Query(1, slots.length - 1, tokens[:1]))
-        rest_TH, _ = slots.forward(queries)
+        rest_TH, _, _ = slots.forward(queries)
     finally:
         for known in slots.tokens:
             known.clear()

@@ -12,6 +12,7 @@ from s2t_models.engines.torch import families
 from s2t_models.engines.torch.engine import TorchEngine, context_setting
 from s2t_models.hosting import Hosted
 from s2t_models.router import load_router
+from s2t_models.second_pass import SecondPass
 
 
 def load(hosted: Hosted) -> TorchEngine:
@@ -24,9 +25,10 @@ def load(hosted: Hosted) -> TorchEngine:
     context = settings.context or families.default_context(model)
     card = card_of(hosted, settings, reserved, int(model.config.vocab_size), context)
     router = load_router(hosted.router) if hosted.router else None
+    second = SecondPass.load(hosted.second_pass) if hosted.second_pass else None
     decode = loading.decoder(hosted.settings)
     if artifact is None:
-        return TorchEngine(model, card, settings.slots, router=router, decode=decode)
+        return TorchEngine(model, card, settings.slots, router=router, decode=decode, second_pass=second)
     head, bins, ranking_head = artifact.head(), artifact.card.bins, artifact.ranking_head()
     return TorchEngine(model, card, settings.slots, head, reserved, bins, ranking_head, router, decode)
 

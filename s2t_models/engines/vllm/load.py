@@ -83,6 +83,8 @@ def check(hosted: Hosted) -> None:
         )
     if hosted.router:
         raise RecipeError(f"router.path: R2R's router runs on the torch engine alone; set {where}.engine=torch")
+    if hosted.second_pass:
+        raise RecipeError(f"tah: Think-at-Hard's second passes run on the torch engine alone; set {where}.engine=torch")
     known = {field.name for field in dataclasses.fields(_engine_arguments())}
     if unknown := sorted(hosted.settings.vllm.extra.keys() - known):
         raise RecipeError(f"{where}.vllm.extra: vLLM has no engine argument {', '.join(unknown)}")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 OBJECTIVES = {
     "selector": "s2t_models.training.objectives.selector:SelectorObjective",
     "kd": "s2t_models.training.objectives.kd:KdObjective",
+    "tah": "s2t_models.training.objectives.tah:TahObjective",
 }
 
 

@@ -15,16 +15,17 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
-from s2t_models.settings import DistilSettings
+from s2t_models.settings import DistilSettings, LoraSettings
 from s2t_models.storage import Location
 from s2t_models.training import losses
 from s2t_models.training.batches import Batch, Trajectory
 from s2t_models.training.per_state import per_state
 from s2t_models.training.products import Merged, save_checkpoint
-from s2t_models.training.selector import ROWS
+from s2t_models.training.selector import ROWS, Selector
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,18 @@ class Objective(ABC):
 
     #: Whether candidates are scored: without it trajectories are packed without leaves.
     needs_leaves: ClassVar[bool] = False
+    #: Whether its LoRA stays apart: the product is made of the frozen base then, not of the merged model.
+    keeps_lora_apart: ClassVar[bool] = False
     #: The file by which the product's folder is known, so that nothing else is overwritten.
     mark: ClassVar[str] = artifact.CHECKPOINT
 
     def __init__(self, settings: DistilSettings) -> None:
         self.settings = settings
+
+    @property
+    def lora(self) -> LoraSettings:
+        """The LoRA that is trained."""
+        return self.settings.lora
 
     def trains(self, parameter: str) -> bool:
         """Whether the selector's parameter of this name is trained: a LoRA factor, or the reserved rows
@@ -110,6 +118,17 @@ class Objective(ABC):
             "groups": sum(len(item.tree.prefixes_G) for item in items),
             "states": sum(len(item.kl_T) for item in items),
         }
+
+    def outputs(self, batch: Batch, base_SH: torch.Tensor, selector: Selector, model: nn.Module) -> Outputs:
+        """What the models say of a batch. `model` is the selector, wrapped where gradients are to be kept in step."""
+        hidden_BLH = model(**batch.packed.inputs())
+        return Outputs(
+            base_SH=base_SH,
+            tuned_SH=batch.packed.states(hidden_BLH),
+            scores_GK=selector.scores(batch.packed.leaves(hidden_BLH)),
+            text_logits=selector.text_logits,
+            vocabulary=selector.vocabulary,
+        )
 
     @abstractmethod
     def terms(self, batch: Batch, outputs: Outputs) -> list[Term]:
