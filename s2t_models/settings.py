@@ -145,6 +145,15 @@ class CollectSettings(Settings):
     rollout: ActorPool = ActorPool()
     label: ActorPool = ActorPool()
 
+    @property
+    def reader(self) -> Writer:
+        """The model that reads what the writer wrote."""
+        return "teacher" if self.writer == "slm" else "slm"
+
+    def pool(self, role: Writer) -> ActorPool:
+        """The actors that hold this model: those of rollouts the SLM, those of labels the teacher, whoever writes."""
+        return self.rollout if role == "slm" else self.label
+
 
 class CalibrationSettings(Settings):
     """The prompts that thresholds are set on: rolled out greedily, and never trained on."""

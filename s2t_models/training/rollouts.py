@@ -18,7 +18,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from s2t_models import loading
 from s2t_models.engines.contract import Draft, Sampling
 from s2t_models.engines.load import card_of
 from s2t_models.engines.torch import families
@@ -34,9 +33,7 @@ class Rollouts:
     """The texts of each step's prompts. `prompts_of` gives the trajectories of a step on this worker, whose prompts are
     answered."""
 
-    def __init__(
-        self, recipe: Recipe, selector: Selector, prompts_of: Callable[[int], Sequence[Trajectory]]
-    ) -> None:
+    def __init__(self, recipe: Recipe, selector: Selector, prompts_of: Callable[[int], Sequence[Trajectory]]) -> None:
         self._recipe, self._selector, self._prompts_of = recipe, selector, prompts_of
         #: What was trained at the first step of the window.
         self.weights: dict[str, torch.Tensor] = {}
@@ -78,9 +75,7 @@ class Rollouts:
             texts[step].append(_unlabelled(item, draft.ids))
         return {step: sorted(own, key=lambda text: -len(text.tree.tokens)) for step, own in texts.items()}
 
-    async def _answers(
-        self, engine: TorchEngine, asked: Sequence[tuple[int, Trajectory]], context: int
-    ) -> list[Draft]:
+    async def _answers(self, engine: TorchEngine, asked: Sequence[tuple[int, Trajectory]], context: int) -> list[Draft]:
         limit, temperature = self._recipe.collect.max_new_tokens, self._recipe.distil.tsd_kd.temperature
 
         def answer(step: int, item: Trajectory) -> Sampling:

@@ -21,16 +21,19 @@ from s2t_models.training.tree import TreeBatch
 from s2t_models.training.tree_attention import decode, use_tree_attention
 
 
+def check_teacher(recipe: Recipe) -> None:
+    """Raise RecipeError where the teacher runs quantised: here its weights are read as they are."""
+    if how := recipe.teacher.vllm.quantisation:
+        raise RecipeError(
+            f"teacher.vllm.quantisation = {how}: a training in which the teacher reads the model's own texts takes its "
+            "weights as they are; leave it out, and name a model that fits beside the SLM"
+        )
+
+
 class Teacher:
-    """The recipe's teacher, frozen. `vocabulary` is the SLM's: rows beyond it are left out. Raises RecipeError where
-    the recipe has it quantised."""
+    """The recipe's teacher, frozen. `vocabulary` is the SLM's: rows beyond it are left out."""
 
     def __init__(self, recipe: Recipe, vocabulary: int) -> None:
-        if recipe.teacher.vllm.quantisation:
-            raise RecipeError(
-                f"teacher.vllm.quantisation = {recipe.teacher.vllm.quantisation}: a training on the SLM's own texts "
-                "reads the teacher's weights as they are; take the unquantised model"
-            )
         self.model = load_model(recipe.teacher)
         use_tree_attention(self.model)
         self._output = OutputHead(self.model)

@@ -24,7 +24,10 @@ class SelectorObjective(Objective):
         return True
 
     def terms(self, batch: Batch, outputs: Outputs) -> list[Term]:
-        return [*self.ranking(batch, outputs), Term("kl_loss", outputs.drift().mean(), self.settings.beta, per="states")]
+        return [
+            *self.ranking(batch, outputs),
+            Term("kl_loss", outputs.drift().mean(), self.settings.beta, per="states"),
+        ]
 
     def ranking(self, batch: Batch, outputs: Outputs) -> list[Term]:
         """What teaches the teacher's ranking of the candidates; the ablations of D.4 put others in its place."""
