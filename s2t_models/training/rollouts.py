@@ -1,9 +1,9 @@
 """Texts that the tuned model writes to the training prompts while it is trained.
 
 They are made by an engine of the weights as they are at the first step of a window, for all steps of the window at
-once, so that the engine has a batch. The weights of the window are part of a checkpoint, and the noise of a text depends
-on its step and prompt alone. So a training that goes on in the midst of a window writes the same texts again, also with
-another number of workers.
+once, so that the engine has a batch. The weights of the window are part of a checkpoint, and the noise of a text
+depends on its step and prompt alone. So a training that goes on in the midst of a window writes the same texts again,
+also with another number of workers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Rollouts:
         """The texts of a step, longest first, without labels."""
         window = self._recipe.distil.tsd_kd.refresh
         if step % window == 0:
-            self.weights = {name: value.clone() for name, value in self._selector.trained().items()}
+            self.resume({name: value.clone() for name, value in self._selector.trained().items()})
         if step not in self._texts:
             end = min(step - step % window + window, self._recipe.distil.steps)
             self._texts = self._write({at: self._prompts_of(at) for at in range(step, max(end, step + 1))})

@@ -80,8 +80,8 @@ class Trainer:
         self.order = BatchOrder([self._length(item) for item in self.training], self.settings.batch, recipe.seed)
         self.validation = validation.at(np.argsort([item.tree.length for item in validation], kind="stable").tolist())
         self.step = 0
-        #: Tokens that the teacher has read for this training, on all workers, where it reads what the model writes: those
-        #: texts, and the held-out ones, which were labelled.
+        #: Tokens that the teacher has read, for all workers, where it reads what the model writes: of those texts, and
+        #: of the held-out ones, which were labelled.
         self.teacher_read = sum(len(item.tree.tokens) for item in validation) if self.objective.on_policy else 0
         if self.objective.on_policy:
             self.rollouts = Rollouts(recipe, self.selector, lambda step: list(self.training.at(self._mine(step))))
