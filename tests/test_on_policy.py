@@ -4,7 +4,8 @@ where it stopped."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from s2t_models.recipe import Recipe, RecipeError, load_recipe
 from s2t_models.training.batches import Trajectory, collate, trajectories
 from s2t_models.training.selector import Selector
 from s2t_models.training.teacher import Teacher, check_teacher
-from s2t_models.training.trainer import Trainer, _as_many
+from s2t_models.training.trainer import Trainer
 
 SETTINGS = (
     "distil.batch=5",
@@ -147,7 +148,27 @@ def test_the_gradient_does_not_depend_on_the_cut_and_the_teacher_is_metered(reci
     assert one.teacher_read == other.teacher_read == held_out + sum(len(text.tree.tokens) for text in written)
 
 
-def test_workers_make_as_many_forwards_as_the_one_with_most(data: list[Trajectory]):
-    cut = _as_many([data[:1], data[1:6]], 4)
-    assert [len(part) for part in cut] == [1, 2, 1, 2]
-    assert [item.uid for part in cut for item in part] == [item.uid for item in data[:6]]
+def test_gradients_are_put_together_once_a_step(recipe: Recipe, data: list[Trajectory]):
+    """Workers whose trajectories take unlike numbers of forwards would wait for each other otherwise."""
+    seen: list[str] = []
+
+    class Parallel(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **inputs: Any) -> torch.Tensor:
+            seen.append("forward")
+            hidden_BLH = self.inner(**inputs)
+            hidden_BLH.register_hook(lambda grad: seen.append("backward"))
+            return hidden_BLH
+
+        @contextmanager
+        def no_sync(self) -> Iterator[None]:
+            seen.append("apart")
+            yield
+            seen.append("together")
+
+    cut = recipe.model_copy(update={"distil": recipe.distil.model_copy(update={"batch": 3, "micro_batch": 1})})
+    Trainer(cut, "kd", data, wrap=Parallel).advance()
+    assert seen == ["apart", "forward", "backward", "together"] * 2 + ["forward", "backward"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -99,9 +100,11 @@ class Trainer:
         self.wrapped.train()
         self.optimizer.zero_grad()
         total: dict[str, float] = {}
-        for items in forwards:
-            loss, parts = self._loss(items, whole)
-            loss.backward()
+        for number, items in enumerate(forwards, 1):
+            # Workers may have unlike numbers of forwards: gradients are put together once, at the last.
+            with nullcontext() if number == len(forwards) else self._apart():
+                loss, parts = self._loss(items, whole)
+                loss.backward()
             for name, value in {"loss": loss, **parts}.items():
                 total[name] = total.get(name, 0.0) + value.item()
         norm = nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
@@ -128,7 +131,11 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything a later trainer needs to go on from here."""
-        state = {"step": self.step, "trained": self.selector.trained(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "trained": self.selector.trained(),
+            "optimizer": self.optimizer.state_dict(),
+        }
         if self.objective.on_policy:
             state |= {"teacher_read": self.teacher_read, "rollout_weights": self.rollouts.weights}
         return state
@@ -154,16 +161,16 @@ class Trainer:
             return list(self._forwards(mine)), self.objective.count(self.training.at(batch))
         texts = self.rollouts.of(self.step)
         counts = self.objective.count(texts) | {"tokens": sum(len(text.tree.tokens) for text in texts)}
-        forwards = list(self._forwards(texts))
         if self.world > 1:  # how long the others' texts are is not known here
             together = torch.tensor(list(counts.values()), device=self.device)
-            most = torch.tensor(len(forwards), device=self.device)
             dist.all_reduce(together)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
             counts = dict(zip(counts, together.tolist(), strict=True))
-            forwards = _as_many(forwards, int(most))
         self.teacher_read += counts["tokens"]
-        return forwards, counts
+        return list(self._forwards(texts)), counts
+
+    def _apart(self) -> AbstractContextManager[None]:
+        """In it, gradients are this worker's own."""
+        return getattr(self.wrapped, "no_sync", nullcontext)()
 
     def _length(self, item: Trajectory) -> int:
         """How many tokens it has in a forward."""
@@ -222,17 +229,6 @@ class Trainer:
                 known = batch.packed.states(self.selector(**batch.packed.inputs(leaves=False)))
             self._base_states.keep(items, known)
         return known.to(self.device)
-
-
-def _as_many(forwards: list[Sequence[Trajectory]], count: int) -> list[Sequence[Trajectory]]:
-    """The same trajectories in `count` forwards, as many as another worker has: gradients are put together after each.
-    Those of most trajectories are cut; every worker has as many of these."""
-    while len(forwards) < count:
-        place = max(range(len(forwards)), key=lambda at: len(forwards[at]))
-        whole = forwards[place]
-        half = (len(whole) + 1) // 2
-        forwards = [*forwards[:place], whole[:half], whole[half:], *forwards[place + 1 :]]
-    return forwards
 
 
 class BaseStates:
