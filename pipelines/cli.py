@@ -9,7 +9,7 @@ COMMANDS = {
     "collect": ("pipelines.collect.__main__", "SLM rollouts and teacher labels into Arrow shards"),
     "distil": (
         "pipelines.distil.__main__",
-        "shards into an S2T-Local artifact (selector and trigger head), or the kd control",
+        "shards into an S2T-Local artifact (selector and trigger head), a baseline or an ablation",
     ),
     "benchmark": ("pipelines.benchmark.__main__", "policies x tasks x seeds over an endpoint, graded, into MLflow"),
     "analyse": ("pipelines.analyse.__main__", "the paper's curves and tables from shards or results"),

@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 def _measured(results: Location) -> str:
     from pipelines.results.summary import comparisons, markdown, read_results, summarise
 
-    frame, _ = read_results(results)
-    return markdown(summarise(frame), comparisons(frame)[0]).strip()
+    frame, metadata = read_results(results)
+    return markdown(summarise(frame, metadata), comparisons(frame)[0]).strip()
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -11,15 +11,33 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from s2t_models.errors import UserError, first_problem
+from s2t_models.settings import Writer
 from s2t_models.storage import Location
 
 PROVENANCE = "provenance.json"
 #: What came of a training, and the recipe's digest, which covers settings that no training reads.
-_NO_INPUTS = {"recipe", "validation", "begun_at_steps", "trigger_head", "decider", "calibration_steps"}
+_NO_INPUTS = {"recipe", "validation", "begun_at_steps", "trigger_head", "decider", "calibration_steps", "teacher"}
 
 
 class ProvenanceError(UserError):
     """A provenance that cannot be read; the message is one line."""
+
+
+class TeacherTokens(BaseModel):
+    """What was asked of the teacher, in tokens: those it read, and those it wrote."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    read: int = 0
+    written: int = 0
+
+    def __add__(self, other: TeacherTokens) -> TeacherTokens:
+        return TeacherTokens(read=self.read + other.read, written=self.written + other.written)
+
+    @classmethod
+    def of_collection(cls, writer: Writer, prompts: int, outputs: int) -> TeacherTokens:
+        """Of a collection with so many tokens of prompts and outputs: labelling reads both, in one forward a text."""
+        return cls(read=prompts + outputs) if writer == "slm" else cls(read=prompts, written=outputs)
 
 
 class Provenance(BaseModel):
@@ -30,7 +48,8 @@ class Provenance(BaseModel):
     those that decide the result, by their name in the recipe. Of the outcome: `validation` holds the figures of the
     checkpoint that was taken, `begun_at_steps` the optimiser steps at which worker groups began, `trigger_head` the
     head's figures, `decider` those of Think-at-Hard's decider, and `calibration_steps` how many steps thresholds are
-    percentiles of.
+    percentiles of. `teacher` is all that was asked of the teacher for it: in the collections it used, and while it was
+    trained.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
@@ -50,6 +69,7 @@ class Provenance(BaseModel):
     trigger_head: dict[str, float] = {}
     decider: dict[str, float] = {}
     calibration_steps: int | None = None
+    teacher: TeacherTokens | None = None
 
     def has_inputs_of(self, other: Provenance) -> bool:
         """Whether both are of the same inputs and settings, so that one training would give what the other gave."""

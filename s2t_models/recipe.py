@@ -104,6 +104,11 @@ class Recipe(Settings):
                     f"{section}.k = {k}: candidates come from the {self.divergence.support} tokens of "
                     "divergence.support"
                 )
+        if (top := self.distil.two_stage.top) > self.divergence.support:
+            raise ValueError(
+                f"distil.two_stage.top = {top}: the teacher's tokens come from the {self.divergence.support} of "
+                "divergence.support"
+            )
         for section in ("artifacts", "routers", "checkpoints"):
             for name in getattr(self, section):
                 if not _NAME.fullmatch(name):
@@ -124,6 +129,18 @@ class Recipe(Settings):
     def calibrating(self) -> Recipe:
         """The recipe that collects its calibration prompts: what thresholds are percentiles of is greedy decoding."""
         chosen = {"task": self.calibration.task, "prompts": self.calibration.prompts, "sampled": 0.0}
+        return self.model_copy(update={"collect": self.collect.model_copy(update=chosen)})
+
+    def by_teacher(self) -> Recipe:
+        """The recipe that collects the teacher's own answers to the training prompts, with its best tokens at every
+        step: what the objective `distil` learns from."""
+        chosen = {
+            "writer": "teacher",
+            "steps": 1.0,
+            "random_steps": 0.0,
+            "k": self.distil.two_stage.top,
+            "method": "top_k",
+        }
         return self.model_copy(update={"collect": self.collect.model_copy(update=chosen)})
 
     def as_yaml(self) -> str:

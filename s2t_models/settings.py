@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
+#: Which model of the pair writes a collection's texts.
+Writer = Literal["slm", "teacher"]
 #: Candidates of one step at most: an engine keeps room for as many leaves.
 MOST_CANDIDATES = 64
 
@@ -89,7 +91,12 @@ class DivergenceSettings(Settings):
 
     def __str__(self) -> str:
         """What shards and thresholds record: values of different divergences are not compared."""
-        return f"KL(SLM || teacher), top {self.support}, {self.tail}"
+        return self.on_texts_of("slm")
+
+    def on_texts_of(self, writer: Writer) -> str:
+        """That of a collection: the KL goes from the model that wrote to the one that read."""
+        pair = "SLM || teacher" if writer == "slm" else "teacher || SLM"
+        return f"KL({pair}), top {self.support}, {self.tail}"
 
 
 class CandidateSettings(Settings):
@@ -122,8 +129,9 @@ class ActorPool(Settings):
 
 
 class CollectSettings(Settings):
-    """Rollouts and labels (section 4.3, D.2)."""
+    """Rollouts and labels (section 4.3, D.2). Of the pair the `writer` rolls out, and the other one reads."""
 
+    writer: Writer = "slm"
     task: str = "embedded-train"
     prompts: Count = 2400
     max_new_tokens: Count = 256
@@ -136,6 +144,15 @@ class CollectSettings(Settings):
     method: Literal["top_k", "multinomial"] = "multinomial"
     rollout: ActorPool = ActorPool()
     label: ActorPool = ActorPool()
+
+    @property
+    def reader(self) -> Writer:
+        """The model that reads what the writer wrote."""
+        return "teacher" if self.writer == "slm" else "slm"
+
+    def pool(self, role: Writer) -> ActorPool:
+        """The actors that hold this model: those of rollouts the SLM, those of labels the teacher, whoever writes."""
+        return self.rollout if role == "slm" else self.label
 
 
 class CalibrationSettings(Settings):
@@ -183,8 +200,39 @@ class TahTraining(Settings):
     epochs: Count = 2
 
 
+class TwoStageSettings(Settings):
+    """`distil`, DistilQwen2.5's way: for the share `supervised` of the steps cross-entropy on the teacher's texts, then
+    beside it the forward KL of the teacher's `top` tokens, which has the weight `kl` and leaves the rest to the
+    cross-entropy. `top` is also how many of the teacher's tokens `s2t collect --teacher` keeps of every step."""
+
+    learning_rate: float = Field(2e-5, gt=0)
+    warmup: Fraction = 0.1
+    supervised: Fraction = 0.5
+    kl: Fraction = 0.1
+    top: int = Field(10, ge=1, le=MOST_CANDIDATES)
+
+
+class TsdKdSettings(Settings):
+    """`tsd-kd` (Kim and Baek, 2026), with the published code's values. Rollouts are drawn at `temperature`, for
+    `refresh` steps at a time with the weights of the first of them. `beta` is the teacher's share of the mixture in the
+    Jensen-Shannon divergence; `entropy` weights the student's entropy at the `entropy_share` of each text's steps where
+    it is highest, and `ranking` the ranking of its `ranking_k` best tokens, in the opening of each text: the steps that
+    hold its first `opening` of entropy."""
+
+    learning_rate: float = Field(5e-6, gt=0)
+    warmup: Fraction = 0.1
+    temperature: float = Field(1.0, gt=0)
+    refresh: Count = 4
+    beta: float = Field(0.9, gt=0, lt=1)
+    entropy: float = Field(1.0, ge=0)
+    entropy_share: float = Field(0.9, gt=0, le=1)
+    ranking: float = Field(0.1, ge=0)
+    ranking_k: Count = 10
+    opening: Fraction = 0.1
+
+
 class DistilSettings(Settings):
-    """Selector training (Eqs. 6-8, 13, 14). `temperature` is the score temperature, `margin` the weight of the
+    """Training (of the selector: Eqs. 6-8, 13, 14). `temperature` is the score temperature, `margin` the weight of the
     pairwise hinge, `beta` that of the KL to the base, `min_teacher_margin` the filter of D.4.
 
     `micro_batch` packed tokens, padding counted, go through the model at once on each worker (a trajectory that is
@@ -225,6 +273,8 @@ class DistilSettings(Settings):
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
     tah: TahTraining = TahTraining()
+    two_stage: TwoStageSettings = TwoStageSettings()
+    tsd_kd: TsdKdSettings = TsdKdSettings()
 
     @property
     def fewest_workers(self) -> int:

@@ -41,7 +41,7 @@ def hosting(
         "slm": slm,
         "teacher": Hosted("teacher", recipe.teacher),
         "s2t-local": Hosted("s2t-local", recipe.slm, artifact=Path("artifact")),
-        **{name: Hosted(name, recipe.slm) for name in ("kd", "distilled")},
+        **{name: Hosted(name, recipe.slm) for name in ("kd", "distil", "tsd-kd", "distilled")},
     }
     return Hosting(recipe, "digest", slm, engines, thresholds)
 
@@ -65,17 +65,28 @@ def test_every_policy_is_offered_under_its_name(router):
     assert set(offered) == {
         *("greedy", "sample", "maj@8", "llm", "llm-sample", "takeover", "s2t", "s2t-dynamic-01", "s2t-dynamic-05"),
         *("takeover-entropy", "s2t-entropy", "takeover-random", "s2t-random", "s2t-local", "s2t-local-w0", "r2r"),
-        *("s2t-local-kl", "s2t-local-entropy", "s2t-local-random", "specreason", "multiplex", "kd", "distilled"),
-        "tah",
+        *("s2t-local-kl", "s2t-local-entropy", "s2t-local-random", "specreason", "multiplex", "kd", "distil"),
+        *("tsd-kd", "distilled", "tah"),
     }
     assert {name for built in offered.values() for name in built.needs} == {
-        *("slm", "teacher", "s2t-local", "kd", "distilled"),
+        *("slm", "teacher", "s2t-local", "kd", "distil", "tsd-kd", "distilled"),
     }
 
 
 def test_penalties_are_for_policies_that_decode_plainly():
     taking = {name for name, built in offer(hosting())[0].items() if built.takes_penalties}
-    assert taking == {"greedy", "sample", "maj@8", "llm", "llm-sample", "specreason", "kd", "distilled"}
+    assert taking == {
+        "greedy",
+        "sample",
+        "maj@8",
+        "llm",
+        "llm-sample",
+        "specreason",
+        "kd",
+        "distil",
+        "tsd-kd",
+        "distilled",
+    }
 
 
 def test_what_cannot_be_served_is_not_offered_and_says_why():

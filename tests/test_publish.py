@@ -88,6 +88,7 @@ def test_the_summary_is_that_of_all_rows(files: list[Path], recipe: Recipe, tmp_
         assert {float(budget): value for budget, value in thresholds.items()} == calibrate(values_S, BUDGETS)
     by_kl = sum(step["by_kl"] for row in whole for step in row["kept"])
     assert by_kl == (kl_S >= summary["least_kl"]).sum()
+    assert summary["teacher_decode"] == 0
     assert summary["teacher_prefill"] == sum(len(row["prompt_ids"]) + len(row["output_ids"]) for row in whole)
 
 

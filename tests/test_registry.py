@@ -41,6 +41,7 @@ SUMMARY = {
     "steps": 720,
     "kept_steps": 96,
     "teacher_prefill": 744,
+    "teacher_decode": 0,
     "agreement": 0.9,
     "least_kl": 0.5,
     "hit": {"1": 0.25, "8": 0.75},

@@ -103,7 +103,7 @@ def test_the_loss_and_the_states_are_those_of_plain_forwards(
     batch = collate(items, torch.device("cpu"), leaves=False)
     selector = trainer.selector.eval()
     with torch.no_grad():
-        outputs = trainer._outputs(items, batch, selector)
+        outputs = trainer._outputs(batch, selector, trainer._base(items, batch))
         terms = trainer.objective.terms(batch, outputs)
     assert isinstance(outputs, BothPasses)
     base = loading.load_model(recipe.slm, attention="eager")

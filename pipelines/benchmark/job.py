@@ -31,11 +31,12 @@ from pipelines.benchmark.answer_log import read_answers
 from pipelines.benchmark.asking import TIMEOUT_S, ask
 from pipelines.benchmark.endpoint import served_models
 from pipelines.benchmark.questions import Row, check_splits, load_items, plan, tight_limits
+from pipelines.benchmark.training import teacher_tokens
 from pipelines.benchmark.verdicts import grade, remembered
 from pipelines.data.layout import ANSWERS, JUDGEMENTS, RESULTS
 from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
-from pipelines.results.summary import write_results
+from pipelines.results.summary import TRAINING, write_results
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.records import NewLines
@@ -100,6 +101,7 @@ def benchmark(recipe: Recipe, output: Location, options: Options) -> tuple[str, 
         with _endpoint(recipe, chosen, options, output) as asked:
             # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.
             settings = served_models(asked.url, recipe.benchmark.policies, asked.api_key)
+            training = teacher_tokens(recipe, settings)
             rows = plan(recipe, chosen, settings, options.repeats)
             for line in tight_limits(rows):
                 print(f"benchmark: {line}", file=sys.stderr)
@@ -112,6 +114,7 @@ def benchmark(recipe: Recipe, output: Location, options: Options) -> tuple[str, 
             "s2t.recipe": recipe.model_dump_json(),
             "s2t.settings": json.dumps(settings, sort_keys=True, default=str),
             "s2t.splits": json.dumps(splits),
+            TRAINING: json.dumps({name: asked.model_dump() for name, asked in training.items()}),
         }
         write_results(output / RESULTS, graded, metadata)
         tables, seen = report.report(output / RESULTS, output, options.tracking)

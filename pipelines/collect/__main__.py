@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.set + ([f"collect.task={options.task}"] if options.task else []))
         if options.calibration:
             recipe = recipe.calibrating()
+        if options.teacher:
+            recipe = recipe.by_teacher()
         print(report(collect(recipe, options.output, options.prompts, here(options.data)), options.output))
 
     return run_command("collect", work, options.output)
@@ -39,6 +41,9 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     )
     source.add_argument(
         "--calibration", action="store_true", help="the recipe's calibration prompts, rolled out greedily"
+    )
+    parser.add_argument(
+        "--teacher", action="store_true", help="the teacher's own answers, for `s2t distil --objective distil`"
     )
     parser.add_argument("--data", type=place, help="folder of benchmark data, for tasks that read files")
     return parser.parse_args(argv)

@@ -1,10 +1,11 @@
-"""The two kinds of actor of a collection: the SLM rolls prompts out, the teacher labels what came of them.
+"""The two kinds of actor of a collection: the SLM rolls prompts out, the teacher labels what came of them. Where the
+teacher writes (`collect.writer`), the two change places.
 
 One row in is one row out: a prompt that cannot be used, or whose call fails, becomes a row with an `error`
 and costs no other row. All rows of a batch are called at once, so that the engine batches them. The actors
 are plain classes and know nothing of Ray, files or which rows of the collection there are.
 
-Axes: _T step, _N the SLM's top-N support, _K candidate.
+Axes: _T step, _N the writer's top-N support, _K candidate.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PROMPT = pa.schema(
     ]
 )
 
-#: Rolled out, not yet labelled: a shard row's first columns, and the SLM's support with the steps laid end to
+#: Rolled out, not yet labelled: a shard row's first columns, and the writer's support with the steps laid end to
 #: end.
 ROLLOUT = pa.schema(
     [
@@ -69,10 +70,11 @@ class UnusablePrompt(ValueError):
 
 
 class Rollouts:
-    """SLM rollouts of a batch of prompts. `hosted` is the SLM; the `board` is told how many tokens it has written."""
+    """Rollouts of a batch of prompts. `hosted` is the model that writes; the `board` is told how many tokens it has
+    written."""
 
     def __init__(self, recipe: Recipe, hosted: Hosted, board: Any = None) -> None:
-        use_threads(recipe.collect.rollout.num_cpus)
+        use_threads(recipe.collect.pool(recipe.collect.writer).num_cpus)
         self.tokenizer = loading.load_tokenizer(hosted.settings)
         self.engine: Engine = load(hosted)
         keep_posted(board, self.engine)
@@ -111,13 +113,13 @@ class Rollouts:
 
 
 class Labels:
-    """The teacher's view of a batch of rollouts: one forward a trajectory, and every step's candidates.
+    """The other model's view of a batch of rollouts: one forward a trajectory, and every step's candidates.
 
     Which steps are worth keeping is decided over the whole collection, once all of it is there (see
-    `publish`). `hosted` is the teacher."""
+    `publish`). `hosted` is the model that reads: the teacher, but where the teacher wrote."""
 
     def __init__(self, recipe: Recipe, hosted: Hosted) -> None:
-        use_threads(recipe.collect.label.num_cpus)
+        use_threads(recipe.collect.pool(recipe.collect.reader).num_cpus)
         self.engine: Engine = load(hosted)
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
@@ -133,15 +135,20 @@ class Labels:
     async def label(self, row: Row) -> Row:
         steps = len(row["output_ids"])
         ids_TN = row["support_ids"].reshape(steps, -1)
-        slm_TN = row["support_logprobs"].reshape(steps, -1)
-        scores = await self.engine.score(row["prompt_ids"] + row["output_ids"], len(row["prompt_ids"]), ids_TN)
-        kl_T = divergence(torch.tensor(slm_TN), torch.from_numpy(scores.logprobs_TN), self.recipe.divergence.tail)
-        chosen_TK = propose_steps(slm_TN, self.recipe.collect.k, self.recipe.collect.method, row["seed"])
-        candidates = [np.take_along_axis(of_TN, chosen_TK, -1) for of_TN in (ids_TN, slm_TN, scores.logprobs_TN)]
+        written_TN = row["support_logprobs"].reshape(steps, -1)
+        by_slm = self.recipe.collect.writer == "slm"
+        tokens, start = row["prompt_ids"] + row["output_ids"], len(row["prompt_ids"])
+        scores = await self.engine.score(tokens, start, ids_TN, 0 if by_slm else ids_TN.shape[1])
+        read_TN = scores.logprobs_TN
+        kl_T = divergence(torch.tensor(written_TN), torch.from_numpy(read_TN), self.recipe.divergence.tail)
+        slm_TN, teacher_TN = (written_TN, read_TN) if by_slm else (read_TN, written_TN)
+        chosen_TK = propose_steps(written_TN, self.recipe.collect.k, self.recipe.collect.method, row["seed"])
+        candidates = [np.take_along_axis(of_TN, chosen_TK, -1) for of_TN in (ids_TN, slm_TN, teacher_TN)]
+        argmax_T = scores.argmax_T if by_slm else ids_TN[:, 0]
         return {
             "kl_T": kl_T.numpy(),
-            "teacher_argmax_T": scores.argmax_T,
-            "teacher_rank_T": teacher_rank(ids_TN, scores.argmax_T),
+            "teacher_argmax_T": argmax_T,
+            "teacher_rank_T": teacher_rank(ids_TN if scores.support is None else scores.support.ids_TN, argmax_T),
             "kept": [
                 {
                     "step": step,

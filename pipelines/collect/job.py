@@ -4,10 +4,11 @@
     python -m pipelines.collect --recipe cluster/recipes/embedded.yaml --output runs/calibration \\
         --task embedded-calibration --set collect.sampled=0 --set collect.prompts=600
 
-Rollout actors hold an SLM engine, labelling actors a teacher engine; both are pools sized by the recipe. The
-job can be killed at any moment: the same command goes on where it stopped and ends with the same shards.
-`work` in the output folder holds what a running collection needs and is gone at the end; the output is on a file system
-that all nodes share, or in an object store.
+Rollout actors hold an SLM engine, labelling actors a teacher engine; both are pools sized by the recipe. With
+`collect.writer` = teacher (`--teacher`) it is the teacher that writes and the SLM that reads. The job can be
+killed at any moment: the same command goes on where it stopped and ends with the same shards. `work` in the
+output folder holds what a running collection needs and is gone at the end; the output is on a file system that
+all nodes share, or in an object store.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from s2t_models.errors import NothingDone, UserError, one_line
 from s2t_models.hosting import Hosted, pair
 from s2t_models.locks import locked
 from s2t_models.recipe import Recipe
-from s2t_models.settings import ActorPool, ModelSettings
+from s2t_models.settings import Writer
 from s2t_models.storage import Location, ObjectPath, remove, whole, write_json
 from serving import cluster, placement
 from serving.written import new_board, total
@@ -174,6 +175,7 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
         # One CPU more reads and writes, and one filters out what an earlier run has done.
         pools = [collect.rollout, collect.label]
         models = [recipe.slm, recipe.teacher]
+        writer, reader = collect.writer, collect.reader
         cpus = sum(pool.num_cpus * pool.actors for pool in pools)
         gpus = sum(
             placement.gpus(model, pool.num_gpus) * pool.actors for pool, model in zip(pools, models, strict=True)
@@ -198,13 +200,13 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
         try:
             dataset = ray.data.read_parquet(str(prompts), **filesystem_of(prompts))
             # A block is written, committed, and at most lost where something is killed, as one.
-            dataset = dataset.repartition(target_num_rows_per_block=collect.rollout.batch)
+            dataset = dataset.repartition(target_num_rows_per_block=collect.pool(writer).batch)
             board = new_board()
             dataset = dataset.map_batches(
-                Rollouts, fn_constructor_args=(recipe, engines["slm"], board), **_pool(collect.rollout, recipe.slm)
+                Rollouts, fn_constructor_args=(recipe, engines[writer], board), **_pool(recipe, writer)
             )
             dataset = dataset.map_batches(
-                Labels, fn_constructor_args=(recipe, engines["teacher"]), **_pool(collect.label, recipe.teacher)
+                Labels, fn_constructor_args=(recipe, engines[reader]), **_pool(recipe, reader)
             )
             with Progress("collect", "rows", len(rows), rows_done, lambda: total(board)):
                 dataset.write_datasink(ArrowSink(labelled))
@@ -217,8 +219,9 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
     return committed(labelled, checkpoint)
 
 
-def _pool(stage: ActorPool, model: ModelSettings) -> dict[str, Any]:
-    """Arguments of `map_batches` for a pool of actors that hold an engine of `model`."""
+def _pool(recipe: Recipe, role: Writer) -> dict[str, Any]:
+    """Arguments of `map_batches` for the pool of actors that hold an engine of this model."""
+    stage, model = recipe.collect.pool(role), recipe.slm if role == "slm" else recipe.teacher
     return {
         "compute": ActorPoolStrategy(size=stage.actors),
         "batch_size": stage.batch,

@@ -30,6 +30,7 @@ from pipelines.data.shards import ShardError, questions, shard_name, write_shard
 from s2t_models.calibration import BUDGETS, THRESHOLDS, Calibration
 from s2t_models.errors import NothingDone, one_line
 from s2t_models.noise import uniforms
+from s2t_models.provenance import TeacherTokens
 from s2t_models.recipe import Recipe
 from s2t_models.storage import DIGESTS, Location, ObjectPath, write_json
 
@@ -62,7 +63,8 @@ class Survey:
     coarse_B: dict[str, np.ndarray]
     steps: int = 0
     agreed: int = 0
-    tokens: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     finish: Counter[str] = field(default_factory=Counter)
     first_error: tuple[int, str] | None = None
@@ -73,7 +75,8 @@ class Survey:
         self.coarse_B = {name: counts + other.coarse_B[name] for name, counts in self.coarse_B.items()}
         self.steps += other.steps
         self.agreed += other.agreed
-        self.tokens += other.tokens
+        self.prompt_tokens += other.prompt_tokens
+        self.output_tokens += other.output_tokens
         self.errors += other.errors
         self.finish += other.finish
         self.damaged += other.damaged
@@ -136,6 +139,7 @@ def publish(
         written.add(done)
     if isinstance(output, ObjectPath):
         write_json(output / SHARDS / DIGESTS, written.digests)
+    cost = TeacherTokens.of_collection(recipe.collect.writer, survey.prompt_tokens, survey.output_tokens)
     summary = {
         "rows": rows,
         "errors": dict(sorted(survey.errors.items())),
@@ -145,7 +149,8 @@ def publish(
         "agreement": survey.agreed / survey.steps,
         "hit": {str(k): written.hits[k] / written.top for k in HITS},
         **{f"{name}_quantiles": _quantiles(values[name], survey.steps) for name in METRICS},
-        "teacher_prefill": survey.tokens,
+        "teacher_prefill": cost.read,
+        "teacher_decode": cost.written,
         "kept_steps": written.kept,
         "least_kl": least_kl,
     }
@@ -217,7 +222,8 @@ def _survey(files: Sequence[Location], first: int) -> Survey:
                 coarse_B={name: ranks.coarse(_flat(table, column)) for name, column in METRICS.items()},
                 steps=len(rank_S),
                 agreed=int((rank_S == 0).sum()),
-                tokens=sum(len(_flat(table, name)) for name in ("prompt_ids", "output_ids")),
+                prompt_tokens=len(_flat(table, "prompt_ids")),
+                output_tokens=len(_flat(table, "output_ids")),
                 errors=Counter(text.partition(":")[0] for _, text in errors),
                 finish=Counter(reason for reason in table["finish"].to_pylist() if reason),
                 first_error=min(errors, default=None),

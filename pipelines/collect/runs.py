@@ -50,9 +50,8 @@ def _figures(summary: Mapping[str, Any]) -> dict[str, float]:
         "kept_steps": summary["kept_steps"],
         "agreement": summary["agreement"],
         "least_kl": summary["least_kl"],
-        # Labelling is one forward a row over prompt and answer, and writes nothing.
         "teacher_prefill": summary["teacher_prefill"],
-        "teacher_decode": 0,
+        "teacher_decode": summary["teacher_decode"],
         **{f"hit_{k}": share for k, share in summary["hit"].items()},
         **{f"kl_quantile_{q}": value for q, value in summary["kl_quantiles"].items()},
     }

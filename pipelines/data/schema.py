@@ -10,7 +10,7 @@ import pyarrow as pa
 
 VERSION = "1"
 
-#: A step kept for training: its candidates, best first in the SLM's order, with both models'
+#: A step kept for training: its candidates, best first in the order of the model that wrote, with both models'
 #: log-probabilities over their whole vocabularies. `by_kl` says why it was kept: True for the collection's
 #: top steps by KL, False for a random one.
 KEPT_STEP = pa.struct(
@@ -23,10 +23,12 @@ KEPT_STEP = pa.struct(
     ]
 )
 
-#: One trajectory. `questions` are the hashes its prompt is known by (`splits.question_hashes`), by which test rows are
-#: kept out of training. `teacher_rank_T` is the 0-based rank of the teacher's argmax in the SLM's order (support or
-#: more: the value `support`). `error` is null where the row is whole; then the step columns are filled, and null where
-#: it is not. An error is "kind: detail"; the kinds are "empty prompt", "too long" and "failed".
+#: One trajectory. The SLM wrote it, or the teacher (`collect.writer` of the recipe in the metadata); `entropy_T` is
+#: the writer's, `kl_T` goes from it to the other model. `questions` are the hashes its prompt is known by
+#: (`splits.question_hashes`), by which test rows are kept out of training. `teacher_rank_T` is the 0-based rank of
+#: the teacher's argmax in the SLM's order (support or more: the value `support`). `error` is null where the row is
+#: whole; then the step columns are filled, and null where it is not. An error is "kind: detail"; the kinds are "empty
+#: prompt", "too long" and "failed".
 SHARD = pa.schema(
     [
         ("uid", pa.string()),

@@ -34,7 +34,7 @@ def shard_metadata(recipe: Recipe, slm: str, teacher: str, tokenizer: str, task:
         slm,
         teacher,
         tokenizer,
-        str(recipe.divergence),
+        recipe.divergence.on_texts_of(recipe.collect.writer),
         str(recipe.collect.k),
         str(recipe.collect.steps),
         task,

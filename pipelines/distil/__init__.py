@@ -1,1 +1,1 @@
-"""Shards into an S2T-Local artifact, the kd control or R2R's router."""
+"""Shards into an S2T-Local artifact or an ablation of it, a trained baseline's checkpoint, or R2R's router."""

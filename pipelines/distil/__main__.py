@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="s2t distil", description="Shards to an S2T-Local artifact, a control, or R2R's router."
+        prog="s2t distil", description="Shards to an S2T-Local artifact, a baseline, or R2R's router."
     )
     add_recipe(parser)
     parser.add_argument("--shards", type=place, required=True, help="the collection to train on")

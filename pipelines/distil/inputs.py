@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.data.layout import COLLECTED
@@ -25,12 +26,17 @@ from pipelines.tasks.splits import refuse_overlap
 from s2t_models import loading
 from s2t_models.calibration import Calibration
 from s2t_models.errors import UserError
-from s2t_models.provenance import Provenance
+from s2t_models.provenance import Provenance, TeacherTokens
 from s2t_models.recipe import Recipe
+from s2t_models.settings import Writer
 from s2t_models.storage import Location, ObjectPath
 
 #: Ends of the names of tasks whose rows may be trained or calibrated on; the other benchmark tasks are test splits.
 NOT_TEST = ("-train", "-calibration", "-validation")
+
+
+#: The models of a pair in words.
+NAMES: Mapping[Writer, str] = {"slm": "SLM", "teacher": "teacher"}
 
 
 class DistilError(UserError):
@@ -40,11 +46,12 @@ class DistilError(UserError):
 @dataclass(frozen=True)
 class Collection:
     """What a training needs to know of a collection before it begins: what its shards carry, the hashes of its prompts,
-    and how many steps are labelled."""
+    how many steps are labelled, and what it asked of the teacher."""
 
     metadata: dict[str, str]
     questions: list[str]
     kept_steps: int
+    teacher: TeacherTokens
 
     @classmethod
     def read(cls, folder: Location) -> Collection:
@@ -52,19 +59,33 @@ class Collection:
         of the rows comes here. Raises ShardError, and CalibrationError."""
         if isinstance(folder, ObjectPath):
             metadata = read_metadata(folder)
-            kept = json.loads((folder / COLLECTED).read_text())["kept_steps"]
-            return cls(metadata, list(Calibration.read(folder).rows), kept)
+            summary = json.loads((folder / COLLECTED).read_text())
+            teacher = TeacherTokens(read=summary["teacher_prefill"], written=summary["teacher_decode"])
+            return cls(metadata, list(Calibration.read(folder).rows), summary["kept_steps"], teacher)
         asked: set[str] = set()
         uids: set[str] = set()
-        kept = 0
+        kept = prompts = outputs = 0
         for table in each_shard(folder):
             known = len(uids)
             uids.update(table["uid"].to_pylist())
             if len(uids) < known + len(table):
                 raise ShardError(f"{folder}: a row occurs twice; delete {folder} and collect again")
             asked.update(questions(table))
-            kept += pc.sum(pc.list_value_length(table["kept"])).as_py() or 0
-        return cls(metadata_of(table), sorted(asked), kept)
+            kept += _items(table["kept"])
+            whole = table.filter(table["error"].is_null())
+            prompts, outputs = prompts + _items(whole["prompt_ids"]), outputs + _items(whole["output_ids"])
+        metadata = metadata_of(table)
+        return cls(metadata, sorted(asked), kept, TeacherTokens.of_collection(written_by(metadata), prompts, outputs))
+
+
+def _items(column: pa.ChunkedArray) -> int:
+    """How many items the lists of a column hold."""
+    return pc.sum(pc.list_value_length(column)).as_py() or 0
+
+
+def written_by(metadata: Mapping[str, str]) -> Writer:
+    """Which model wrote the texts of a collection."""
+    return json.loads(metadata["s2t.recipe"])["collect"].get("writer", "slm")  # type: ignore[no-any-return]
 
 
 def training_folder(output: Location) -> Location:
@@ -91,15 +112,18 @@ def check_inputs(
     calibration: Location | None,
     seeds: Mapping[str, int],
     settings: Mapping[str, Any],
+    writer: Writer = "slm",
 ) -> Provenance:
-    """Check the collections and return the record of a training on them that has not begun.
+    """Check the collections, whose texts the `writer` wrote, and return the record of a training on them that has not
+    begun.
 
-    Raises ShardError where one is of another pair or of a test split or has no labelled step, or where both share a row
-    or were made with different divergences.
+    Raises ShardError where one is of another pair, of a test split or of the other writer or has no labelled step, or
+    where both share a row or were made with different divergences.
     """
     digests: dict[str, str] = {}
     rows: dict[str, list[str]] = {}
     divergences: dict[str, str] = {}
+    teacher = TeacherTokens()
     for role, folder in (("training", shards), ("calibration", calibration)):
         if folder is None:
             continue
@@ -107,6 +131,14 @@ def check_inputs(
         if not found.kept_steps:
             raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
         metadata = found.metadata
+        if (other := written_by(metadata)) != writer:
+            option = " --teacher" if writer == "teacher" else ""
+            raise ShardError(
+                f"{folder}: its texts are by the {NAMES[other]}, and {objective} is trained on those of the "
+                f"{NAMES[writer]}; "
+                f"make a collection of its own with s2t collect{option}"
+            )
+        teacher += found.teacher
         digests[role] = shards_digest(folder)
         divergences[role] = metadata["s2t.divergence"]
         rows[f"{role} ({metadata['s2t.task']})"] = found.questions
@@ -128,4 +160,5 @@ def check_inputs(
         rows={name: tuple(hashes) for name, hashes in rows.items()},
         seeds=dict(seeds),
         settings=dict(settings),
+        teacher=teacher,
     )

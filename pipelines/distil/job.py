@@ -27,18 +27,19 @@ from pipelines.data.trajectories import ShardTrajectories
 from pipelines.distil.curves import CURVES, Follower
 from pipelines.distil.inputs import DistilError, check_inputs, training_folder
 from pipelines.distil.runs import log_trained, open_run
-from pipelines.distil.worker import read_state, train
+from pipelines.distil.worker import TEACHER_READ, read_state, train
 from pipelines.runtime.progress import Progress
 from s2t_models.artifact import read_provenance, refuse_foreign
 from s2t_models.errors import one_line
 from s2t_models.locks import locked
-from s2t_models.provenance import Provenance
+from s2t_models.provenance import Provenance, TeacherTokens
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.storage import Location, ObjectPath
 from s2t_models.threads import use_threads
 from s2t_models.training import objectives
 from s2t_models.training.build import build
 from s2t_models.training.selector import check_targets
+from s2t_models.training.teacher import check_teacher
 from serving import cluster
 
 #: Worker groups that may die before the job gives up.
@@ -69,8 +70,10 @@ def distil(
         raise RecipeError(f"distil.batch = {settings.batch} does not divide among distil.workers = {settings.workers}")
     chosen = objectives.objective(objective, settings)
     check_targets(recipe.slm, chosen.lora)
+    if chosen.on_policy:
+        check_teacher(recipe)
     refuse_foreign(output, chosen.mark)
-    provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe))
+    provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe), chosen.writer)
     known = read_provenance(output)
     collections = {"training": shards} | ({"calibration": calibration} if calibration else {})
     shards, output = shards.resolve(), output.resolve()
@@ -107,6 +110,8 @@ def report(done: Provenance, output: Location) -> str:
         f"{metrics['agree_at_1_slm']:.1%}), {metrics['agree_at_1_random']:.1%} on random steps",
         f"Spearman     {metrics['spearman']:.3f}; KL to base {metrics['kl_to_base']:.4f} nats",
     ]
+    if done.teacher:
+        lines.append(f"teacher      {done.teacher.read:,} tokens read for it, {done.teacher.written:,} written")
     if done.trigger_head:
         lines.append(f"trigger head AUC {done.trigger_head['auc']:.3f}")
     if found := done.decider:
@@ -182,9 +187,14 @@ def _train(
             result = ThreadPoolExecutor(1).submit(trainer.fit).result()
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from error
-    best, metrics = _best(result.best_checkpoints or [])
+    checkpoints = result.best_checkpoints or []
+    best, metrics = _best(checkpoints)
     figures = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-    return read_state(best)["trained"], {"validation": figures, "begun_at_steps": tuple(curves.begun)}
+    outcome: dict[str, Any] = {"validation": figures, "begun_at_steps": tuple(curves.begun)}
+    # What was read after the checkpoint that is taken was read for it too: it chose among them.
+    if read := max(metrics.get(TEACHER_READ, 0) for _, metrics in checkpoints):
+        outcome["teacher"] = TeacherTokens(read=int(read))
+    return read_state(best)["trained"], outcome
 
 
 def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from pipelines.data.shards import each_shard
@@ -22,13 +23,14 @@ from pipelines.distil.runs import log_trained, open_run
 from s2t_models import chat, loading
 from s2t_models.artifact import read_provenance, refuse_foreign, replacing
 from s2t_models.engines.load import capabilities, load
+from s2t_models.engines.metering import Metered
 from s2t_models.errors import one_line
 from s2t_models.hosting import Hosted, pair
 from s2t_models.locks import locked
 from s2t_models.policies import r2r_labels
 from s2t_models.policies.base import Engines
 from s2t_models.policies.r2r_labels import label
-from s2t_models.provenance import Provenance
+from s2t_models.provenance import Provenance, TeacherTokens
 from s2t_models.recipe import Recipe
 from s2t_models.router import SETTINGS, RouterConfig, save_router
 from s2t_models.storage import Location, remove
@@ -36,9 +38,17 @@ from s2t_models.threads import use_threads
 from s2t_models.training.router import train_router
 from serving import cluster, placement
 
-#: One prompt's labelled steps, laid end to end; `error` where the row failed, which costs no other row.
+#: One prompt's labelled steps, laid end to end, and the tokens that the teacher read and wrote for them; `error` where
+#: the row failed, which costs no other row.
 LABELLED = pa.schema(
-    [("uid", pa.string()), ("inputs", pa.list_(pa.float32())), ("labels", pa.list_(pa.int8())), ("error", pa.string())]
+    [
+        ("uid", pa.string()),
+        ("inputs", pa.list_(pa.float32())),
+        ("labels", pa.list_(pa.int8())),
+        ("read", pa.int64()),
+        ("written", pa.int64()),
+        ("error", pa.string()),
+    ]
 )
 
 
@@ -47,13 +57,8 @@ class RouterLabels:
 
     def __init__(self, recipe: Recipe, hosted: dict[str, Hosted]) -> None:
         use_threads(recipe.collect.label.num_cpus)
-        tokenizer = loading.load_tokenizer(hosted["slm"].settings)
-        slm, teacher = load(hosted["slm"]), load(hosted["teacher"])
-        self.engines = Engines(
-            {"slm": slm, "teacher": teacher}, partial(chat.decode, tokenizer), partial(chat.encode, tokenizer)
-        )
-        by_teacher = recipe.router.judge == "teacher"
-        self.judge = r2r_labels.ask(teacher, tokenizer) if by_teacher else r2r_labels.numbers_differ
+        self.tokenizer = loading.load_tokenizer(hosted["slm"].settings)
+        self.slm, self.teacher = load(hosted["slm"]), load(hosted["teacher"])
         self.settings = recipe.router
         self.loop = asyncio.new_event_loop()
 
@@ -64,12 +69,21 @@ class RouterLabels:
         return list(await asyncio.gather(*(self._row(row) for row in rows)))
 
     async def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        settings = self.settings
+        settings, teacher = self.settings, Metered(self.teacher)
+        engines = Engines(
+            {"slm": self.slm, "teacher": teacher},
+            partial(chat.decode, self.tokenizer),
+            partial(chat.encode, self.tokenizer),
+        )
+        by_teacher = settings.judge == "teacher"
+        judge = r2r_labels.ask(teacher, self.tokenizer) if by_teacher else r2r_labels.numbers_differ
+        labelled: dict[str, Any] = {"uid": row["uid"]}
         try:
-            steps = await label(self.engines, row["prompt_ids"], self.judge, settings.max_new_tokens, settings.support)
+            steps = await label(engines, row["prompt_ids"], judge, settings.max_new_tokens, settings.support)
+            labelled |= {"inputs": steps.inputs_TF.ravel(), "labels": steps.labels_T}
         except Exception as error:  # a row that fails is counted, not fatal
-            return {"uid": row["uid"], "error": f"{type(error).__name__}: {error}"}
-        return {"uid": row["uid"], "inputs": steps.inputs_TF.ravel(), "labels": steps.labels_T}
+            labelled["error"] = f"{type(error).__name__}: {error}"
+        return labelled | {"read": teacher.usage.prefill, "written": teacher.usage.decode}
 
 
 def distil_router(recipe: Recipe, shards: Location, output: Location) -> str:
@@ -90,14 +104,15 @@ def distil_router(recipe: Recipe, shards: Location, output: Location) -> str:
         remove(curves)  # of a router that was not finished
         with open_run(recipe, provenance, collections, has_begun=False) as run:
             prompts = _prompts(shards, recipe.router.prompts)
-            report = _label_and_train(recipe, prompts, output.resolve(), provenance, Curves(curves))
-        log_trained(recipe, provenance, output, collections, training, Follower(curves), run)
+            report, done = _label_and_train(recipe, prompts, output.resolve(), provenance, Curves(curves))
+        log_trained(recipe, done, output, collections, training, Follower(curves), run)
     return f"{report}\nwritten to   {output}"
 
 
 def _label_and_train(
     recipe: Recipe, prompts: pa.Table, output: Location, provenance: Provenance, curves: Curves
-) -> str:
+) -> tuple[str, Provenance]:
+    """A report, and the provenance as written."""
     if "features" not in capabilities(pair(recipe)["slm"]):
         raise DistilError(
             f"{recipe.name}: the router learns from the SLM's hidden states, which a {recipe.slm.engine} engine "
@@ -124,22 +139,28 @@ def _label_and_train(
         raise DistilError(f"labelling failed: {one_line(error)}; the same command tries again") from error
     steps = pa.concat_tables(parts).sort_by("uid")  # they come as they are done, and a training goes by their order
     whole = steps.filter(steps["error"].is_null())
+    # What the collection asked of the teacher is not used: its prompts are labelled anew.
+    read, written = (pc.sum(steps[name]).as_py() or 0 for name in ("read", "written"))
+    done = provenance.model_copy(update={"teacher": TeacherTokens(read=read, written=written)})
     hidden = loading.load_config(recipe.slm).hidden_size
     inputs_TF = whole["inputs"].combine_chunks().flatten().to_numpy().reshape(-1, 2 * hidden + recipe.router.support)
     labels_T = whole["labels"].combine_chunks().flatten().to_numpy()
     train = ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus)(_train)
     try:
-        history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, provenance))
+        history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, done))
     except ray.exceptions.RayError as error:
         raise DistilError(f"training the router failed: {one_line(error)}; the same command tries again") from error
     for metrics in history:
         curves.add(int(metrics["epoch"]), {f"router/{name}": value for name, value in metrics.items()})
     curves.add(len(history), {"router/threshold": threshold, "router/divergent": float(labels_T.mean())})
-    return (
+    report = (
         f"labelled     {len(labels_T)} steps of {len(whole)} answers ({len(steps) - len(whole)} failed), "
         f"{labels_T.mean():.1%} divergent\n"
-        f"trained      the router, {len(history)} epochs; threshold {threshold:.3f} at recall {recipe.router.recall:g}"
+        f"trained      the router, {len(history)} epochs; threshold {threshold:.3f} at recall "
+        f"{recipe.router.recall:g}\n"
+        f"teacher      {read:,} tokens read for it, {written:,} written"
     )
+    return report, done
 
 
 def _prompts(shards: Location, most: int) -> pa.Table:

@@ -73,7 +73,9 @@ def log_trained(
                 best = {f"best/{name}": value for name, value in done.validation.items()}
                 trigger = {f"trigger/{name}": value for name, value in done.trigger_head.items()}
                 decider = {f"decider/{name}": value for name, value in done.decider.items()}
-                tracking.log_metrics(best | trigger | decider, model_id=version.model_id)
+                asked = done.teacher.model_dump() if done.teacher else {}
+                teacher = {f"teacher/{name}": value for name, value in asked.items()}
+                tracking.log_metrics(best | trigger | decider | teacher, model_id=version.model_id)
             print(f"registered   {version.uri}")
             _show_link(run, done)
         remove(training)

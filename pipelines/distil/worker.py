@@ -23,6 +23,8 @@ from s2t_models.threads import use_threads
 from s2t_models.training.trainer import Trainer
 
 STATE = "state.pt"
+#: The figure of a checkpoint that says what the teacher has read so far, where it reads as the model is trained.
+TEACHER_READ = "teacher_read"
 #: Between two entries of the training curves, which progress follows: optimiser steps, or seconds where these are long.
 LOG_EVERY, LOG_EVERY_S = 20, 30.0
 
@@ -55,6 +57,8 @@ def train(config: dict[str, Any]) -> None:
             recent.clear()
         if is_evaluated:
             metrics = trainer.evaluate()
+            if trainer.objective.on_policy:
+                metrics[TEACHER_READ] = trainer.teacher_read
             if curves:
                 curves.add(trainer.step, {f"validation/{name}": value for name, value in metrics.items()})
             with tempfile.TemporaryDirectory() as folder:

@@ -35,7 +35,7 @@ def report(results: Location, output: Location, tracking: str | None) -> tuple[s
     ResultsError."""
     frame, metadata = read_results(results)
     recipe = Recipe.model_validate_json(metadata["s2t.recipe"])
-    summaries = summarise(frame)
+    summaries = summarise(frame, metadata)
     pairs, flips = comparisons(frame)
     averages = maths_averages(summaries)
     tables = markdown(summaries, pairs) + maths_table(averages)
@@ -186,6 +186,8 @@ def _track_policy(
         "teacher_tokens": summary.teacher_prefill + summary.teacher_decode,
         "teacher_prefill": summary.teacher_prefill,
         "teacher_decode": summary.teacher_decode,
+        "training_teacher_read": summary.training_read,
+        "training_teacher_written": summary.training_written,
         "forwards": summary.forwards,
         "decisions": summary.decisions,
         "seconds": summary.seconds,

@@ -26,6 +26,8 @@ from s2t_models.errors import UserError, one_line
 from s2t_models.storage import Location, location, whole
 
 PAIR = ["item", "seed", "repeat"]
+#: The metadata that says what was asked of the teacher to train the model of each policy (JSON).
+TRAINING = "s2t.training"
 
 
 class ResultsError(UserError):
@@ -66,7 +68,8 @@ class Summary:
     """A policy on a task; `k` and `budget` are None where they mean nothing to it. Accuracies are fractions; costs are
     means over the answers that were given: tokens of output, teacher tokens read (prefill) and written (decode),
     forwards of all models, triggered steps, and seconds on the server under the job's load. `shortened` answers had
-    less room than their limit."""
+    less room than their limit. The tokens that the teacher read and wrote to train the policy's model are None where
+    nothing was trained, or no record says it."""
 
     task: str
     policy: str
@@ -92,16 +95,27 @@ class Summary:
     forwards: float
     decisions: float
     seconds: float
+    training_read: int | None = None
+    training_written: int | None = None
+
+    @property
+    def training(self) -> int | None:
+        """All tokens of the teacher's that the training took."""
+        if self.training_read is None or self.training_written is None:
+            return None
+        return self.training_read + self.training_written
 
 
-def summarise(frame: pd.DataFrame) -> list[Summary]:
-    """One summary a (task, policy), in the order of the rows."""
+def summarise(frame: pd.DataFrame, metadata: Mapping[str, str] | None = None) -> list[Summary]:
+    """One summary a (task, policy), in the order of the rows; with the file's `metadata` also what training took."""
+    training = json.loads((metadata or {}).get(TRAINING, "{}"))
     return [
-        _summary(str(task), str(policy), rows) for (task, policy), rows in frame.groupby(["task", "policy"], sort=False)
+        _summary(str(task), str(policy), rows, training.get(policy, {}))
+        for (task, policy), rows in frame.groupby(["task", "policy"], sort=False)
     ]
 
 
-def _summary(task: str, policy: str, rows: pd.DataFrame) -> Summary:
+def _summary(task: str, policy: str, rows: pd.DataFrame, training: Mapping[str, int]) -> Summary:
     figures = accuracy(rows["item"].tolist(), (rows["verdict"] == "correct").tolist(), rows["seed"].tolist())
     counts = rows["verdict"].value_counts()
     answered = rows[rows["error"].isna()]
@@ -133,6 +147,8 @@ def _summary(task: str, policy: str, rows: pd.DataFrame) -> Summary:
         forwards=mean([cost["forwards"] for cost in costs]),
         decisions=mean([len(json.loads(decisions)) for decisions in answered["decisions"]]),
         seconds=mean(answered["seconds"].tolist()),
+        training_read=training.get("read"),
+        training_written=training.get("written"),
     )
 
 
@@ -195,8 +211,8 @@ def comparisons(frame: pd.DataFrame) -> tuple[list[dict[str, Any]], pd.DataFrame
 
 
 def markdown(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]]) -> str:
-    """The tables of a job as Markdown that reads well as plain text: policies with intervals and costs, then
-    each policy against the first of its task."""
+    """The tables of a job as Markdown that reads well as plain text: policies with intervals and costs (the teacher's
+    tokens an answer, and those that training took), then each policy against the first of its task."""
     parts = []
     for task in dict.fromkeys(summary.task for summary in summaries):
         own = [summary for summary in summaries if summary.task == task]
@@ -211,6 +227,7 @@ def markdown(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]]) -
             "errored",
             "tokens",
             "teacher tokens",
+            "in training",
             "forwards",
             "seconds",
         )
@@ -248,6 +265,7 @@ def _table_row(summary: Summary) -> tuple[str, ...]:
         *counts,
         f"{summary.tokens:.1f}",
         f"{summary.teacher_prefill + summary.teacher_decode:.1f}",
+        "" if summary.training is None else f"{summary.training:,}",
         f"{summary.forwards:.1f}",
         f"{summary.seconds:.2f}",
     )

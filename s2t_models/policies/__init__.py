@@ -1,6 +1,6 @@
 """Policies by name: the name a policy is served under says what it is, with which settings, at which budget.
 
-    greedy  sample  maj@8  llm  llm-sample  specreason  multiplex  tah  r2r  kd  <any checkpoint of the recipe>
+    greedy  sample  maj@8  llm  llm-sample  specreason  multiplex  tah  r2r  kd  distil  tsd-kd  <any checkpoint>
     s2t[-METRIC][-dynamic-05][-k4][@0.05]   takeover[-METRIC][@0.05]
     s2t-local[-METRIC][-k4][-w0][@0.05][:ARTIFACT]   r2r[:ROUTER]
 

@@ -1,4 +1,5 @@
-"""One model decoding by itself: greedy, sample, llm, llm-sample, kd, and any other checkpoint. It never triggers."""
+"""One model decoding by itself: greedy, sample, llm, llm-sample, kd, distil, tsd-kd, and any other checkpoint. It never
+triggers."""
 
 from __future__ import annotations
 
@@ -20,6 +21,9 @@ from s2t_models.policies.base import (
     sampling,
 )
 from s2t_models.settings import SamplerSettings
+
+#: Objectives whose checkpoints are systems of the comparison: they are known by name, whether they are served or not.
+TRAINED = ("kd", "distil", "tsd-kd")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class SingleModel(Policy):
 
 
 def names(hosting: Hosting) -> list[str]:
-    return ["greedy", "sample", "llm", "llm-sample", *dict.fromkeys(["kd", *hosting.recipe.checkpoints])]
+    return ["greedy", "sample", "llm", "llm-sample", *dict.fromkeys([*TRAINED, *hosting.recipe.checkpoints])]
 
 
 def build(name: str, hosting: Hosting) -> Policy | None:
@@ -61,4 +65,4 @@ def build(name: str, hosting: Hosting) -> Policy | None:
             return SingleModel(name, "teacher")
         case "llm-sample":
             return SingleModel(name, "teacher", settings.llm_sample)
-    return SingleModel(name, name) if name == "kd" or name in hosting.recipe.checkpoints else None
+    return SingleModel(name, name) if name in TRAINED or name in hosting.recipe.checkpoints else None

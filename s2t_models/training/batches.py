@@ -40,6 +40,11 @@ class Trajectory:
     slm_logprobs_GK: np.ndarray
     teacher_logprobs_GK: np.ndarray
 
+    @property
+    def steps(self) -> int:
+        """How many tokens the output has."""
+        return len(self.tree.tokens) - self.tree.prompt
+
     def with_groups(self, chosen_G: np.ndarray) -> Trajectory:
         """The trajectory with the groups of a boolean mask alone."""
         tree = replace(

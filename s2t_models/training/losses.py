@@ -1,4 +1,4 @@
-"""The training losses of the selector, and the drift from the base that all objectives bound.
+"""The training losses of the selector and of its ablations (D.4), and the drift from the base that they bound.
 
 All take plain tensors and know nothing of models. Groups may have different numbers of candidates: `valid_GK` marks the
 real ones. Axes: _G group (a labelled step), _K candidate, _M candidate of any group, _S decoding state,
@@ -73,6 +73,31 @@ def score_spread(scores_GK: torch.Tensor, valid_GK: torch.Tensor, spread: Spread
     mean_G1 = scores_GK.sum(-1, keepdim=True) / count_G1
     variance_G = ((scores_GK - mean_G1).square() * valid_GK).sum(-1) / count_G1[:, 0]
     return variance_G.sqrt()
+
+
+def pointwise(scores_GK: torch.Tensor, target_G: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of each candidate's score as the probability that it is the teacher's best, mean over all
+    real candidates (D.4, attempt I); 0 where there is none."""
+    right_GK = torch.zeros_like(scores_GK).scatter(1, target_G[:, None], 1.0)
+    loss_GK = F.binary_cross_entropy(scores_GK, right_GK, reduction="none")
+    return loss_GK.masked_fill(~valid_GK, 0.0).sum() / valid_GK.sum().clamp(min=1)
+
+
+def list_mle(logits_GK: torch.Tensor, teacher_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """-log of the Plackett-Luce probability of the teacher's order of the real candidates, its best first, of each
+    group, [G] (ListMLE): from the candidates that are left each time the teacher's best of them is drawn, with
+    probability softmax(logits). `teacher_GK` is anything that orders them as the teacher does."""
+    order_GK = teacher_GK.masked_fill(~valid_GK, EXCLUDED).argsort(dim=-1, descending=True, stable=True)
+    logits_GK = logits_GK.masked_fill(~valid_GK, EXCLUDED).gather(1, order_GK)
+    left_GK = logits_GK.flip(-1).logcumsumexp(-1).flip(-1)  # of those that are not drawn yet
+    return (left_GK - logits_GK).masked_fill(~valid_GK.gather(1, order_GK), 0.0).sum(-1)
+
+
+def soft_labels(preference_GK: torch.Tensor, teacher_logprobs_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || softmax of the preferences) over the real candidates of each group, [G] (D.4, attempt II)."""
+    teacher_GK = teacher_logprobs_GK.masked_fill(~valid_GK, EXCLUDED).log_softmax(-1)
+    own_GK = preference_GK.masked_fill(~valid_GK, EXCLUDED).log_softmax(-1)
+    return (teacher_GK.exp() * (teacher_GK - own_GK)).masked_fill(~valid_GK, 0.0).sum(-1)
 
 
 def stability(base_logits_SV: torch.Tensor, tuned_logits_SV: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,14 @@ from s2t_models.training.batches import (
     BatchOrder,
     Trajectory,
     collate,
-    drop_narrow_margins,
     pieces,
     split_by_prompt,
 )
 from s2t_models.training.objectives import objective
-from s2t_models.training.objectives.base import Objective, Outputs
+from s2t_models.training.objectives.base import Objective, Outputs, Reading
+from s2t_models.training.rollouts import Rollouts
 from s2t_models.training.selector import Selector
+from s2t_models.training.teacher import Teacher
 
 GRADIENT_NORM = 1.0
 
@@ -69,17 +71,23 @@ class Trainer:
         self.objective = objective(objective_name, recipe.distil)
         self.rank, self.world = rank, world
         training, validation = split_by_prompt(data, self.settings.validation, recipe.seed)
-        self.training = training.changed(partial(drop_narrow_margins, min_margin=self.settings.min_teacher_margin))
+        self.training = training.changed(self.objective.labelled)
         self.selector = load_selector(recipe, self.objective)
         self.wrapped = wrap(self.selector)
         self.device = self.selector.rows_RH.device
         self.parameters = [value for value in self.selector.parameters() if value.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
+            self.parameters, lr=self.objective.learning_rate, weight_decay=self.settings.weight_decay
         )
         self.order = BatchOrder([self._length(item) for item in self.training], self.settings.batch, recipe.seed)
         self.validation = validation.at(np.argsort([item.tree.length for item in validation], kind="stable").tolist())
         self.step = 0
+        #: Tokens that the teacher has read, for all workers, where it reads what the model writes: of those texts, and
+        #: of the held-out ones, which were labelled.
+        self.teacher_read = sum(len(item.tree.tokens) for item in validation) if self.objective.on_policy else 0
+        if self.objective.on_policy:
+            self.rollouts = Rollouts(recipe, self.selector, lambda step: list(self.training.at(self._mine(step))))
+            self.teacher = Teacher(recipe, self.selector.vocabulary)
         self._base_states = BaseStates(int(self.settings.base_cache_gb * 2**30))
 
     def advance(self) -> dict[str, float]:
@@ -89,15 +97,15 @@ class Trainer:
         rate = self._learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batch = self.order(self.step)
-        mine = batch[self.rank :: self.world]
-        whole = self.objective.count(self.training.at(batch))
+        forwards, whole = self._batch()
         self.wrapped.train()
         self.optimizer.zero_grad()
         total: dict[str, float] = {}
-        for items in self._forwards(list(self.training.at(mine))):
-            loss, parts = self._loss(items, whole)
-            loss.backward()
+        for number, items in enumerate(forwards, 1):
+            # Workers may have unlike numbers of forwards: gradients are put together once, at the last.
+            with nullcontext() if number == len(forwards) else self._apart():
+                loss, parts = self._loss(items, whole)
+                loss.backward()
             for name, value in {"loss": loss, **parts}.items():
                 total[name] = total.get(name, 0.0) + value.item()
         norm = nn.utils.clip_grad_norm_(self.parameters, GRADIENT_NORM)
@@ -113,7 +121,7 @@ class Trainer:
         sums: dict[str, float] = dict.fromkeys(evaluation.SUMS, 0.0)
         for items in self._forwards(mine):
             batch = collate(items, self.device, self.objective.needs_leaves)
-            outputs = self._outputs(items, batch, self.selector)
+            outputs = self._outputs(batch, self.selector, base_SH=self._base(items, batch))
             for name, value in evaluation.add_up(batch, outputs, *self.objective.choose(batch, outputs)).items():
                 sums[name] += float(value)
         if self.world > 1:
@@ -124,13 +132,46 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything a later trainer needs to go on from here."""
-        return {"step": self.step, "trained": self.selector.trained(), "optimizer": self.optimizer.state_dict()}
+        state: dict[str, Any] = {
+            "step": self.step,
+            "trained": self.selector.trained(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        if self.objective.on_policy:
+            state |= {"teacher_read": self.teacher_read, "rollout_weights": self.rollouts.weights}
+        return state
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self.step = state["step"]
         self.selector.load_trained(state["trained"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.objective.on_policy:
+            self.teacher_read = state["teacher_read"]
+            self.rollouts.resume(state["rollout_weights"])
+
+    def _mine(self, step: int) -> np.ndarray:
+        """The places of this worker's share of a step's trajectories."""
+        return self.order(step)[self.rank :: self.world]
+
+    def _batch(self) -> tuple[list[Sequence[Trajectory]], dict[str, int]]:
+        """This worker's forwards of the step's batch, and what `Objective.count` says of the whole of it."""
+        if not self.objective.on_policy:
+            batch = self.order(self.step)
+            mine = list(self.training.at(self._mine(self.step)))
+            return list(self._forwards(mine)), self.objective.count(self.training.at(batch))
+        texts = self.rollouts.of(self.step)
+        counts = self.objective.count(texts) | {"tokens": sum(len(text.tree.tokens) for text in texts)}
+        if self.world > 1:  # how long the others' texts are is not known here
+            together = torch.tensor(list(counts.values()), device=self.device)
+            dist.all_reduce(together)
+            counts = dict(zip(counts, together.tolist(), strict=True))
+        self.teacher_read += counts["tokens"]
+        return list(self._forwards(texts)), counts
+
+    def _apart(self) -> AbstractContextManager[None]:
+        """In it, gradients are this worker's own."""
+        return getattr(self.wrapped, "no_sync", nullcontext)()
 
     def _length(self, item: Trajectory) -> int:
         """How many tokens it has in a forward."""
@@ -143,8 +184,8 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then cosine to zero."""
-        total, peak = self.settings.steps, self.settings.learning_rate
-        warmup = round(self.settings.warmup * total)
+        total, peak = self.settings.steps, self.objective.learning_rate
+        warmup = round(self.objective.warmup * total)
         if self.step < warmup:
             return peak * (self.step + 1) / warmup
         return peak * 0.5 * (1 + math.cos(math.pi * (self.step - warmup) / max(total - warmup, 1)))
@@ -153,7 +194,9 @@ class Trainer:
         """What some of the batch's trajectories add to its loss, and to each term before its weight. `whole` is what
         `Objective.count` says of the batch."""
         batch = collate(items, self.device, self.objective.needs_leaves)
-        outputs = self._outputs(items, batch, self.wrapped)
+        base_SH = self._base(items, batch) if self.objective.needs_base else None
+        teacher = self.teacher.read(batch.packed) if self.objective.on_policy else None
+        outputs = self._outputs(batch, self.wrapped, base_SH, teacher)
         here = self.objective.count(items)
         loss, parts = torch.zeros((), device=self.device), {}
         for term in self.objective.terms(batch, outputs):
@@ -164,9 +207,12 @@ class Trainer:
             parts[term.name] = value.detach()
         return loss, parts
 
-    def _outputs(self, items: Sequence[Trajectory], batch: Batch, model: nn.Module) -> Outputs:
-        """Both models' outputs; `model` is the selector, wrapped where gradients are to be kept in step."""
-        return self.objective.outputs(batch, self._base(items, batch), self.selector, model)
+    def _outputs(
+        self, batch: Batch, model: nn.Module, base_SH: torch.Tensor | None, teacher: Reading | None = None
+    ) -> Outputs:
+        """All models' outputs; `model` is the selector, wrapped where gradients are to be kept in step."""
+        outputs = self.objective.outputs(batch, base_SH, self.selector, model)
+        return replace(outputs, teacher=teacher, progress=self.step / self.settings.steps)
 
     def _base(self, items: Sequence[Trajectory], batch: Batch) -> torch.Tensor:
         """The frozen base's hidden states at the decoding states of a batch, [S, H]."""

@@ -77,6 +77,11 @@ class TreeBatch:
         """The decoding states' hidden states, [S, H]."""
         return hidden_BLH[self.row_S, self.column_S]
 
+    @property
+    def written_S(self) -> torch.Tensor:
+        """The token that the text has at each decoding state, [S]."""
+        return self.ids_BL[self.row_S, self.column_S + 1]
+
     def leaves(self, hidden_BLH: torch.Tensor) -> torch.Tensor:
         """The candidate leaves' hidden states, [G, K, H]; meaningless where not `valid_GK`."""
         return hidden_BLH[self.row_G[:, None], self.leaf_GK]

@@ -16,6 +16,12 @@ OBJECTIVES = {
     "selector": "s2t_models.training.objectives.selector:SelectorObjective",
     "kd": "s2t_models.training.objectives.kd:KdObjective",
     "tah": "s2t_models.training.objectives.tah:TahObjective",
+    "distil": "s2t_models.training.objectives.two_stage:TwoStageObjective",
+    "tsd-kd": "s2t_models.training.objectives.tsd_kd:TsdKdObjective",
+    "head-only": "s2t_models.training.objectives.head_only:HeadOnlyObjective",
+    "pointwise": "s2t_models.training.objectives.pointwise:PointwiseObjective",
+    "listmle": "s2t_models.training.objectives.listmle:ListMleObjective",
+    "soft-labels": "s2t_models.training.objectives.soft_labels:SoftLabelsObjective",
 }
 
 

@@ -19,13 +19,21 @@ from torch import nn
 
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
-from s2t_models.settings import DistilSettings, LoraSettings
+from s2t_models.settings import DistilSettings, LoraSettings, Writer
 from s2t_models.storage import Location
 from s2t_models.training import losses
-from s2t_models.training.batches import Batch, Trajectory
+from s2t_models.training.batches import Batch, Trajectory, drop_narrow_margins
 from s2t_models.training.per_state import per_state
 from s2t_models.training.products import Merged, save_checkpoint
 from s2t_models.training.selector import ROWS, Selector
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the teacher says of a batch: its hidden states at every decoding state, and its head, [S, H] -> [S, V]."""
+
+    states_SH: torch.Tensor
+    text_logits: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,13 +41,16 @@ class Outputs:
     """What the models say of a batch: the hidden states of the frozen base and of the tuned model at every decoding
     state (those of group g are at `batch.packed.state_G[g]`), and the scores of the candidates (no columns where no
     leaves were packed). `text_logits` is the head of both, [S, H] -> [S, V]; its logits are never there for all states
-    at once (`per_state`)."""
+    at once (`per_state`). Base and teacher are there where the objective asks for them; `progress` is the share of the
+    training that is done."""
 
-    base_SH: torch.Tensor
+    base_SH: torch.Tensor | None
     tuned_SH: torch.Tensor
     scores_GK: torch.Tensor
     text_logits: Callable[[torch.Tensor], torch.Tensor]
     vocabulary: int
+    teacher: Reading | None = None
+    progress: float = 0.0
 
     def drift(self) -> torch.Tensor:
         """KL(base || tuned) over the text vocabulary at each state, [S], in nats (Eq. 8)."""
@@ -49,6 +60,7 @@ class Outputs:
                 base_SV = self.text_logits(base_SH)
             return losses.stability(base_SV, self.text_logits(tuned_SH))
 
+        assert self.base_SH is not None
         return per_state(drift, self.vocabulary, self.tuned_SH, self.base_SH)
 
     def at(self, state_G: torch.Tensor, function: Callable[..., torch.Tensor], *given_G: torch.Tensor) -> torch.Tensor:
@@ -94,6 +106,13 @@ class Objective(ABC):
     needs_leaves: ClassVar[bool] = False
     #: Whether its LoRA stays apart: the product is made of the frozen base then, not of the merged model.
     keeps_lora_apart: ClassVar[bool] = False
+    #: Whether its terms take the frozen base's states.
+    needs_base: ClassVar[bool] = True
+    #: Which model wrote the collection that is trained on.
+    writer: ClassVar[Writer] = "slm"
+    #: Trained on what the tuned model writes to the collection's prompts, read by the teacher, and not on the
+    #: collection's own texts; those of held-out prompts are evaluated on.
+    on_policy: ClassVar[bool] = False
     #: The file by which the product's folder is known, so that nothing else is overwritten.
     mark: ClassVar[str] = artifact.CHECKPOINT
 
@@ -104,6 +123,21 @@ class Objective(ABC):
     def lora(self) -> LoraSettings:
         """The LoRA that is trained."""
         return self.settings.lora
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate."""
+        return self.settings.learning_rate
+
+    @property
+    def warmup(self) -> float:
+        """The share of the steps in which the learning rate rises."""
+        return self.settings.warmup
+
+    def labelled(self, item: Trajectory) -> Trajectory:
+        """The trajectory with the groups that are trained on: by default those where the teacher is sure enough
+        (D.4)."""
+        return drop_narrow_margins(item, self.settings.min_teacher_margin)
 
     def trains(self, parameter: str) -> bool:
         """Whether the selector's parameter of this name is trained: a LoRA factor, or the reserved rows
@@ -119,7 +153,7 @@ class Objective(ABC):
             "states": sum(len(item.kl_T) for item in items),
         }
 
-    def outputs(self, batch: Batch, base_SH: torch.Tensor, selector: Selector, model: nn.Module) -> Outputs:
+    def outputs(self, batch: Batch, base_SH: torch.Tensor | None, selector: Selector, model: nn.Module) -> Outputs:
         """What the models say of a batch. `model` is the selector, wrapped where gradients are to be kept in step."""
         hidden_BLH = model(**batch.packed.inputs())
         return Outputs(

@@ -24,6 +24,13 @@ class SelectorObjective(Objective):
         return True
 
     def terms(self, batch: Batch, outputs: Outputs) -> list[Term]:
+        return [
+            *self.ranking(batch, outputs),
+            Term("kl_loss", outputs.drift().mean(), self.settings.beta, per="states"),
+        ]
+
+    def ranking(self, batch: Batch, outputs: Outputs) -> list[Term]:
+        """What teaches the teacher's ranking of the candidates; the ablations of D.4 put others in its place."""
         settings, scores_GK = self.settings, outputs.scores_GK
         preference_GK = self.preference(batch, outputs)
         selection = losses.selection(preference_GK, batch.target_G, batch.valid_GK)
@@ -33,7 +40,6 @@ class SelectorObjective(Objective):
         return [
             Term("selection_loss", selection, 1.0, per="groups"),
             Term("margin_loss", margin, settings.margin, per="groups"),
-            Term("kl_loss", outputs.drift().mean(), settings.beta, per="states"),
         ]
 
     def choose(self, batch: Batch, outputs: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
