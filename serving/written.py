@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+import weakref
 from typing import Any
 
 import ray
@@ -50,19 +51,19 @@ def total(board: Any) -> int:
 
 def keep_posted(engine: object, name: str, board: Any = None) -> None:
     """Tell Ray's metrics what the engine called `name` does, and the `board` what it has written, every two seconds
-    from a thread, for as long as the process lives. Does nothing where there is no Ray, or for an engine that does not
-    count."""
+    from a thread, for as long as the engine is there. Does nothing where there is no Ray, or for an engine that does
+    not count."""
     if not (ray.is_initialized() and isinstance(engine, CountsTokens)):
         return
-    counting = engine
+    still = weakref.ref(engine)
     tokens = Counter(TOKENS, "Tokens that engines wrote, read, or had in their cache.", ("engine", "kind"))
     running = Gauge(RUNNING, "Calls under way in an engine: how wide its batches are.", ("engine",))
 
     def post() -> None:
         key, known = uuid.uuid4().hex, Counted()
-        while True:
-            time.sleep(_EVERY_S)
+        while ray.is_initialized() and (counting := still()) is not None:
             counted = counting.counted
+            del counting
             for kind in KINDS:
                 if (more := getattr(counted, kind) - getattr(known, kind)) > 0:
                     tokens.inc(more, {"engine": name, "kind": kind})
@@ -70,5 +71,6 @@ def keep_posted(engine: object, name: str, board: Any = None) -> None:
             if board is not None and counted.written != known.written:
                 board.note.remote(key, counted.written)
             known = counted
+            time.sleep(_EVERY_S)
 
     threading.Thread(target=post, name="written", daemon=True).start()
