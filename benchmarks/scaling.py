@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,7 @@ MIB = 1024**2
 
 def recipe(nodes: int, rows: int, tokens: int) -> Recipe:
     """The embedded recipe with an SLM and a teacher that sleep on each of `nodes` nodes; about `rows` rows a job."""
-    pool = {"actors": nodes, "num_cpus": 0.25, "num_gpus": 0.5, "batch": AT_ONCE // 2}
+    pool = {"actors": nodes, "num_cpus": 0.25, "num_gpus": 0.5, "batch": AT_ONCE}
     engine = {"engine": sleeping.NAME, "slots": AT_ONCE, "num_replicas": nodes, "num_cpus": 0.25, "num_gpus": 0.5}
     items = min(rows, ITEMS)
     settings = {
@@ -166,7 +167,6 @@ def run(stage: str, nodes: int, rows: int, tokens: int, speed: float) -> dict[st
         environment = {
             "RAY_ADDRESS": address,
             "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
-            "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")])),
         }
         command = [sys.executable, "-m", "benchmarks.scaling", "--point", point]
         done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -179,6 +179,8 @@ def main() -> int:
         stage, nodes, rows, tokens, speed, folder = json.loads(options.point)
         print(json.dumps(run_here(stage, nodes, rows, tokens, speed, Path(folder))))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster ends too
+    # For the workers too, which import the engine.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
     print(
         "| stage | nodes | rows | rows a second | efficiency | seconds | driver's peak, MB |\n" + "|---|" + "---:|" * 6
