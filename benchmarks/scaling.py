@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks import sleeping
 from pipelines.runtime.records import NewLines
@@ -160,7 +159,7 @@ def _counts(lines: NewLines) -> Callable[[], int]:
     return count
 
 
-def run(stage: str, nodes: int, rows: int, tokens: int, speed: float) -> dict[str, Any]:
+def run(stage: str, nodes: int, rows: int, tokens: int, speed: float) -> dict[str, float]:
     """Run the stage in a process of its own, on a cluster of its own."""
     with tempfile.TemporaryDirectory() as folder, cluster(nodes) as address:
         point = json.dumps([stage, nodes, rows, tokens, speed, folder])
@@ -170,7 +169,8 @@ def run(stage: str, nodes: int, rows: int, tokens: int, speed: float) -> dict[st
         }
         command = [sys.executable, "-m", "benchmarks.scaling", "--point", point]
         done = subprocess.run(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+        return found
 
 
 def main() -> int:

@@ -19,7 +19,18 @@ from typing import Any
 import numpy as np
 
 from s2t_models import loading
-from s2t_models.engines.contract import Counted, Draft, ModelCard, Sampling, Scores, Support, Tell, Usage, Written
+from s2t_models.engines.contract import (
+    Counted,
+    Draft,
+    Finish,
+    ModelCard,
+    Sampling,
+    Scores,
+    Support,
+    Tell,
+    Usage,
+    Written,
+)
 from s2t_models.engines.load import ENGINES, EngineKind, card_of
 from s2t_models.hosting import Hosted
 
@@ -87,7 +98,7 @@ class SleepingEngine:
         support = self._support(ids, sampling.support) if sampling.support else None
         if tell is not None:
             tell(Written(ids, support))
-        finish = "end" if ids[-1] in self._card.end_ids else "length"
+        finish: Finish = "end" if ids[-1] in self._card.end_ids else "length"
         return Draft(ids, finish, Usage(decode=len(ids), forwards=len(ids)), support)
 
     async def score(self, tokens: list[int], start: int, ids_TN: np.ndarray, support: int = 0) -> Scores:
