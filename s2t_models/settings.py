@@ -283,11 +283,13 @@ class DistilSettings(Settings):
 
 
 class TriggerHeadSettings(Settings):
-    """The trigger head (E.2): a two-layer MLP on the SLM's last hidden state, thresholds set post hoc by percentile."""
+    """The trigger head (E.2): a two-layer MLP on the SLM's last hidden state, thresholds set post hoc by percentile. Of
+    more than `most_steps` steps, those of as many trajectories are drawn as hold that many."""
 
     hidden: Count = 128
     dropout: Fraction = 0.1
     positives: Fraction = 0.10
+    most_steps: Count = 1_000_000
     epochs: Count = 50
     learning_rate: float = Field(1e-3, gt=0)
     validation: Fraction = 0.1

@@ -22,6 +22,8 @@ from s2t_models.errors import UserError, one_line
 #: Logical CPUs of a local cluster at the least. Actors here wait for each other more than they compute, and Ray Data
 #: holds slots for its own reading and filtering: a cluster of two would wait for ever without a word.
 LOCAL_CPUS = 8
+#: Actors of Ray Data that may die in a row while they load; each is replaced. By itself Ray Data ends at the first.
+DEATHS_WHILE_LOADING = 2
 _PATIENCE_S = 60.0
 _PROBE_S = 10.0
 
@@ -42,6 +44,7 @@ def start(cpus: float = LOCAL_CPUS) -> bool:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     import ray
+    import ray.data
 
     started = False
     if not ray.is_initialized():
@@ -56,6 +59,7 @@ def start(cpus: float = LOCAL_CPUS) -> bool:
                 started = True
     if not debugging():
         _quieten()
+    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = DEATHS_WHILE_LOADING
     return started
 
 
@@ -134,7 +138,7 @@ def _native_stderr_closed() -> Iterator[None]:
 
 def _quieten() -> None:
     """Errors only, no execution plans and no nested progress bars: each pipeline shows its own line of progress."""
-    import ray.data
+    import ray
 
     for handler in logging.getLogger("ray.data").handlers:
         if not isinstance(handler, logging.FileHandler):

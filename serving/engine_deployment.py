@@ -60,7 +60,7 @@ class EngineDeployment:
     def __init__(self, hosted: Hosted, board: Any = None) -> None:
         use_threads(hosted.settings.num_cpus)
         self._engine = load(hosted)
-        keep_posted(board, self._engine)
+        keep_posted(self._engine, hosted.name, board)
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """The engine's answer. A call that does not fit the context, or whose engine has died, is answered with the

@@ -1,6 +1,7 @@
-"""How many tokens the engines of a job have written so far: progress that moves while answers are long.
+"""What the engines of a job do: tokens, as progress that moves while answers are long and as metrics of Ray.
 
 The engines live in many processes. Each tells a board, a small Ray actor of the job, and the job looks at the board.
+Each also tells Ray's metrics, which the nodes export to Prometheus.
 """
 
 from __future__ import annotations
@@ -8,13 +9,18 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+import weakref
 from typing import Any
 
 import ray
+from ray.util.metrics import Counter, Gauge
 
-from s2t_models.engines.contract import CountsTokens
+from s2t_models.engines.contract import Counted, CountsTokens
 
 _EVERY_S = 2.0
+#: Names of the metrics, which Ray exports with ray_ before them, and kinds of tokens, as `Counted` has them.
+TOKENS, RUNNING = "s2t_engine_tokens", "s2t_engine_running"
+KINDS = ("written", "read", "cached")
 
 
 class TokenBoard:
@@ -43,19 +49,28 @@ def total(board: Any) -> int:
         return 0
 
 
-def keep_posted(board: Any, engine: object) -> None:
-    """Tell the board what the engine has written, every two seconds from a thread, for as long as the process lives.
-    Does nothing without a board, or for an engine that does not count."""
-    if board is None or not isinstance(engine, CountsTokens):
+def keep_posted(engine: object, name: str, board: Any = None) -> None:
+    """Tell Ray's metrics what the engine called `name` does, and the `board` what it has written, every two seconds
+    from a thread, for as long as the engine is there. Does nothing where there is no Ray, or for an engine that does
+    not count."""
+    if not (ray.is_initialized() and isinstance(engine, CountsTokens)):
         return
-    name, counting = uuid.uuid4().hex, engine
+    still = weakref.ref(engine)
+    tokens = Counter(TOKENS, "Tokens that engines wrote, read, or had in their cache.", ("engine", "kind"))
+    running = Gauge(RUNNING, "Calls under way in an engine: how wide its batches are.", ("engine",))
 
     def post() -> None:
-        known = 0
-        while True:
+        key, known = uuid.uuid4().hex, Counted()
+        while ray.is_initialized() and (counting := still()) is not None:
+            counted = counting.counted
+            del counting
+            for kind in KINDS:
+                if (more := getattr(counted, kind) - getattr(known, kind)) > 0:
+                    tokens.inc(more, {"engine": name, "kind": kind})
+            running.set(counted.running, {"engine": name})
+            if board is not None and counted.written != known.written:
+                board.note.remote(key, counted.written)
+            known = counted
             time.sleep(_EVERY_S)
-            if counting.written != known:
-                known = counting.written
-                board.note.remote(name, known)
 
     threading.Thread(target=post, name="written", daemon=True).start()

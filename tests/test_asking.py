@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipelines.benchmark.endpoint import EndpointError, read_reply, served_model
 from pipelines.benchmark.questions import load_items
 from pipelines.results.summary import summarise
 from pipelines.runtime.records import RecordLog
+from serving import cluster
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -274,3 +276,26 @@ def test_torn_lines_are_left_out_and_damage_is_named(tmp_path: Path) -> None:
 def test_a_kept_answer_reads_back_whatever_its_text(tmp_path: Path) -> None:
     RecordLog(tmp_path).append({"key": "1", "text": "\ud83d é \U0001f600"})
     assert read_answers(tmp_path)["1"]["text"] == "\ud83d é \U0001f600"
+
+
+def test_what_asks_may_die_while_it_starts_and_its_end_is_one_line(
+    ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mortal(asking.Asker):
+        """Takes its process with it, `deaths` times."""
+
+        def __init__(self, endpoint: str, folder: str, *rest: Any) -> None:
+            marks = Path(folder).with_name("marks")
+            marks.mkdir(exist_ok=True)
+            if len(list(marks.iterdir())) < deaths:
+                (marks / str(os.getpid())).touch()
+                os._exit(1)
+            super().__init__(endpoint, folder, *rest)
+
+    monkeypatch.setattr(asking, "Asker", Mortal)
+    wanted = job(recipe_path, "benchmark.policies=[greedy]")
+    deaths = 1
+    assert run(wanted, tmp_path / "once", stub)["error"].isna().all()
+    monkeypatch.setattr(cluster, "DEATHS_WHILE_LOADING", 0)
+    with pytest.raises(asking.AskingError, match="run the same command again"):
+        run(wanted, tmp_path / "always", stub)

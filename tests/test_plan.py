@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -136,12 +137,15 @@ def test_a_vllm_teacher_that_does_not_fit_one_card_is_split_over_several(tmp_pat
     teacher = {"engine": "vllm", "slots": 64, "context": 4096, "num_gpus": 0}
     wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-32b", teacher=teacher, collect={"label": {}})
     wanted = wanted.model_copy(update={"collect": wanted.collect.model_copy(update={"rollout": ActorPool(num_gpus=1)})})
-    (change,) = Plan(wanted, CARDS["h100"]).collect().changes(CARDS["h100"])
+    on_one = Plan(wanted, CARDS["h100"]).collect()
+    (change,) = on_one.changes(CARDS["h100"])
     assert change == "teacher.vllm.tensor_parallel 1 -> 2"
     split = wanted.teacher.model_copy(update={"vllm": VllmSettings(tensor_parallel=2)})
     stage = Plan(wanted.model_copy(update={"teacher": split}), CARDS["h100"]).collect()
     assert not stage.changes(CARDS["h100"])
     assert [process.gpus for process in stage.processes] == [1, 2]
+    took = [float(re.search(r"([\d.]+) min$", of.work["labels"])[1]) for of in (on_one, stage)]
+    assert took[1] == pytest.approx(took[0] / 2, rel=0.05)
 
 
 @pytest.mark.parametrize("memory", [24, 10])

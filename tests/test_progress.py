@@ -65,15 +65,48 @@ def test_a_board_adds_up_what_engines_have_written(ray_cluster: str, monkeypatch
     settings = ModelSettings(path="embedded:slm", dtype="float32", device="cpu", slots=2, context=64)
     engines = [load(Hosted(name, settings)) for name in ("one", "other")]
     for engine in engines:
-        written.keep_posted(board, engine)
+        written.keep_posted(engine, "slm", board)
         draft = asyncio.run(engine.generate([5, 6, 7], Sampling(9)))
         engine.close()
-    expected = sum(engine.written for engine in engines)  # type: ignore[attr-defined]
+    expected = sum(engine.counted.written for engine in engines)  # type: ignore[attr-defined]
     assert expected >= 2 * len(draft.ids) > 0
     deadline = time.monotonic() + 20
     while written.total(board) < expected and time.monotonic() < deadline:
         time.sleep(0.05)
     assert ray.get(board.total.remote()) == expected
+
+
+@pytest.mark.slow
+def test_ray_exports_what_engines_do(ray_cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray collects a process' metrics every ten seconds."""
+    import asyncio
+
+    import httpx
+
+    monkeypatch.setattr(written, "_EVERY_S", 0.05)
+    settings = ModelSettings(path="embedded:slm", dtype="float32", device="cpu", slots=2, context=64)
+    engine = load(Hosted("exported", settings))
+    written.keep_posted(engine, "exported")
+    draft = asyncio.run(engine.generate([5, 6, 7, 8], Sampling(9)))
+    asyncio.run(engine.generate([5, 6, 7, 8, *draft.ids], Sampling(4)))
+    engine.close()
+    counted = engine.counted  # type: ignore[attr-defined]
+    assert (counted.read, counted.cached, counted.running) == (5, 12, 0)
+    (node,) = ray.nodes()
+    page, deadline = "", time.monotonic() + 60
+    wanted = {kind: getattr(counted, kind) for kind in written.KINDS}
+    found: dict[str, float] = {}
+    while found != wanted and time.monotonic() < deadline:
+        time.sleep(1)
+        page = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        lines = [
+            line for line in page.splitlines() if line.startswith("ray_s2t_engine_") and 'engine="exported"' in line
+        ]
+        kinds = {kind: [line for line in lines if f'kind="{kind}"' in line] for kind in written.KINDS}
+        found = {kind: float(own[0].rsplit(maxsplit=1)[1]) for kind, own in kinds.items() if own}
+    assert found == wanted
+    assert f"ray_{written.TOKENS}_total{{" in page
+    assert f"ray_{written.RUNNING}{{" in page
 
 
 def test_threads_follow_the_recipe_not_the_environment() -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.training_memory import made_up_trajectories
 from s2t_models.calibration import calibrate
+from s2t_models.loading import load_model
+from s2t_models.recipe import load_recipe
 from s2t_models.settings import TriggerHeadSettings
+from s2t_models.training.batches import Trajectory
+from s2t_models.training.products import drawn, over_steps
 from s2t_models.training.trigger_head import auc, train_head
 
 SETTINGS = TriggerHeadSettings(hidden=32, epochs=60, learning_rate=3e-2)
@@ -73,3 +80,32 @@ def test_auc_equals_scikit_learns_with_ties():
     values = rng.integers(0, 12, 500).astype(float)
     positive = rng.random(500) < values / 15
     assert auc(values, positive) == pytest.approx(roc_auc_score(positive, values), abs=1e-12)
+
+
+def trajectories() -> list[Trajectory]:
+    """Of 3 to 12 steps."""
+    shape = {"groups": 2, "k": 4, "ids": 300, "trajectories": 0}
+    return [made_up_trajectories(argparse.Namespace(tokens=tokens, **shape))[0] for tokens in range(5, 19)]
+
+
+def test_steps_are_drawn_whole_trajectories_at_a_time_where_there_are_too_many():
+    items = trajectories()
+    steps = [len(item.kl_T) for item in items]
+    assert drawn(items, sum(steps), 0) is items
+    some, others = drawn(items, 50, 0), drawn(items, 50, 1)
+    assert 50 - max(steps) < sum(len(item.kl_T) for item in some) <= 50
+    assert [len(item.kl_T) for item in some] == [len(item.kl_T) for item in drawn(items, 50, 0)]
+    assert [len(item.kl_T) for item in some] != [len(item.kl_T) for item in others]
+    assert len(drawn(items, 1, 0)) == 2
+
+
+@torch.no_grad()
+def test_what_is_computed_of_each_step_is_that_of_its_own_forward():
+    model, items = load_model(load_recipe("embedded").slm), trajectories()
+    expected_MH = []
+    for item in items:
+        out = model(torch.from_numpy(item.tree.tokens)[None], output_hidden_states=True, use_cache=False)
+        expected_MH += list(out.hidden_states[-1][0, item.tree.prompt - 1 : -1])
+    hidden_MH = over_steps(model, items, 40)
+    assert torch.allclose(hidden_MH, torch.stack(expected_MH), atol=1e-4)
+    assert torch.equal(over_steps(model, items, 40, lambda states_MH: states_MH.sum(-1)), hidden_MH.sum(-1))

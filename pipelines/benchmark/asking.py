@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import aiohttp
+import ray
 import ray.data
 from ray.data import ActorPoolStrategy
 
 from pipelines.benchmark.answer_log import Answer, Question
 from pipelines.benchmark.endpoint import LONGEST_REPLY, EndpointError, Reply, merge, read_error, read_reply
 from pipelines.runtime.records import RecordLog
-from s2t_models.errors import one_line
+from s2t_models.errors import UserError, one_line
 from s2t_models.storage import Location, StorageError, location
 from serving.http import authorization, base_url, is_near
 
@@ -31,6 +32,10 @@ LONGEST_DELAY_S = 20.0
 TIMEOUT_S = 1800.0
 ACTOR_CONCURRENCY = 64
 ROWS_A_BLOCK = 8
+
+
+class AskingError(UserError):
+    """What asks has died; the message is one line."""
 
 
 class Gone(EndpointError):
@@ -176,9 +181,10 @@ def ask(
     """Ask every question of `questions` on Ray Data; answers land in `folder`. Needs a running Ray.
 
     Returns key -> reason for the questions that could not be answered this time. Raises EndpointError where the
-    endpoint stopped answering, and StorageError where an answer could not be kept: what was kept before stays."""
+    endpoint stopped answering, StorageError where an answer could not be kept, and AskingError where what asks died:
+    what was kept before stays."""
     unanswered: dict[str, str] = {}
-    for row in _rows(questions, endpoint, folder, concurrency, api_key):
+    for row in _asked(questions, endpoint, folder, concurrency, api_key):
         if row["fault"] == "endpoint":
             raise EndpointError(
                 f"{endpoint} stopped answering ({row['reason']}); what it answered is kept: start it and run the same "
@@ -189,6 +195,17 @@ def ask(
         if row["fault"]:
             unanswered[row["key"]] = row["reason"]
     return unanswered
+
+
+def _asked(
+    questions: list[Question], endpoint: str, folder: Location, concurrency: int, api_key: str
+) -> Iterator[dict[str, Any]]:
+    try:
+        yield from _rows(questions, endpoint, folder, concurrency, api_key)
+    except ray.exceptions.RayError as error:
+        raise AskingError(
+            f"asking failed: {one_line(error)}; the answers before are kept: run the same command again"
+        ) from error
 
 
 def _rows(

@@ -77,7 +77,7 @@ class Rollouts:
         use_threads(recipe.collect.pool(recipe.collect.writer).num_cpus)
         self.tokenizer = loading.load_tokenizer(hosted.settings)
         self.engine: Engine = load(hosted)
-        keep_posted(board, self.engine)
+        keep_posted(self.engine, hosted.name, board)
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 
@@ -121,6 +121,7 @@ class Labels:
     def __init__(self, recipe: Recipe, hosted: Hosted) -> None:
         use_threads(recipe.collect.pool(recipe.collect.reader).num_cpus)
         self.engine: Engine = load(hosted)
+        keep_posted(self.engine, hosted.name)
         self.recipe = recipe
         self.loop = asyncio.new_event_loop()
 

@@ -114,7 +114,7 @@ class Plan:
         logits are in the model's precision; of a stretch of them float32 copies are made. Of a vLLM engine on several
         cards this is one card's part; quantised weights are counted whole."""
         cost = self.slm if role == "slm" else self.teacher
-        cards = max(settings.gpus, 1) if settings.engine == "vllm" else 1
+        cards = _cards(settings)
         gpus = settings.gpus if settings.engine == "vllm" else gpus
         width, layer = cost.vocabulary, cost.model.config
         wide = max(getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size, cost.head // width)
@@ -231,9 +231,9 @@ class Plan:
         ]
         written, read = prompts * self.answer, prompts * (assumed.prompt + self.answer)
         rolling = self.writing(self.slm, prompts, self.answer, batch) + written * self.slm.vocabulary * self.card.entry
-        rolling /= collect.rollout.actors
+        rolling /= collect.rollout.actors * _cards(self.recipe.slm)
         flops = self.teacher.flops(read, (assumed.prompt + self.answer) / 2, written)
-        labelling = self.card.seconds(flops) / collect.label.actors
+        labelling = self.card.seconds(flops) / (collect.label.actors * _cards(self.recipe.teacher))
         kept = min(collect.steps + collect.random_steps, 1.0) * collect.k * CANDIDATE_BYTES
         work = {
             "rollouts": f"{_count(prompts)} prompts, {_count(written)} tokens, {_hours(rolling)}",
@@ -334,6 +334,11 @@ class Plan:
         step = self.card.seconds(cost.flops(batch, seen), read, cost.layers, stepwise=True)
         prompts = self.card.seconds(cost.flops(answers * self.assumed.prompt, self.assumed.prompt / 2, answers))
         return answers * answer / batch * step + prompts
+
+
+def _cards(settings: ModelSettings) -> float:
+    """Cards that share the work of one engine."""
+    return max(settings.gpus, 1) if settings.engine == "vllm" else 1
 
 
 def _count(number: float) -> str:

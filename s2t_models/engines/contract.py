@@ -281,12 +281,23 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Tokens of all calls since the engine was loaded: `written` by it, `read` to go on from or to be scored, and
+    `cached` ones that it need not read again; and `running`, the calls that are under way."""
+
+    written: int = 0
+    read: int = 0
+    cached: int = 0
+    running: int = 0
+
+
 @runtime_checkable
 class CountsTokens(Protocol):
-    """An engine that counts the tokens it has generated, over all calls; the count may be read from any thread."""
+    """An engine that counts what it does; the counts may be read from any thread."""
 
     @property
-    def written(self) -> int: ...
+    def counted(self) -> Counted: ...
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ Axes: _M step of any trajectory, _L packed token, _H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from s2t_models.calibration import BUDGETS, calibrate
 from s2t_models.provenance import Provenance
 from s2t_models.recipe import Recipe
 from s2t_models.storage import Location
-from s2t_models.training.batches import Trajectory, collate, pieces
+from s2t_models.training.batches import Selected, Trajectory, collate, pieces
 from s2t_models.training.tree_attention import decode, use_tree_attention
 from s2t_models.training.trigger_head import train_head
 
@@ -52,15 +52,15 @@ def save_artifact(merged: Merged, output: Location) -> Provenance:
     The head's positives are the top `trigger_head.positives` share of the training trajectories' steps by KL;
     thresholds are percentiles over the calibration trajectories.
     """
-    recipe, model = merged.recipe, merged.model
-    hidden_MH, trajectory_M = hidden_states(model, merged.training, recipe.distil.micro_batch)
-    kl_M = np.concatenate([item.kl_T for item in merged.training])
-    share = recipe.trigger_head.positives
-    positive_M = torch.from_numpy(kl_M >= calibrate(kl_M, [share])[share]).to(hidden_MH.device)
-    head, figures = train_head(hidden_MH, positive_M, trajectory_M, recipe.trigger_head)
-    with torch.no_grad():
-        calibration_MH, _ = hidden_states(model, merged.calibration, recipe.distil.micro_batch)
-        logits_M = head(calibration_MH).cpu().numpy()
+    recipe, model, settings = merged.recipe, merged.model, merged.recipe.trigger_head
+    training = drawn(merged.training, settings.most_steps, settings.seed)
+    hidden_MH = over_steps(model, training, recipe.distil.micro_batch)
+    kl_M = np.concatenate([item.kl_T for item in training])
+    positive_M = torch.from_numpy(kl_M >= calibrate(kl_M, [settings.positives])[settings.positives])
+    trajectory_M = torch.repeat_interleave(torch.tensor([len(item.kl_T) for item in training]))
+    device = hidden_MH.device
+    head, figures = train_head(hidden_MH, positive_M.to(device), trajectory_M.to(device), settings)
+    logits_M = over_steps(model, merged.calibration, recipe.distil.micro_batch, head).cpu().numpy()
     values = {
         "head": logits_M,
         "kl": np.concatenate([item.kl_T for item in merged.calibration]),
@@ -80,20 +80,40 @@ def save_artifact(merged: Merged, output: Location) -> Provenance:
     return card.provenance
 
 
+def drawn(items: Sequence[Trajectory], most: int, seed: int) -> Sequence[Trajectory]:
+    """The trajectories themselves, or where they have more than `most` steps, some of them that have no more: drawn
+    with the seed, in their order. Two at the least."""
+    steps = np.array([len(item.kl_T) for item in items])
+    if steps.sum() <= most:
+        return items
+    order = np.random.default_rng(seed).permutation(len(items))
+    count = max(int(np.searchsorted(steps[order].cumsum(), most, side="right")), 2)
+    return Selected(items, sorted(order[:count].tolist()))
+
+
 @torch.no_grad()
-def hidden_states(
-    model: PreTrainedModel, items: Sequence[Trajectory], micro_batch: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The hidden state after the last norm at each output step, [M, H], and its trajectory's number, [M]; in order.
-    `micro_batch` tokens go through the model at once."""
+def over_steps(
+    model: PreTrainedModel,
+    items: Sequence[Trajectory],
+    micro_batch: int,
+    of: Callable[[torch.Tensor], torch.Tensor] = lambda hidden_MH: hidden_MH,
+) -> torch.Tensor:
+    """`of` the hidden state after the last norm at each output step, [M, ...]; in order. By itself, [M, H].
+
+    `micro_batch` tokens go through the model at once, and nothing but what is returned is kept."""
     use_tree_attention(model)
+    steps = [len(item.kl_T) for item in items]
+    begins = np.cumsum([0, *steps])
     by_length = sorted(range(len(items)), key=lambda i: len(items[i].tree.tokens))
-    states: dict[int, torch.Tensor] = {}
+    found: torch.Tensor | None = None
     for piece in pieces([len(items[i].tree.tokens) for i in by_length], micro_batch):
         numbers = by_length[piece]
         packed = collate([items[i] for i in numbers], model.device, leaves=False).packed
-        hidden_BLH = decode(model, **packed.inputs())
-        parts = packed.states(hidden_BLH).split([len(items[i].kl_T) for i in numbers])
-        states.update(zip(numbers, parts, strict=True))
-    trajectory_M = torch.repeat_interleave(torch.tensor([len(states[i]) for i in range(len(items))]))
-    return torch.cat([states[i] for i in range(len(items))]), trajectory_M.to(model.device)
+        values = of(packed.states(decode(model, **packed.inputs())))
+        if found is None:
+            found = values.new_empty(int(begins[-1]), *values.shape[1:])
+        for number, part in zip(numbers, values.split([steps[i] for i in numbers]), strict=True):
+            found[begins[number] : begins[number + 1]] = part
+    if found is None:
+        raise ValueError("there are no trajectories")
+    return found

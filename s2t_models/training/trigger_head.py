@@ -27,15 +27,17 @@ def train_head(
 
     `positive_M` is bool; `trajectory_M` numbers each sample's trajectory: the held-out share is one of trajectories, so
     that neighbouring steps never sit on both sides. Returns the head in eval mode and its figures (`auc`, `accuracy`,
-    `epoch`). Raises ValueError where either side of the split has only one kind of label.
+    `epoch`). The states are not copied, which is most of what this takes. Raises ValueError where either side of the
+    split has only one kind of label.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     trajectories = trajectory_M.unique()
     order = torch.randperm(len(trajectories), generator=generator)
     held_out = trajectories[order[: max(1, round(settings.validation * len(trajectories)))]]
     is_held_out_M = torch.isin(trajectory_M, held_out)
-    train_MH, train_M = hidden_MH[~is_held_out_M].float(), positive_M[~is_held_out_M].float()
-    check_MH, check_M = hidden_MH[is_held_out_M].float(), positive_M[is_held_out_M]
+    # Places among all steps, of those that are trained on and those that are held out.
+    train, check = ((~is_held_out_M).nonzero().squeeze(1), is_held_out_M.nonzero().squeeze(1))
+    train_M, check_M = positive_M[train].float(), positive_M[check]
     for name, labels_M in (("training", train_M), ("validation", check_M)):
         if len(labels_M.unique()) < 2:
             raise ValueError(
@@ -52,13 +54,14 @@ def train_head(
             head.train()
             shuffled_M = torch.randperm(len(train_M), generator=generator).to(train_M.device)
             for piece in shuffled_M.split(BATCH):
-                loss = F.binary_cross_entropy_with_logits(head(train_MH[piece]), train_M[piece], pos_weight=weight)
+                logits_M = head(hidden_MH[train[piece]])
+                loss = F.binary_cross_entropy_with_logits(logits_M, train_M[piece], pos_weight=weight)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             head.eval()
             with torch.no_grad():
-                logits_M = head(check_MH)
+                logits_M = torch.cat([head(hidden_MH[piece]) for piece in check.split(BATCH)])
             area = auc(logits_M.cpu().numpy(), check_M.cpu().numpy())
             if best is None or area > best[0]:
                 accuracy = ((logits_M >= 0) == check_M).float().mean().item()

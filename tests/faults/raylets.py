@@ -21,9 +21,12 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
 }
 MIB = 1024**2
 STARTS_WITHIN_S = 120
+#: Children of a raylet that are none of a job's workers.
+NO_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 class Raylets:
@@ -84,8 +87,8 @@ class Raylets:
                 for child in psutil.Process(self._raylet(node).pid).children():
                     with suppress(psutil.Error):
                         title = " ".join(child.cmdline())
-                        is_wanted = any(name in title for name in names) if names else "ray::IDLE" not in title
-                        if title.startswith("ray::") and is_wanted:
+                        is_wanted = any(name in title for name in names or ("",))
+                        if title.startswith("ray::") and is_wanted and not title.startswith(NO_WORKERS):
                             found.append(child)
         return found
 

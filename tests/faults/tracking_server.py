@@ -15,15 +15,16 @@ from .raylets import free_port
 
 
 class TrackingServer:
-    """Its store is in `folder`."""
+    """What it keeps is in `folder`; its runs in the database `store`, by default a file there."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: str | None = None) -> None:
         self.port, self.folder = free_port(), folder
+        self.store = store or f"sqlite:///{folder}/mlflow.db"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        store = ["--backend-store-uri", self.store]
         store += ["--artifacts-destination", str(self.folder / "artifacts")]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1", *store],
@@ -32,11 +33,12 @@ class TrackingServer:
             start_new_session=True,
         )
         deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self.process.poll() is None:
             with suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
                 return
             time.sleep(0.3)
-        raise TimeoutError("MLflow does not start")
+        self.kill()
+        raise RuntimeError("MLflow does not start")
 
     def kill(self) -> None:
         assert self.process is not None
@@ -48,7 +50,7 @@ class TrackingServer:
         """How many runs it holds that have ended well."""
         import mlflow
 
-        client = mlflow.MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+        client = mlflow.MlflowClient(self.store)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         return len(client.search_runs(experiments, "attributes.status = 'FINISHED'"))
 

@@ -26,6 +26,7 @@ import torch
 
 from s2t_models.engines.checks import Checks
 from s2t_models.engines.contract import (
+    Counted,
     Draft,
     EngineDied,
     ModelCard,
@@ -117,7 +118,7 @@ class TorchEngine:
         self._wake = threading.Condition()
         self._closed = False
         self._turned = time.monotonic()
-        self.written = 0
+        self._written = self._read = self._cached = 0
         gc.freeze()  # models are here to stay: walking them in collections costs one decode step in twenty
         self._thread = threading.Thread(target=self._loop, name=f"engine-{card.name}", daemon=True)
         self._thread.start()
@@ -198,6 +199,10 @@ class TorchEngine:
             raise ValueError(f"{self._card.name} has no router; set router.path")
         self._check.steps(tokens, start)
         return await self._call(tokens, lambda cached: calls.route(cached, tokens, start, router, self._embed))
+
+    @property
+    def counted(self) -> Counted:
+        return Counted(self._written, self._read, self._cached, len(self._running))
 
     async def check_health(self) -> None:
         """Raise EngineDied where the thread has ended, or has not come round for STUCK_S while calls wait for it."""
@@ -286,6 +291,8 @@ class TorchEngine:
             if source is not None:
                 cached = _common(self._slots.tokens[source], call.tokens)
                 self._slots.copy(source, call.slot, cached)
+        self._cached += cached
+        self._read += len(call.tokens) - cached
         call.procedure = call.begin(cached)
         self._running.append(call)
         self._advance(call, None)
@@ -375,7 +382,7 @@ class TorchEngine:
         for row, feed in enumerate(feeds):
             if feed.first_V is not None:
                 logits_BV[row] += feed.first_V
-        self.written += len(feeds)
+        self._written += len(feeds)
         samplings = [feed.sampling or Sampling(1) for feed in feeds]
         noise = [
             float(uniforms(sampling.seed, feed.step, 1)[0]) if sampling.temperature else 0.0

@@ -25,6 +25,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from s2t_models.engines.checks import Checks
 from s2t_models.engines.contract import (
+    Counted,
     Draft,
     EngineDied,
     Finish,
@@ -97,7 +98,7 @@ class VllmEngine:
         self._check = Checks(card, has_selector=artifact is not None)
         self._artifact = artifact
         self._names = itertools.count()
-        self.written = 0
+        self._written = self._read = self._cached = self._running = 0
         # vLLM belongs to one event loop; ours can be called from any.
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"engine-{card.name}", daemon=True)
@@ -206,6 +207,10 @@ class VllmEngine:
         read = sum(len(prefix) - answer.cached for answer in answers)
         return Selected(scores_K, Usage(prefill=read, leaves=len(candidates_K), forwards=1))
 
+    @property
+    def counted(self) -> Counted:
+        return Counted(self._written, self._read, self._cached, self._running)
+
     async def check_health(self) -> None:
         """Raise EngineDied where vLLM's processes are gone."""
         if self._llm.errored:
@@ -240,15 +245,20 @@ class VllmEngine:
     async def _request(self, prompt: list[int], params: SamplingParams, writes: bool, watch: Watch | None) -> _Answer:
         answer = _Answer()
         name = f"{self._card.name}-{next(self._names)}"
+        self._running += 1
         try:
             async with aclosing(self._llm.generate(TokensPrompt(prompt_token_ids=prompt), params, name)) as outputs:
                 async for output in outputs:
                     answer.add(output)
-                    self.written += len(output.outputs[0].token_ids) if writes else 0
+                    self._written += len(output.outputs[0].token_ids) if writes else 0
                     if watch is not None and watch(answer):
                         break
         except EngineDeadError as error:
             raise self._died() from error
+        finally:
+            self._running -= 1
+            self._cached += answer.cached
+            self._read += len(prompt) - answer.cached
         return answer
 
     def _params(self, asked: Asked, max_tokens: int, reads_cache: bool, at_once: int) -> SamplingParams:
