@@ -106,6 +106,9 @@ class Deployed:
     def _ask(self, method: str) -> list[Any]:
         """What every replica of the gateway answers. Raises DeploymentUnavailableError where there is none."""
         gateway = serve.get_deployment_handle(GATEWAY, self._name)
+        if not gateway.is_initialized:
+            # This thread has no event loop to run it on, as processes of Serve have (`serving.proxy.ENVIRONMENT`).
+            gateway._init(_run_router_in_separate_loop=True)
         deadline = time.monotonic() + _ANSWERS_WITHIN_S
         while True:
             try:

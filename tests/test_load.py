@@ -17,6 +17,7 @@ from aiohttp import web
 
 from benchmarks.serving.client import Body, Outcome, arrivals, client
 from benchmarks.serving.endpoint import Processes, spent
+from benchmarks.serving.overhead import Round, costs
 from benchmarks.serving.parts import Load, closed, questions
 from benchmarks.serving.soak import kills_engines, soak, verdict
 from benchmarks.serving.tables import percentiles, together
@@ -163,6 +164,14 @@ class Changing:
         self.asked += 1
         now = time.perf_counter()
         return Outcome(now, now, status=200, texts=["seven eggs" if self.asked > self.wrong_from else "six eggs"])
+
+
+def test_costs_are_shares_of_the_engine_called_directly():
+    cpu = {"proxy": 0.2, "gateway": 0.3, "controller": 0.1, "slm": 2.0, "teacher": 0.2}
+    rounds = [Round(10, 2.0, cpu), Round(10, 2.8, cpu), Round(20, 4.0, {**cpu, "slm": 7.2})]
+    shown = ["220.0", "15.0", "22.5", "7.5", "295.0"]  # ms a problem
+    assert costs("served", rounds) == ["served", *shown, "1.40", "1.00 - 2.00"]
+    assert costs("beside", rounds, engine=1.0) == ["beside", *shown, "2.40", "2.00 - 3.00"]
 
 
 @pytest.mark.parametrize(("wrong_from", "is_well"), [(10**9, True), (30, False)])

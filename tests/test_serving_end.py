@@ -97,7 +97,7 @@ class Serve:
 
     def get_deployment_handle(self, deployment: str, name: str) -> Any:
         assert (deployment, name) == ("gateway", "s2t")
-        return SimpleNamespace(broadcast=self._broadcast)
+        return SimpleNamespace(is_initialized=True, broadcast=self._broadcast)
 
     def _broadcast(self, method: str) -> Any:
         self.asked.append(method)

@@ -102,11 +102,13 @@ def test_what_breaks_is_told_and_mended_and_what_is_in_flight_is_answered_at_the
     assert httpx.post(f"{served.url}/v1/chat/completions", json={}, timeout=60).status_code == 401
     assert any(re.match(r"serve: loading .*(slm|teacher).* s$", line) for line in served.said), served.said
 
-    # Each gateway's counters, whichever is asked.
-    for _ in range(8):
-        assert served.chat().status_code == 200
-    until(lambda: sum(answers(served).values()) == 9)
-    assert len(answers(served)) == 2
+    # Gateways share what comes at once, once both are up. Each one's counters, whichever is asked.
+    until(lambda: served.get("/metrics").text.count("s2t_in_flight{") == 2)
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(served.chat, max_tokens=64) for _ in range(16)]
+        assert [future.result(200).status_code for future in asked] == [200] * 16
+    until(lambda: sum(answers(served).values()) == 17)
+    assert len(answers(served)) == 2, answers(served)
 
     # A stopped engine: not ready, nobody waits for longer than the time-out, and then another in its place.
     stopped = served.replica("slm")

@@ -7,6 +7,7 @@ It serves the recipe itself, in processes of their own, and asks from this one:
     closed    every policy with 1 to 64 requests at once: rates, first token, time a token, CPU by process
     open      Poisson arrivals at 0.5 to 10 times what the endpoint can do: what is accepted, what is refused, and when
     overhead  CPU of all server processes over that of the engine called directly, in turn
+    floor     the same of an endpoint that does nothing: what Serve's own way costs beside the engine
     fairness  a tiny request beside one of 128 choices
     places    what the teacher reads for an answer of S2T, with more decodes at once than the engines have places
     exact     --answers requests, streamed and 64 at once, against the same ones whole and alone
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.serving.endpoint import ServedEndpoint
 
 T = TypeVar("T")
-PARTS = ("closed", "open", "overhead", "fairness", "places", "exact", "soak")
+PARTS = ("closed", "open", "overhead", "floor", "fairness", "places", "exact", "soak")
 WIDTHS_OF_OVERHEAD = (16, 64)
 WIDTH_OF_EXACT = 64
 #: For `places`: so few slots, and decodes at once that fit and that do not.
@@ -44,17 +45,20 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
     def work() -> int:
-        from benchmarks.serving.endpoint import ServedEndpoint
+        from benchmarks.serving.endpoint import NOTHING, ServedEndpoint
 
         few_slots = [f"{model}.slots={SLOTS}" for model in ("slm", "teacher")]
         is_well = True
         for settings, parts in (
-            (options.set, [part for part in options.parts if part != "places"]),
+            (options.set, [part for part in options.parts if part not in ("places", "floor")]),
             ([*options.set, *few_slots], [part for part in options.parts if part == "places"]),
         ):
             if parts:
                 with ServedEndpoint(options.recipe, settings) as endpoint:
                     is_well &= asyncio.run(_measure(endpoint, parts, options))
+        if "floor" in options.parts:
+            with ServedEndpoint(options.recipe, options.set, NOTHING) as endpoint:
+                asyncio.run(_measure_floor(endpoint, options))
         return 0 if is_well else 1
 
     return run_command("serving", work, resumes=False)
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 async def _measure(endpoint: ServedEndpoint, chosen: Sequence[str], options: argparse.Namespace) -> bool:
     """Measure those parts; returns whether every answer was the right one."""
-    from benchmarks.serving import parts, soak
+    from benchmarks.serving import overhead, parts, soak
     from benchmarks.serving.client import client
     from benchmarks.serving.direct import direct_engine
     from benchmarks.serving.exact import exact
@@ -79,7 +83,7 @@ async def _measure(endpoint: ServedEndpoint, chosen: Sequence[str], options: arg
             await parts.opened(load, "greedy", options.rates, options.seconds, options.seed)
         if "overhead" in chosen:
             with direct_engine(load_recipe(options.recipe, options.set)) as direct:
-                await parts.overhead(load, direct, WIDTHS_OF_OVERHEAD, options.requests, options.rounds)
+                await overhead.overhead(load, direct, WIDTHS_OF_OVERHEAD, options.requests, options.rounds)
         if "fairness" in chosen:
             await parts.fairness(load, options.requests)
         if "places" in chosen:
@@ -91,6 +95,18 @@ async def _measure(endpoint: ServedEndpoint, chosen: Sequence[str], options: arg
         soaked = await soak.soak(load, policies, options.minutes, options.width, kill, options.kill_every, options.seed)
         soak.report(soaked, options.minutes, options.width)
         return is_well and soaked.is_well
+
+
+async def _measure_floor(endpoint: ServedEndpoint, options: argparse.Namespace) -> None:
+    from benchmarks.serving import overhead, parts
+    from benchmarks.serving.client import client
+    from benchmarks.serving.direct import direct_engine
+    from s2t_models.recipe import load_recipe
+
+    async with client(endpoint.url, options.limit) as asking:
+        load = parts.Load(asking, endpoint.processes, options.max_tokens, parts.questions(options.seed))
+        with direct_engine(load_recipe(options.recipe, options.set)) as direct:
+            await overhead.floor(load, direct, WIDTHS_OF_OVERHEAD[0], options.requests, options.rounds)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

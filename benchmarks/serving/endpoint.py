@@ -96,14 +96,18 @@ def _kind(process: psutil.Process) -> str:
     return RAY
 
 
-class ServedEndpoint:
-    """`s2t serve` on a free port while the `with` block runs, at the head of a session of its own. Raises
-    EndpointFailed."""
+#: What is served: a recipe, or an endpoint that does nothing.
+RECIPE, NOTHING = "serving.app", "benchmarks.serving.empty"
 
-    def __init__(self, recipe: str, settings: Sequence[str]) -> None:
+
+class ServedEndpoint:
+    """A recipe, or NOTHING, served on a free port while the `with` block runs, at the head of a session of its own.
+    Raises EndpointFailed."""
+
+    def __init__(self, recipe: str, settings: Sequence[str], module: str = RECIPE) -> None:
         self._port = _free_port()
         self.url = f"http://127.0.0.1:{self._port}/v1"
-        self._command = [sys.executable, "-m", "serving.app", "--recipe", recipe]
+        self._command = [sys.executable, "-m", module, "--recipe", recipe]
         for setting in [*settings, f"serving.port={self._port}"]:
             self._command += ["--set", setting]
 

@@ -1,4 +1,4 @@
-"""What is measured of a served recipe: closed and open loops, cost over the engine, fairness, places."""
+"""What is measured of a served recipe: closed and open loops, fairness, places."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.serving.client import Body, Client, Outcome, arrivals
-from benchmarks.serving.direct import DirectEngine
 from benchmarks.serving.endpoint import GATEWAY, RAY, EndpointFailed, Processes, spent
 from benchmarks.serving.tables import percentiles, show, together
 from s2t_models.embedded.generator import problems
@@ -151,50 +150,6 @@ async def _capacity(load: Load, policy: str) -> float:
     if len(ends) < 2:
         raise EndpointFailed(f"with {FULL} at once it refuses too many to tell what it can do; raise its slots")
     return (len(ends) - 1) / (ends[-1] - ends[0])
-
-
-async def overhead(load: Load, direct: DirectEngine, widths: Sequence[int], requests: int, rounds: int) -> None:
-    """CPU of all server processes over that of the engine called directly, in turn on the same problems."""
-    rows = []
-    for width in widths:
-        ratios: dict[str, list[float]] = {"whole": [], "streamed": []}
-        cpu: dict[str, float] = dict.fromkeys(("direct", *ratios), 0.0)
-        tokens = dict.fromkeys(cpu, 0)
-        for number in range(rounds + 1):
-            # Each side gets problems of its own: the engine of the endpoint would know them the second time.
-            asked = {side: [next(load.fresh) for _ in range(max(requests, width))] for side in ratios}
-            for side, problems_of_side in asked.items():
-                called = await asyncio.to_thread(direct.greedy, problems_of_side, load.max_tokens, width)
-                bodies = [load.body("greedy", question) for question in problems_of_side]
-                before = load.processes.cpu()
-                outcomes = await load.client.closed_loop(
-                    [streamed(body) for body in bodies] if side == "streamed" else bodies, width
-                )
-                taken = sum(v for kind, v in spent(before, load.processes.cpu()).items() if kind != RAY)
-                written = sum(outcome.tokens for outcome in outcomes)
-                if not number:
-                    continue  # the first round warms up
-                ratios[side].append(taken / written / (called.cpu_s / called.tokens))
-                cpu[side] += taken
-                cpu["direct"] += called.cpu_s
-                tokens[side] += written
-                tokens["direct"] += called.tokens
-        rows += [
-            [
-                f"{width} at once, {side}",
-                f"{1000 * cpu[side] / tokens[side]:.3f}",
-                f"{1000 * cpu['direct'] / tokens['direct']:.3f}",
-                f"{statistics.median(found):.2f}",
-                f"{min(found):.2f} - {max(found):.2f}",
-                "yes" if tokens["direct"] == sum(tokens[side] for side in ratios) else "no",
-            ]
-            for side, found in ratios.items()
-        ]
-    show(
-        "CPU of all server processes over the engine called directly, greedy (aim: at most 1.25 at 16)",
-        ["", "served ms/token", "direct ms/token", "ratio", "of the rounds", "tokens equal"],
-        rows,
-    )
 
 
 async def fairness(load: Load, samples: int) -> None:
