@@ -244,6 +244,28 @@ def test_the_papers_values_agree_from_table_to_table() -> None:
         assert {key: values("A1", metric)[key] for key in values("A2", metric)} == values("A2", metric)
 
 
+@pytest.mark.slow
+def test_a_small_matrix_runs_from_nothing_and_is_not_run_again(ray_cluster: str, tmp_path: Path) -> None:
+    """Collections, a benchmark and its audit on the embedded pair, with the commands' own code."""
+    (tmp_path / "matrix.yaml").write_text(
+        "collections: {calibration: {of: calibration}, states: {of: tasks}}\n"
+        "benchmarks: {main: {policies: [greedy, takeover, s2t, s2t-t0.6-p0.7, tah], audit: true}}\n"
+    )
+    recipe = load_recipe(RECIPE, ["calibration.prompts=40", "collect.max_new_tokens=96", "benchmark.max_new_tokens=96"])
+    small = given(recipe, tmp_path / "out", tmp_path / "matrix.yaml", items=8)
+    assert paper(small) == 0
+    first = pd.read_csv(small.output / "tables" / "table-1.csv").set_index(["task", "policy"])
+    assert first.loc[[("embedded", name) for name in ("greedy", "takeover", "s2t")], "ours"].notna().all()
+    assert "no policy tah with this recipe" in first.loc[("embedded", "tah"), "left open"]
+    errors = pd.read_csv(small.output / "tables" / "figure-eq12.csv").groupby("policy").last()
+    assert errors.loc["takeover", "hit"] < errors.loc["greedy", "hit"], "the teacher's own token is no error"
+    assert errors.loc["takeover", "selection"] == 0
+    results = small.output / "benchmarks" / "main" / RESULTS
+    written = results.stat().st_mtime_ns, (results.parent / "audited.parquet").stat().st_mtime_ns
+    assert paper(small) == 0
+    assert (results.stat().st_mtime_ns, (results.parent / "audited.parquet").stat().st_mtime_ns) == written
+
+
 def test_evidence_says_why_a_figure_is_not_there(job: Given) -> None:
     record(job)
     evidence = Evidence(Runs(job))

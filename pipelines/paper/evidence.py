@@ -20,6 +20,7 @@ from pipelines.paper.published import MATHS_AVERAGE
 from pipelines.paper.runs import AUDITED, Run, Runs
 from pipelines.results.averages import maths_averages
 from pipelines.results.summary import Summary, read_results, summarise
+from s2t_models.errors import UserError, one_line
 from s2t_models.policies.variants import variant
 
 #: The collections of the tasks' own prompts.
@@ -119,8 +120,13 @@ class Evidence:
         return Value(100 * hit_at(steps.rank_T[chosen_T], (k,))[k])
 
     def _results(self, part: str) -> Results | None:
-        folder = self.runs.folder(Run("benchmark", part))
-        if part not in self.runs.given.matrix.benchmarks or not self.runs.is_done(Run("benchmark", part)):
+        run = Run("benchmark", part)
+        folder = self.runs.folder(run)
+        try:
+            if part not in self.runs.given.matrix.benchmarks or not self.runs.has_answers(part):
+                return None
+        except UserError as error:
+            self.runs.open.setdefault(run.name, one_line(error))
             return None
         audited = self.runs.is_done(Run("audit", part))
         frame, metadata = read_results(folder / (AUDITED if audited else RESULTS))

@@ -112,13 +112,13 @@ def _made(runs: Runs, run: Run) -> bool:
     """Make the run unless it is there or cannot be had; returns whether it did not fail."""
     if runs.is_done(run):
         return True
-    if reason := runs.why_not(run):
-        runs.open[run.name] = reason
-        print(f"\n== {run.name}: left open: {reason}", flush=True)
-        return True
-    print(f"\n== {run.name}", flush=True)
     began = time.monotonic()
     try:
+        if reason := runs.why_not(run):
+            runs.open[run.name] = reason
+            print(f"\n== {run.name}: left open: {reason}", flush=True)
+            return True
+        print(f"\n== {run.name}", flush=True)
         print(runs.make(run))
     except UserError as error:  # one run's fault costs the others nothing, and stands where its figures would be
         runs.open[run.name] = one_line(error)

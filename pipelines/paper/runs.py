@@ -120,10 +120,19 @@ class Runs:
         try:
             if run.kind == "training":
                 return self._is_trained(run.part)
-            asked = self.benchmark_recipe(run.part)
-            return is_done(asked, folder) and (run.kind == "benchmark" or _is_audited(folder))
+            if run.kind == "audit":
+                return self.has_answers(run.part) and _is_audited(folder)
+            return is_done(self.benchmark_recipe(run.part), folder)
         except UserError:  # what it is made of is not there
             return False
+
+    def has_answers(self, benchmark: str) -> bool:
+        """Whether a benchmark's results are there, of what is given; some of them may be errored. Raises UserError
+        where what it is made of cannot be read."""
+        results = self.folder(Run("benchmark", benchmark)) / RESULTS
+        if not results.is_file():
+            return False
+        return read_results(results)[1]["s2t.recipe"] == self.benchmark_recipe(benchmark).model_dump_json()
 
     def never(self, run: Run) -> str | None:
         """Why this build and recipe cannot make the run whatever is made before it; None where they can."""
@@ -152,8 +161,7 @@ class Runs:
             )
             return next((self._missing(source) for source in sources if not self.is_done(source)), None)
         if run.kind == "audit":
-            answers = Run("benchmark", run.part)
-            return None if self.is_done(answers) else self._missing(answers)
+            return None if self.has_answers(run.part) else self._missing(Run("benchmark", run.part))
         if run.kind == "benchmark" and not self.benchmark_recipe(run.part).benchmark.policies:
             return f"none of its policies can be had ({next(iter(self.left_out(run.part).values()))})"
         return None
@@ -242,7 +250,10 @@ class Runs:
     def _is_trained(self, name: str) -> bool:
         if self._is_selector(name) and self.given.recipe.artifact:
             return True
-        known = read_provenance(self._trained(name))
+        try:
+            known = read_provenance(self._trained(name))
+        except UserError:  # what lies there cannot be read, and training it says why
+            return False
         objective, recipe = self.given.matrix.trainings[name].objective, self._training_recipe(name)
         return known is not None and (known.objective, known.recipe) == (objective, recipe.digest())
 
