@@ -194,7 +194,8 @@ class Runs:
             return recipe.artifact is not None
         if training == ROUTER:
             return recipe.router.path is not None
-        return training in recipe.checkpoints or training in recipe.artifacts
+        by_name = isinstance(getattr(recipe, training, None), str)
+        return by_name or training in recipe.checkpoints or training in recipe.artifacts
 
     def benchmark_recipe(self, name: str) -> Recipe:
         """The recipe of a benchmark, with the policies that can be had and what was trained for them."""
@@ -292,6 +293,8 @@ class Runs:
                 changes["router"] = recipe.router.model_copy(update={"path": str(folder)})
             elif (folder / CHECKPOINT).is_file():
                 checkpoints[name] = str(folder)
+            elif name in Recipe.model_fields:  # a product of its own kind, which the recipe has a key for
+                changes[name] = str(folder)
         return {**changes, "artifacts": artifacts, "checkpoints": checkpoints}
 
     def _product(self, name: str) -> Location | None:

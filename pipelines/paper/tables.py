@@ -97,14 +97,17 @@ def table(
     down: str = "method",
     stands_in: bool = True,
     more: bool = False,
+    every_task: bool = False,
 ) -> Table:
     """The table of that name from the runs `reads`. `stands_in`: a task that the paper does not have may take the
-    place of its benchmarks; `more`: policies that were run beside the paper's are lines too."""
+    place of its benchmarks, `every_task`: all that were run do; `more`: policies that were run beside the paper's are
+    lines too."""
     theirs = published(name)
     benchmarks = {row.task: row.benchmark for row in theirs}
     run = [task for task in evidence.tasks if task in benchmarks]
     if not run and stands_in:
-        run = [*(task for part in reads for task in evidence.tasks_of(part)), *evidence.tasks][:1]
+        asked = list(dict.fromkeys(task for part in reads for task in evidence.tasks_of(part))) or list(evidence.tasks)
+        run = asked if every_task else asked[:1]
     if MATHS_AVERAGE in benchmarks and set(MATHS) <= set(run):
         run.append(MATHS_AVERAGE)
     columns = [*(task for task in run if task not in benchmarks), *benchmarks]
