@@ -19,7 +19,7 @@ from pipelines.analyse.decisions import (
 )
 from pipelines.analyse.errors import of_answers
 from pipelines.analyse.sufficiency import hit_at, rank_cdf, top_steps
-from pipelines.paper.evidence import STATES, Evidence, Value
+from pipelines.paper.evidence import STATES, UNAUDITED, Evidence, Value
 from pipelines.results import figures as draw
 from s2t_models.calibration import BUDGETS
 
@@ -89,9 +89,7 @@ def radial(evidence: Evidence) -> Drawing:
         hit = hit_at(ranks[task], (1, K))
         drawing.rows.append({"task": task, "tau": TAU, "hit@1": hit[1], f"hit@{K}": hit[K], "states": len(ranks[task])})
     if ranks:
-        drawing.figures[""] = draw.radial(
-            ranks, f"Rank of the teacher's token at the top {100 * TAU:g}% states by KL", K
-        )
+        drawing.figures[""] = draw.radial(ranks, f"Rank of the teacher's token, top {100 * TAU:g}% by KL", K)
     return drawing
 
 
@@ -194,7 +192,8 @@ def errors(evidence: Evidence) -> Drawing:
             rows = evidence.rows(MAIN, task, policy)
             summed = of_answers(rows) if len(rows) else None
             if summed is None:
-                _open(drawing, f"{policy} on {task}: {_why(evidence, task, policy)}")
+                asked = evidence.measure("accuracy", task, policy, (MAIN,))
+                _open(drawing, f"{policy} on {task}: {asked if isinstance(asked, str) else UNAUDITED}")
                 continue
             series[policy] = summed.hit_T, summed.selection_T
             for step in sorted({*range(0, len(summed.hit_T), 16), len(summed.hit_T) - 1}):
@@ -231,7 +230,7 @@ def _decisions(evidence: Evidence, part: str, task: str, policy: str) -> list[De
 def _why(evidence: Evidence, task: str, policy: str) -> str:
     """Why a figure shows nothing of a policy's decisions."""
     found = evidence.measure("LLM on sel.", task, policy, (MAIN,))
-    return found if isinstance(found, str) else "the teacher was not asked about its answers"
+    return found if isinstance(found, str) else UNAUDITED
 
 
 def _open(drawing: Drawing, line: str) -> None:

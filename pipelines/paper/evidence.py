@@ -74,13 +74,17 @@ class Evidence:
 
     def measure(self, metric: str, task: str, policy: str, reads: Iterable[str]) -> Value | str:
         """The figure from the first of the runs `reads` that has it; else why there is none, in one line."""
-        reasons = []
+        reads, reasons = tuple(reads), []
         for part in reads:
             found = self._measured(part, metric, task, policy)
             if isinstance(found, Value) and not np.isnan(found.value):
                 return found
-            reasons.append(found if isinstance(found, str) else f"nothing to take {metric} of")
-        return next((reason for reason in reasons if reason), f"no run that gives {metric} is read")
+            reasons.append(
+                (found if isinstance(found, str) else f"nothing to take {metric} of", self._names(part, policy))
+            )
+        reasons.sort(key=lambda reason: not reason[1])  # that of a run which was to give it comes first
+        default = f"the matrix names no {policy} in {', '.join(reads)}"
+        return next((reason for reason, _ in reasons if reason), default)
 
     def _measured(self, part: str, metric: str, task: str, policy: str) -> Value | str:
         if part == STATES:
@@ -97,11 +101,11 @@ class Evidence:
         if task == MATHS_AVERAGE:
             averages = {one.policy: one for one in maths_averages(list(results.summaries.values()))}
             if policy not in averages:
-                return self._why_left_out(part, policy) or "it is over four tasks, and not all of them were run"
+                return self._why_left_out(part, task, policy)
             one = averages[policy]
             return Value(100 * one.accuracy, 100 * one.low, 100 * one.high)
         if (task, policy) not in results.summaries:
-            return self._why_left_out(part, policy) or f"{policy} was not asked about {task}"
+            return self._why_left_out(part, task, policy)
         return MEASURES[metric](results, (task, policy))
 
     def _hit(self, metric: str, task: str, policy: str) -> Value | str:
@@ -154,14 +158,19 @@ class Evidence:
         run = Run(kind, part, task)  # type: ignore[arg-type]
         return self.runs.open.get(run.name) or f"the {run.name} has not run"
 
-    def _why_left_out(self, part: str, policy: str) -> str:
-        if policy not in self.runs.given.matrix.benchmarks[part].policies:
-            return f"the benchmark {part} of the matrix does not name {policy}"
-        return self.left_out(part).get(policy, "")
+    def _names(self, part: str, policy: str) -> bool:
+        """Whether a benchmark of the matrix asks the policy, or all of those that are compared."""
+        benchmark = self.runs.given.matrix.benchmarks.get(part)
+        return benchmark is not None and set(policy.split(_VERSUS)) <= set(benchmark.policies)
+
+    def _why_left_out(self, part: str, task: str, policy: str) -> str:
+        if not self._names(part, policy):
+            return ""
+        return self.left_out(part).get(policy) or f"{policy} was not asked about {task}"
 
 
 Measure = Callable[[Results, tuple[str, str]], Value | str]
-_UNAUDITED = "the teacher was not asked about these choices"
+UNAUDITED = "the teacher was not asked about these answers"
 
 
 def _accuracy(results: Results, key: tuple[str, str]) -> Value:
@@ -189,7 +198,7 @@ def _decided(name: str, scale: float = 1.0, by_teacher: bool = True) -> Measure:
         if row is None:
             return f"{key[1]} decided nothing on {key[0]}"
         if by_teacher and not row["with_teacher"]:
-            return _UNAUDITED
+            return UNAUDITED
         return Value(scale * row[name])
 
     return of
@@ -200,7 +209,7 @@ def _group(name: str, of_value: str = "accuracy", scale: float = 100.0) -> Measu
         row = results.agreement.get((*key, name))
         if row is None:
             audited = any(other[:2] == key for other in results.agreement)
-            return f"no answer is in the {name} group" if audited else _UNAUDITED
+            return f"no answer is in the {name} group" if audited else UNAUDITED
         if of_value == "accuracy":
             return Value(scale * row["accuracy"], scale * row["low"], scale * row["high"], row["answers"])
         return Value(row[of_value])

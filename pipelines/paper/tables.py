@@ -84,7 +84,11 @@ class Table:
             if cell.left_open:
                 what = cell.benchmark if cell.left_open == NOT_RUN else getattr(cell, self.down)
                 reasons.setdefault(cell.left_open, {})[what] = None
-        return "\n".join(f"- left open: {', '.join(what)}: {reason}" for reason, what in reasons.items())
+        everything = {getattr(cell, self.down) for cell in self.cells if cell.policy}
+        return "\n".join(
+            f"- left open: {'all' if set(what) == everything else '; '.join(what)}: {reason}"
+            for reason, what in reasons.items()
+        )
 
 
 NOT_RUN = "not among the tasks of this run (--tasks)"

@@ -185,7 +185,7 @@ def radial(ranks: Mapping[str, np.ndarray], title: str, k: int = 8) -> Figure:
     across = min(len(ranks), 3)
     down = -(-len(ranks) // max(across, 1))
     figure = Figure(figsize=(max(3.6 * across, 3.6), max(3.9 * down, 3.9)), dpi=130, layout="constrained")
-    figure.suptitle(title, fontsize=10, x=0.02, ha="left")
+    figure.suptitle(title, fontsize=9)
     for place, (label, rank_T) in enumerate(ranks.items()):
         axes = figure.add_subplot(down, across, place + 1, projection="polar")
         radius_T = np.log2(np.asarray(rank_T, float) + 1)
