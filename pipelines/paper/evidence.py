@@ -25,6 +25,8 @@ from s2t_models.policies.variants import variant
 
 #: The collections of the tasks' own prompts.
 STATES = "states"
+#: The metrics that are taken from them -> K.
+HITS = {"Hit@1": 1, "Hit@8": 8}
 _VERSUS = " vs "
 
 
@@ -74,7 +76,8 @@ class Evidence:
 
     def measure(self, metric: str, task: str, policy: str, reads: Iterable[str]) -> Value | str:
         """The figure from the first of the runs `reads` that has it; else why there is none, in one line."""
-        reads, reasons = tuple(reads), []
+        reads = tuple(reads)
+        reasons: list[tuple[str, bool]] = []
         for part in reads:
             found = self._measured(part, metric, task, policy)
             if isinstance(found, Value) and not np.isnan(found.value):
@@ -87,14 +90,14 @@ class Evidence:
         return next((reason for reason, _ in reasons if reason), default)
 
     def _measured(self, part: str, metric: str, task: str, policy: str) -> Value | str:
-        if part == STATES:
-            return self._hit(metric, task, policy) if metric.startswith("Hit@") and metric != "Hit@C" else ""
-        if metric.startswith("Hit@") and metric != "Hit@C":
-            return ""
+        of_states = metric in HITS
+        if of_states or part == STATES:
+            return self._hit(metric, task, policy) if of_states and part == STATES else ""
         if _VERSUS in policy:
             a, b = (self._measured(part, metric, task, one) for one in policy.split(_VERSUS))
-            reason = next((one for one in (a, b) if isinstance(one, str)), None)
-            return reason if reason is not None else Value(100 * (a.value / b.value - 1))  # type: ignore[union-attr]
+            if isinstance(a, str) or isinstance(b, str):
+                return next(one for one in (a, b) if isinstance(one, str))
+            return Value(100 * (a.value / b.value - 1) if b.value else np.nan)
         results = self.results(part)
         if results is None:
             return self.why_no_run(part)
@@ -119,9 +122,8 @@ class Evidence:
         tau = (found and found.budget) or recipe.budget
         random_T = np.random.default_rng(0).random(len(steps.kl_T))
         value_T = {"kl": steps.kl_T, "entropy": steps.entropy_T, "random": random_T}[trigger]
-        k = int(metric.removeprefix("Hit@"))
         chosen_T = top_steps(value_T, tau)
-        return Value(100 * hit_at(steps.rank_T[chosen_T], (k,))[k])
+        return Value(100 * hit_at(steps.rank_T[chosen_T], (HITS[metric],))[HITS[metric]])
 
     def _results(self, part: str) -> Results | None:
         run = Run("benchmark", part)

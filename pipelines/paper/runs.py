@@ -77,9 +77,12 @@ class Runs:
 
     def all(self) -> list[Run]:
         """Every run of the matrix, each behind those that it needs."""
-        matrix, found = self.given.matrix, []
+        matrix = self.given.matrix
+        found: list[Run] = []
         for name, collection in matrix.collections.items():
-            tasks = among(self.given.tasks, collection.tasks) if collection.of == "tasks" else (None,)
+            tasks: tuple[str | None, ...] = (None,)
+            if collection.of == "tasks":
+                tasks = among(self.given.tasks, collection.tasks)
             found += [Run("collection", name, task) for task in tasks]
         found += [Run("training", name) for name in matrix.trainings if not self.has(name)]
         for name, part in matrix.benchmarks.items():
@@ -205,10 +208,11 @@ class Runs:
 
     def left_out(self, name: str) -> dict[str, str]:
         """The policies of a benchmark that cannot be had now, and why."""
-        part, left = self.given.matrix.benchmarks[name], {}
+        part = self.given.matrix.benchmarks[name]
+        left: dict[str, str] = {}
         hosting = host(self._asking(part, part.policies))
         for wanted in part.policies:
-            training = training_of(wanted)
+            training = training_of(wanted) or ""
             if training in self.given.matrix.trainings and not self.has(training) and not self._is_trained(training):
                 left[wanted] = self._missing(Run("training", training))
                 continue
@@ -276,7 +280,8 @@ class Runs:
 
     def _products(self, trainings: set[str], policies: tuple[str, ...]) -> dict[str, object]:
         """The sections of the recipe that name what was trained."""
-        recipe, changes = self.given.recipe, {}
+        recipe = self.given.recipe
+        changes: dict[str, object] = {}
         artifacts, checkpoints = dict(recipe.artifacts), dict(recipe.checkpoints)
         for name in sorted(trainings):
             folder = self._product(name)
