@@ -19,7 +19,7 @@ from pipelines.data.shards import read_shards
 from pipelines.paper import job as paper_job
 from pipelines.paper.__main__ import main
 from pipelines.paper.evidence import Evidence
-from pipelines.paper.job import given, paper
+from pipelines.paper.job import collections_beside, given, paper
 from pipelines.paper.matrix import load_matrix
 from pipelines.paper.published import published
 from pipelines.paper.runs import Given, Run, Runs
@@ -180,6 +180,20 @@ def test_what_was_trained_is_in_the_recipe_of_the_benchmarks_that_name_it(job: G
     assert runs.is_done(Run("training", "same"))
     changed = Runs(given(load_recipe(RECIPE, ["distil.steps=7"]), job.output))
     assert not changed.is_done(Run("training", "selector")), "trained with other settings"
+
+
+def test_the_collections_of_a_loop_are_taken_beside_its_recipe(tmp_path: Path) -> None:
+    for name in ("train", "calibration"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "train" / COLLECTED).write_text("{}")
+    assert collections_beside(str(tmp_path / "recipe.yaml")) == {"train": tmp_path / "train"}
+    assert collections_beside(str(tmp_path / "mine.yaml")) == {}
+    recipe = load_recipe(RECIPE).model_copy(update={"artifact": "made", "checkpoints": {"kd": "made"}})
+    runs = Runs(given(recipe, tmp_path / "out", collections=collections_beside(str(tmp_path / "recipe.yaml"))))
+    assert runs.is_done(Run("collection", "train"))
+    names = {run.name for run in runs.all()}
+    assert {"training router", "training r8-b30"} <= names
+    assert not {"training selector", "training kd"} & names, "the recipe has them"
 
 
 def test_a_wrong_matrix_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,17 +20,18 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipelines.data.layout import COLLECTED, RECORD
+from pipelines.data.layout import COLLECTED, RECORD, SERVABLE_RECIPE
 from pipelines.paper.evidence import Evidence
 from pipelines.paper.matrix import load_matrix
 from pipelines.paper.runs import Given, Run, Runs
 from pipelines.paper.specs import Spec, chosen
 from pipelines.paper.writing import PAGE, write
+from pipelines.runtime import tracking
+from pipelines.tasks import task
 from s2t_models.errors import UserError, one_line
 from s2t_models.locks import locked
 from s2t_models.recipe import Recipe
 from s2t_models.storage import Location, location, write_json
-from serving.store import use_store
 
 
 class PaperError(UserError):
@@ -39,8 +40,9 @@ class PaperError(UserError):
 
 def collections_beside(recipe: str) -> dict[str, Location]:
     """The collections of a loop, where the recipe is the one that it wrote."""
-    folder = location(recipe).parent
-    found = {name: folder / name for name in ("train", "calibration")}
+    if location(recipe).name != SERVABLE_RECIPE:
+        return {}
+    found = {name: location(recipe).parent / name for name in ("train", "calibration")}
     return {name: place for name, place in found.items() if (place / COLLECTED).is_file()}
 
 
@@ -56,8 +58,6 @@ def given(
     unsandboxed: bool = False,
 ) -> Given:
     """What a job is given, with what the recipe says where nothing was said. Raises MatrixError, TaskError."""
-    from pipelines.tasks import task
-
     tasks = tasks or recipe.benchmark.task
     for name in tasks:
         task(name)
@@ -90,8 +90,9 @@ def paper(job: Given, only: tuple[str, ...] = (), runs_too: bool = True) -> int:
     """Run what is missing (`runs_too`), and write the tables and figures. Returns the status: 1 where a run failed.
     Raises UserError where nothing can begin."""
     specs = chosen(only)
-    use_store(job.tracking)
     with locked(job.output):
+        kept = f"what is in {job.output} is kept, and the same command logs the tables"
+        tracking.use_store_for((job.output / RECORD).is_file(), kept, job.tracking)
         _claim(job)
         runs = Runs(job)
         wanted = _runs_of(runs, specs, only) if runs_too else []
