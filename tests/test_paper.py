@@ -92,6 +92,8 @@ def test_every_table_and_figure_is_written_with_the_papers_value_and_what_is_lef
     for spec in SPECS:
         assert (job.output / "tables" / f"{spec.stem}.md").is_file()
         assert spec.title in page
+    assert "(../figures/figure-3.png)" in (job.output / "tables" / "figure-3.md").read_text()
+    assert "embedded, Avg. \\|C\\|" in page, "a bar would end the cell"
     for stem in ("figure-3", "figure-A3", "figure-A4", "figure-4-b-embedded-s2t-local", "figure-A5-embedded"):
         assert (job.output / "figures" / f"{stem}.png").stat().st_size > 5000
         assert "<svg" in (job.output / "figures" / f"{stem}.svg").read_text()

@@ -23,6 +23,7 @@ from s2t_models.engines.contract import Engine
 from s2t_models.engines.load import load as load_engine
 from s2t_models.hosting import pair
 from s2t_models.loading import load_tokenizer
+from s2t_models.policies.variants import variant
 from s2t_models.recipe import Recipe
 
 Decision = dict[str, Any]
@@ -32,8 +33,8 @@ TEACHER_ARGMAX = "teacher_argmax_T"
 
 def audit(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> pd.DataFrame:
     """The rows, with the teacher's token (`argmax`) and probabilities of the candidates (`teacher_K`) in the decisions
-    that were taken without it, and its token at every step of the answers of greedy decoding and of policies with
-    decisions (TEACHER_ARGMAX). Raises TaskError where a task's rows are missing."""
+    that were taken without it, and its token at every step of the answers of greedy decoding and of policies that
+    select or may (TEACHER_ARGMAX). Raises TaskError where a task's rows are missing."""
     tokenizer = load_tokenizer(recipe.slm)
     items = {item.uid: item for name in frame["task"].unique() for item in load(name, data, recipe.prompts)[1]}
     engine = load_engine(pair(recipe)["teacher"])
@@ -58,7 +59,7 @@ async def _judged(
     row: Any, prompt: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, engine: Engine
 ) -> tuple[str, list[int] | None]:
     decisions: list[Decision] = json.loads(row.decisions)
-    if row.output_ids is None or not len(row.output_ids) or not (decisions or row.policy == BASELINE):
+    if row.output_ids is None or not len(row.output_ids) or not (decisions or _compared(row.policy)):
         return row.decisions, None
     try:
         prompt_ids = chat.prompt_ids(tokenizer, prompt)
@@ -67,6 +68,11 @@ async def _judged(
     open_ones = [one for one in decisions if one["candidates_K"] and one["teacher_K"] is None]
     argmax_T = await judge(open_ones, prompt_ids, list(row.output_ids), engine)
     return (json.dumps(decisions) if open_ones else row.decisions), argmax_T.tolist()
+
+
+def _compared(policy: str) -> bool:
+    """Whether the errors of a policy's answers are looked at step by step, also where it decided nothing."""
+    return policy == BASELINE or variant(policy) is not None
 
 
 async def judge(decisions: list[Decision], prompt_ids: list[int], output_ids: list[int], engine: Engine) -> np.ndarray:

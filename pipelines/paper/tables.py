@@ -68,7 +68,7 @@ class Table:
             column = f"{cell.benchmark}, {getattr(cell, across)}" if several else cell.benchmark
             columns[column] = None
             lines.setdefault(getattr(cell, self.down), {})[column] = _shown(cell, self.slms)
-        header = [self.down, *columns]
+        header = [self.down, *(column.replace("|", "\\|") for column in columns)]
         table = markdown_table(header, [[name, *(line.get(c, "") for c in columns)] for name, line in lines.items()])
         return "\n\n".join(filter(None, [table, self._legend(), self._left_open()]))
 

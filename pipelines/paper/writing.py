@@ -70,7 +70,8 @@ def _write_one(folder: Path, spec: Spec, made: Table | Drawing) -> str:
             filter(None, [pictures, _numbers(made), *(f"- left open: {line}" for line in made.left_open)])
         )
     text = "\n\n".join(filter(None, [text, spec.note]))
-    (folder / TABLES / f"{spec.stem}.md").write_text(f"# {_title(spec)}\n\n{text}\n")
+    alone = text.replace(f"({FIGURES}/", f"(../{FIGURES}/")
+    (folder / TABLES / f"{spec.stem}.md").write_text(f"# {_title(spec)}\n\n{alone}\n")
     return text
 
 
