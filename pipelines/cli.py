@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": ("serving.app", "the OpenAI endpoint: every policy is a model"),
     "export": ("pipelines.export", "an artifact as a folder that transformers, peft and others load"),
     "loop": ("pipelines.loop", "all of it in order for one recipe, going on where it was broken off"),
+    "paper": ("pipelines.paper.__main__", "every table and figure of the paper, from the runs of a matrix"),
     "demo": ("pipelines.demo", "the loop on the embedded pair"),
 }
 

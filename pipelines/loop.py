@@ -106,7 +106,7 @@ def _distil(
 
 def _choose_budget(recipe: Recipe, task: str, folder: Location, data: Path | None) -> float:
     """The smallest budget whose accuracy on validation problems is within one standard error of the best one's."""
-    from pipelines.benchmark.job import Options, benchmark
+    from pipelines.benchmark.job import Options, benchmark, is_done
     from pipelines.results.summary import read_results, summarise
 
     budgets, items = recipe.validation.budgets, recipe.validation.items
@@ -114,7 +114,7 @@ def _choose_budget(recipe: Recipe, task: str, folder: Location, data: Path | Non
     _say(f"choose the budget on {items} problems of {task}")
     chosen = {"task": (task,), "items": items, "policies": tuple(names.values())}
     job = recipe.model_copy(update={"benchmark": recipe.benchmark.model_copy(update=chosen)})
-    if not _is_done(job, folder / RESULTS):
+    if not is_done(job, folder):
         benchmark(job, folder, Options(data=data))
     by_name = {row.policy: row.accuracy for row in summarise(read_results(folder / RESULTS)[0])}
     accuracy = {budget: by_name[name] for budget, name in names.items()}
@@ -163,20 +163,6 @@ def _analyse(calibration: Location, output: Location) -> None:
     _say(f"analyse: Hit@K, accuracy against budget and the error split, as tables and figures in {output / 'analysis'}")
     results = [output / stage / RESULTS for stage in ("benchmark", "validation")]
     analyse([calibration, *(path for path in results if path.is_file())], output / "analysis")
-
-
-def _is_done(recipe: Recipe, results: Location) -> bool:
-    """Whether the results are whole, of this job and of this artifact."""
-    from pipelines.results.summary import read_results
-    from s2t_models import loading
-    from s2t_models.artifact import Artifact
-
-    if not results.is_file():
-        return False
-    frame, metadata = read_results(results)
-    weights = loading.weights_hash(Artifact.load(str(recipe.artifact)).model(recipe.slm))
-    is_whole = not (frame["verdict"] == "errored").any()
-    return is_whole and metadata["s2t.recipe"] == recipe.model_dump_json() and weights in frame["models"].iloc[0]
 
 
 def _say(what: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,6 +125,16 @@ class Recipe(Settings):
                     f"{role}.vllm"
                 )
         return self
+
+    def changed(self, overrides: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values of `a.b` settings. Raises RecipeError naming every wrong one."""
+        values = self.model_dump(mode="json")
+        for key, value in overrides.items():
+            _set(values, f"{key}={json.dumps(value)}")
+        try:
+            return Recipe.model_validate(values)
+        except ValidationError as error:
+            raise RecipeError(_one_line(error)) from None
 
     def calibrating(self) -> Recipe:
         """The recipe that collects its calibration prompts: what thresholds are percentiles of is greedy decoding."""

@@ -100,11 +100,14 @@ class DivergenceSettings(Settings):
 
 
 class CandidateSettings(Settings):
-    """How C_t is made (section 4.2, Table A15); `ratio` > 0 makes the set dynamic (Table A4)."""
+    """How C_t is made (section 4.2): from the SLM's distribution at `temperature`, cut to the likeliest tokens that
+    hold `top_p` of it (Table A15); `ratio` > 0 makes the set dynamic (Table A4)."""
 
     k: int = Field(8, ge=1, le=MOST_CANDIDATES)
     method: Literal["top_k", "multinomial"] = "multinomial"
     ratio: Fraction = 0.0
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
 
 
 class TriggerSettings(Settings):

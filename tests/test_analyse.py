@@ -15,8 +15,9 @@ import pytest
 from recorded import ITEMS, RECIPE, recorded_results, recorded_shards
 
 from pipelines.analyse.__main__ import main
-from pipelines.analyse.audit import audit, judge
-from pipelines.analyse.decisions import scores_by_rank, tables
+from pipelines.analyse.audit import TEACHER_ARGMAX, audit, judge
+from pipelines.analyse.decisions import scores_by_rank, selected_ranks, tables
+from pipelines.analyse.errors import cumulated, step_errors
 from pipelines.analyse.shard_tables import hits, read_steps
 from pipelines.data.shards import read_shards
 from pipelines.results.summary import read_results, write_results
@@ -128,6 +129,52 @@ def test_answers_that_selecting_turned_get_pages_of_their_own(
     assert not (output / "pages").exists(), "pages of another analysis"
 
 
+def test_errors_cumulated_over_steps_are_those_of_a_loop_over_answers() -> None:
+    """Eqs. 11 and 12 spelt out: at a step without a decision the candidates are the one token that was written."""
+    rng = np.random.default_rng(0)
+    answers = []
+    for length in (8, 9, 1):
+        ids, argmax = rng.integers(0, 4, length), rng.integers(0, 4, length)
+        steps = rng.permutation(length)[: length // 2]
+        decisions = [
+            {"step": int(t), "candidates_K": sorted({int(ids[t]), *rng.integers(0, 4, 3).tolist()})} for t in steps
+        ]
+        answers.append((ids, decisions, argmax))
+    hit, selection = np.zeros(9), np.zeros(9)
+    for ids, decisions, argmax in answers:
+        candidates = {decision["step"]: decision["candidates_K"] for decision in decisions}
+        for t in range(len(ids)):
+            if argmax[t] not in candidates.get(t, [ids[t]]):
+                hit[t:] += 1 / 3
+            elif ids[t] != argmax[t]:
+                selection[t:] += 1 / 3
+    found = cumulated(step_errors(*answer) for answer in answers)
+    assert found.answers == 3
+    assert found.hit_T == pytest.approx(hit)
+    assert found.selection_T == pytest.approx(selection)
+    assert selection[-1] > 0
+
+
+def test_the_table_of_decisions_has_the_mean_candidates_and_how_often_they_hold_the_teachers_token(
+    tmp_path: Path,
+) -> None:
+    frame, metadata = read_results(recorded_results(tmp_path / "results.parquet"))
+    frame = frame[frame["policy"] == "s2t"].copy()
+    changed = [json.loads(text) for text in frame["decisions"]]
+    for number, decision in enumerate(d for answer in changed for d in answer):
+        if number % 4 == 0:  # two candidates, without the teacher's token
+            keep = [i for i, c in enumerate(decision["candidates_K"]) if c not in (decision["argmax"], 13)][:2]
+            for key in ("candidates_K", "logprobs_K", "scores_K", "preferences_K", "teacher_K"):
+                decision[key] = [decision[key][i] for i in keep]
+            decision["chosen"] = decision["candidates_K"][1]
+    frame["decisions"] = [json.dumps(answer) for answer in changed]
+    (row,) = tables([(frame, metadata)])["decisions"]
+    assert row["candidates"] == pytest.approx(0.75 * 4 + 0.25 * 2)
+    assert row["hit"] == pytest.approx(0.75)
+    ranks = selected_ranks([d for answer in changed for d in answer])
+    assert ranks[::4] == [1] * 60
+
+
 def test_scores_are_sorted_by_the_teachers_rank() -> None:
     decision = {"scores_K": [0.1, 0.9, 0.5]}
     ranked = scores_by_rank([(decision, np.array([0.2, 0.7, 0.1])), (decision, np.array([0.6, 0.3, 0.1]))])
@@ -159,7 +206,7 @@ def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
         {"step": 3, "candidates_K": [9, output[3]], "chosen": output[3], "argmax": None},
     ]
     try:
-        asyncio.run(judge(decisions, prompt, output, engine))
+        argmax_T = asyncio.run(judge(decisions, prompt, output, engine))
     finally:
         engine.close()
     import torch
@@ -169,6 +216,9 @@ def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
     model = load_model(recipe.teacher)
     assert isinstance(model, Qwen2ForCausalLM)
     assert isinstance(model.config, Qwen2Config)
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    assert argmax_T.tolist() == logits_TV.argmax(-1).tolist()
     for decision in decisions:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + output[: decision["step"]]])).logits[0, -1].float()
@@ -195,10 +245,13 @@ def test_the_audit_reads_the_recorded_ids_and_not_the_text() -> None:
     }
     row = {"task": "embedded", "item": item.uid, "policy": "s2t-local", "output": "There are"}
     rows = [row | {"decisions": json.dumps([decision]), "output_ids": known} for known in (ids, None)]
-    audited = [json.loads(text)[0] for text in audit(pd.DataFrame(rows), recipe, None)["decisions"]]
+    whole = audit(pd.DataFrame(rows), recipe, None)
+    audited = [json.loads(text)[0] for text in whole["decisions"]]
     assert len(audited[0]["teacher_K"]) == 2
     assert audited[0]["argmax"] is not None
     assert audited[1] == decision, "without ids a row stays as it was"
+    assert whole[TEACHER_ARGMAX][0][3] == audited[0]["argmax"]
+    assert (len(whole[TEACHER_ARGMAX][0]), whole[TEACHER_ARGMAX][1]) == (len(ids), None)
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,6 +93,23 @@ def test_multinomial_draws_without_replacement_follow_their_law():
         assert counts[pair] / 20000 == pytest.approx(expected, abs=0.015)
 
 
+def test_candidates_are_drawn_at_a_temperature_from_the_nucleus():
+    """Table A15: the law of the draws is that of the tempered distribution, cut to the fewest that hold top-p."""
+    logprobs_N = np.log([0.5, 0.3, 0.15, 0.05])
+    tempered = np.array([0.5, 0.3, 0.15, 0.05]) ** (1 / 0.6)
+    tempered /= tempered.sum()  # 0.60, 0.26, 0.08, 0.01
+    for top_p, kept in ((0.5, 1), (0.7, 2), (0.95, 3), (1.0, 4)):
+        assert (np.cumsum(tempered) < top_p).sum() + 1 == kept or top_p == 1.0
+        everything = propose(logprobs_N, 4, "multinomial", 0.0, uniforms(1, 0, 4), 0.6, top_p)
+        assert everything.tolist() == list(range(kept))
+        assert propose(logprobs_N, 4, "top_k", 0.0, None, 0.6, top_p).tolist() == list(range(kept))
+    drawn = Counter(
+        int(propose(logprobs_N, 1, "multinomial", 0.0, uniforms(seed, 0, 1), 0.6, 0.7)[0]) for seed in range(20000)
+    )
+    assert drawn[0] / 20000 == pytest.approx(tempered[0] / tempered[:2].sum(), abs=0.01)
+    assert set(drawn) == {0, 1}
+
+
 def test_multinomial_with_k_of_the_whole_support_is_the_support():
     logprobs_N = np.log([0.9999999, 1e-7, 1e-9, 1e-12])
     for seed in range(50):

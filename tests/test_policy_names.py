@@ -140,6 +140,11 @@ def test_names_carry_metric_budget_and_candidates():
     assert (four.candidates.k, four.trigger) == (4, DivergenceTrigger(2.0))
     dynamic = get("s2t-dynamic-05").candidates
     assert (dynamic.ratio, dynamic.method, dynamic.k) == (0.05, "top_k", 64)
+    for name in ("s2t-t0.6-p0.95-k4", "s2t-local-t0.6-p0.95-k4@0.01"):
+        built = get(name, candidates=RECIPE.candidates.model_copy(update={"method": "top_k"}))
+        drawn = built.selection.candidates if isinstance(built, Local) else built.candidates
+        assert (drawn.temperature, drawn.top_p, drawn.k, drawn.method) == (0.6, 0.95, 4, "multinomial")
+        assert built.kind == name.partition("-k4")[0]
 
 
 @pytest.mark.parametrize(
@@ -262,6 +267,8 @@ def test_r2r_is_takeover_by_a_router(router):
         ("s2t-local@0.05", "no head threshold for budget 0.05; calibrated budgets: 0.01, 0.2"),
         ("s2t-random@2", "s2t-random@2: a budget is a share of the steps above 0 and up to 1"),
         ("s2t-k65", "s2t-k65: a step has at most 64 candidates"),
+        ("s2t-t0", "s2t-t0: candidates are drawn at a temperature above 0"),
+        ("takeover-p0.9", "no policy named 'takeover-p0.9'"),
         ("r2r", "r2r: router.path is not set; `s2t distil --objective router` trains one"),
         ("tah", "tah: the recipe names no second pass as tah; `s2t distil --objective tah` trains one"),
     ],

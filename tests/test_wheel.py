@@ -74,6 +74,8 @@ def test_the_wheel_holds_the_packages_with_their_data_and_nothing_else(wheel):
         *REPOSITORY.glob("cluster/recipes/**/*.yaml"),
         *REPOSITORY.glob("s2t_models/embedded/weights/*/*"),
         *REPOSITORY.glob("serving/playground/assets/*"),
+        REPOSITORY / "pipelines/paper/matrix.yaml",
+        REPOSITORY / "pipelines/paper/paper_tables.csv",
     ]
     assert data
     assert {path.relative_to(REPOSITORY).as_posix() for path in sources + data} <= files

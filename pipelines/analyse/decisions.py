@@ -1,9 +1,10 @@
 """What the decisions in results say about selection: tables and figures from graded rows.
 
-The error split of Eq. 11, rescues (Figure 4), a scorer's agreement with the teacher (Tables 2 and A9, Figure
-A5), answers that agree with the teacher at every step against the others (section F.6), and accuracy over K
-and tau. What needs the teacher's view of a decision counts only decisions that carry it: those of s2t and
-takeover do, those of s2t-local once `audit` has asked the teacher.
+The error split of Eq. 11 and its sum over steps (Eq. 12), how many candidates there were and how often the teacher's
+token was one of them (Tables A4, A15), rescues (Figure 4), the rank of what was selected (Figure A4), a scorer's
+agreement with the teacher (Tables 2 and A9, Figure A5), answers that agree with the teacher at every step against the
+others (section F.6), and accuracy over K and tau. What needs the teacher's view of a decision counts only decisions
+that carry it: those of s2t and takeover do, those of s2t-local once `audit` has asked the teacher.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from pipelines.analyse.sufficiency import alignment, entropy, error_split
+from pipelines.analyse.errors import CumulatedErrors, of_answers
+from pipelines.analyse.sufficiency import alignment, entropy, error_split, rank_cdf
 from pipelines.data.text import file_stem
 from pipelines.results import figures as draw
 from pipelines.results.statistics import wilson
@@ -83,6 +85,8 @@ def _decision_row(answers: Sequence[Sequence[Decision]], tokens: int) -> dict[st
     return {
         "decisions": len(every),
         "with_teacher": len(seen),
+        "candidates": _mean([float(len(decision["candidates_K"])) for decision in every]),
+        "hit": _mean([float(decision["argmax"] in decision["candidates_K"]) for decision, _ in seen]),
         "trigger_rate": len(every) / tokens if tokens else 0.0,
         "rescues": _mean([float(rescued(decision)) for decision in every]),
         "agree_at_1": order.agree_at_1,
@@ -151,9 +155,15 @@ def _agreement(answers: Sequence[Sequence[Decision]], correct: Sequence[bool]) -
 def figures(results: Results, rows: Tables) -> dict[str, Figure]:
     """Figures by file name, for each policy with decisions that the teacher has seen."""
     drawn: dict[str, Figure] = {}
+    ranks: dict[str, dict[str, np.ndarray]] = {}
+    errors: dict[str, dict[str, CumulatedErrors]] = {}
     for frame, _ in results:
         for (task, policy), part in frame.groupby(["task", "policy"], sort=False):
+            if (summed := of_answers(part)) is not None:
+                errors.setdefault(str(task), {})[str(policy)] = summed
             every = [decision for answer in decisions_of(part) for decision in answer]
+            if selected := selected_ranks(every):
+                ranks.setdefault(str(task), {})[str(policy)] = rank_cdf(np.array(selected), max(selected) + 1)
             seen = [(decision, teacher) for decision in every if (teacher := teacher_K(decision)) is not None]
             if not seen:
                 continue
@@ -166,6 +176,13 @@ def figures(results: Results, rows: Tables) -> dict[str, Figure]:
                 title,
             )
             drawn[f"{stem}-score-by-rank.png"] = draw.score_by_rank(scores_by_rank(seen), title)
+    for task, series in ranks.items():
+        drawn[f"{task}-selected-rank-cdf.png"] = draw.rank_cdf(series, f"Rank of the selected token: {task}", SELECTED)
+    for task, curves in errors.items():
+        drawn[f"{task}-cumulated-error.png"] = draw.cumulated_error(
+            {policy: (one.hit_T, one.selection_T) for policy, one in curves.items()},
+            f"Errors up to a step, an answer (Eq. 12): {task}",
+        )
     split = [
         (f"{row['policy']}\n{row['task']}", row["hit_error"], row["selection_error"])
         for row in rows["decisions"]
@@ -180,6 +197,16 @@ def figures(results: Results, rows: Tables) -> dict[str, Figure]:
         ]
         drawn["agreement.png"] = draw.groups(points, "Answers that agree with the teacher at every step, and others")
     return drawn | _sweeps(rows["accuracy"])
+
+
+#: The axis of ranks that are those of selected tokens (Figure A4).
+SELECTED = "rank of the selected token in the SLM's order"
+
+
+def selected_ranks(decisions: Sequence[Decision]) -> list[int]:
+    """The 0-based ranks of the chosen tokens in the SLM's order of the candidates; of drawn candidates that is the
+    least that the rank among all tokens can be. What was chosen outside them is left out."""
+    return [d["candidates_K"].index(d["chosen"]) for d in decisions if d["chosen"] in d["candidates_K"]]
 
 
 def scores_by_rank(seen: Sequence[tuple[Decision, np.ndarray]]) -> list[list[float]]:

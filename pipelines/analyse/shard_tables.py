@@ -127,5 +127,9 @@ def figures(table: pa.Table, metadata: Mapping[str, str], rows: Tables) -> dict[
             by_k, "budget tau, %", "Hit@K, %", f"Hit@K over the budget: {task}", percent_x=True
         ),
         "rank-cdf.png": draw.rank_cdf(cdfs, f"Rank of the teacher's token: {task}"),
+        "radial.png": draw.radial(
+            {metadata["s2t.task"]: steps.rank_T[top_steps(steps.kl_T, BUDGETS[0])]},
+            f"Rank of the teacher's token, top {top}",
+        ),
         "error-split.png": draw.error_split(split, f"Error of the SLM's own choice at the top {top} (Eq. 11): {task}"),
     }

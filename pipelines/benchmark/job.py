@@ -36,20 +36,22 @@ from pipelines.benchmark.verdicts import grade, remembered
 from pipelines.data.layout import ANSWERS, JUDGEMENTS, RESULTS
 from pipelines.grading.judge import Ask, endpoint
 from pipelines.results import report
-from pipelines.results.summary import TRAINING, write_results
+from pipelines.results.summary import TRAINING, read_results, write_results
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.records import NewLines
 from pipelines.tasks import Item, Task
 from s2t_models.errors import NothingDone, UserError, one_line
-from s2t_models.hosting import Hosting, host
+from s2t_models.hosting import LOCAL, Hosting, alongside, host
 from s2t_models.locks import locked
+from s2t_models.node_cache import fetched
 from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
-from s2t_models.storage import Location
+from s2t_models.storage import Location, location
 from serving import cluster
 from serving.app import run_for_job
 from serving.keys import new_key
+from serving.registry import weights_of
 from serving.written import new_board, total
 
 #: How many tokens the engines have written so far; None where that is not known.
@@ -126,6 +128,23 @@ def benchmark(recipe: Recipe, output: Location, options: Options) -> tuple[str, 
             file=sys.stderr,
         )
     return tables, seen
+
+
+def is_done(recipe: Recipe, output: Location) -> bool:
+    """Whether `output` holds the results of this job, whole and of the weights that the recipe's folders hold now."""
+    if not (output / RESULTS).is_file():
+        return False
+    frame, metadata = read_results(output / RESULTS)
+    if (frame["verdict"] == "errored").any() or metadata["s2t.recipe"] != recipe.model_dump_json():
+        return False
+    answered = {name: digest for models in frame["models"].unique() for name, digest in json.loads(models).items()}
+    folders = {LOCAL: recipe.artifact} if recipe.artifact else {}
+    folders |= {alongside(LOCAL, name): folder for name, folder in recipe.artifacts.items()} | recipe.checkpoints
+    return all(
+        answered[name] == weights_of(fetched(location(folder)), recipe)
+        for name, folder in folders.items()
+        if name in answered
+    )
 
 
 def _say_what_errored(graded: Sequence[Mapping[str, Any]], unanswered: int, output: Location) -> None:

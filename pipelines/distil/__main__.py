@@ -7,7 +7,8 @@ import sys
 
 from pipelines.runtime.arguments import add_recipe, place
 from s2t_models.commands import run_command
-from s2t_models.recipe import load_recipe
+from s2t_models.recipe import Recipe, load_recipe
+from s2t_models.storage import Location
 from s2t_models.training.objectives import OBJECTIVES
 
 #: Trained by a job of its own: its labels are not those of the shards.
@@ -19,18 +20,23 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         recipe = load_recipe(options.recipe, options.set)
-        if options.objective == ROUTER:
-            from pipelines.distil.router_job import distil_router
-
-            print(distil_router(recipe, options.shards, options.output))
-        else:
-            from pipelines.distil.job import distil, report
-
-            done = distil(recipe, options.shards, options.output, options.objective, options.calibration)
-            print(report(done, options.output))
+        print(train(recipe, options.objective, options.shards, options.output, options.calibration))
 
     # Beside the output, which holds nothing but what was trained.
     return run_command("distil", work, options.output.parent)
+
+
+def train(
+    recipe: Recipe, objective: str, shards: Location, output: Location, calibration: Location | None = None
+) -> str:
+    """Train, or finish training, what the objective says; returns a report. Raises the jobs' own errors (UserError)."""
+    if objective == ROUTER:
+        from pipelines.distil.router_job import distil_router
+
+        return distil_router(recipe, shards, output)
+    from pipelines.distil.job import distil, report
+
+    return report(distil(recipe, shards, output, objective, calibration), output)
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:

@@ -139,8 +139,11 @@ def curve(
     return figure
 
 
-def rank_cdf(series: Mapping[str, np.ndarray], title: str) -> Figure:
-    """Steps: the share of teacher-preferred tokens within rank r of the SLM (Figures A3, A4)."""
+TEACHERS_RANK = "rank of the teacher's token in the SLM's order"
+
+
+def rank_cdf(series: Mapping[str, np.ndarray], title: str, of: str = TEACHERS_RANK) -> Figure:
+    """Steps: the share of tokens within rank r of the SLM; `of` says of which (Figures A3, A4)."""
     figure, axes = _canvas(title)
     for place, (label, shares) in enumerate(series.items()):
         ranks = np.arange(1, len(shares) + 1)
@@ -150,7 +153,7 @@ def rank_cdf(series: Mapping[str, np.ndarray], title: str) -> Figure:
     ticks = [2**power for power in range(longest.bit_length()) if 2**power <= longest]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_ylim(0, 102)
-    axes.set_xlabel("rank of the teacher's token in the SLM's order")
+    axes.set_xlabel(of)
     axes.set_ylabel("steps at or below that rank, %")
     axes.grid(alpha=0.3)
     _legend(axes)
@@ -172,6 +175,47 @@ def score_by_rank(scores_by_rank: Sequence[Sequence[float]], title: str) -> Figu
     axes.set_xlabel("rank by the teacher's probability")
     axes.set_ylabel("score")
     axes.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def radial(ranks: Mapping[str, np.ndarray], title: str, k: int = 8) -> Figure:
+    """One disc a label: each step is a point, as far from the centre as the teacher's token (0-based rank) is from the
+    SLM's first, on a logarithmic scale, with a ring around the first `k` (Figures 3, A1, A2). Angles are the golden
+    one's multiples: they mean nothing."""
+    across = min(len(ranks), 3)
+    down = -(-len(ranks) // max(across, 1))
+    figure = Figure(figsize=(max(3.6 * across, 3.6), max(3.9 * down, 3.9)), dpi=130, layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    for place, (label, rank_T) in enumerate(ranks.items()):
+        axes = figure.add_subplot(down, across, place + 1, projection="polar")
+        radius_T = np.log2(np.asarray(rank_T, float) + 1)
+        angle_T = np.arange(len(radius_T)) * np.pi * (3 - np.sqrt(5))
+        inside_T = np.asarray(rank_T) < k
+        for chosen, colour in ((inside_T, COLOURS[0]), (~inside_T, COLOURS[1])):
+            axes.scatter(angle_T[chosen], radius_T[chosen], s=6, alpha=0.45, color=colour, linewidths=0)
+        ring = np.linspace(0, 2 * np.pi, 200)
+        axes.plot(ring, np.full_like(ring, np.log2(k)), color="black", linewidth=0.9, linestyle="--")
+        ticks = [1, k, 64]
+        axes.set_yticks([np.log2(tick) for tick in ticks], [str(tick) for tick in ticks], fontsize=7)
+        axes.set_xticks([])
+        axes.set_ylim(-0.4, 6.3)
+        first, within = (100 * float(mask.mean()) if len(mask) else np.nan for mask in (radius_T == 0, inside_T))
+        axes.set_title(f"{label}\nHit@1 {first:.1f}%, Hit@{k} {within:.1f}%", fontsize=9)
+    return figure
+
+
+def cumulated_error(series: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> Figure:
+    """For each label the hit errors (solid) and with them the selection errors (dashed, their sum) up to each step
+    (Eq. 12)."""
+    figure, axes = _canvas(title)
+    for place, (label, (hit_T, selection_T)) in enumerate(series.items()):
+        colour, steps = COLOURS[place % len(COLOURS)], np.arange(1, len(hit_T) + 1)
+        axes.plot(steps, hit_T, color=colour, linewidth=1.2)
+        axes.plot(steps, hit_T + selection_T, color=colour, linewidth=1.2, linestyle="--", label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("errors an answer: hit (solid), and with selection (dashed)")
+    axes.grid(alpha=0.3)
+    _legend(axes, outside=True)
     return figure
 
 

@@ -155,15 +155,22 @@ def _candidates(logprobs_V: torch.Tensor, parts: Any, seed: int, step: int) -> l
     """Up to K of the model's own likeliest tokens, best first, or drawn without replacement in proportion to their
     probabilities; noise depends on (seed, step) alone."""
     k, ratio, drawn = parts.candidates["k"], parts.candidates["ratio"], parts.candidates["method"] == "multinomial"
-    top = logprobs_V.topk(min(SUPPORT if drawn or ratio else k, len(logprobs_V)))
+    temperature, top_p = parts.candidates["temperature"], parts.candidates["top_p"]
+    top = logprobs_V.topk(min(SUPPORT if drawn or ratio or top_p < 1 else k, len(logprobs_V)))
     logprobs_N, ids_N = top.values.cpu().numpy().astype(np.float64), top.indices.tolist()
+    weights_N = np.exp((logprobs_N - logprobs_N.max()) / temperature)
     k = min(k, int(np.isfinite(logprobs_N).sum()))
+    if top_p < 1:
+        cumulative_N = weights_N.cumsum()
+        nucleus = int(np.searchsorted(cumulative_N, top_p * cumulative_N[-1])) + 1
+        weights_N[nucleus:] = 0.0
+        k = min(k, nucleus)
     chosen_K = np.arange(k)
     if drawn:
         key = np.array([seed & 0xFFFFFFFFFFFFFFFF, 0x5325], dtype=np.uint64)
         counter = np.array([0, 0, CANDIDATES_STREAM, step], dtype=np.uint64)
         noise_K = np.random.Generator(np.random.Philox(counter=counter, key=key)).random(parts.candidates["k"])
-        chosen_K = np.sort(_draw(np.exp(logprobs_N - logprobs_N.max()), noise_K[:k]))
+        chosen_K = np.sort(_draw(weights_N, noise_K[:k]))
     if ratio > 0:
         chosen_K = chosen_K[logprobs_N[chosen_K] >= logprobs_N[0] + np.log(ratio)]
         chosen_K = chosen_K if len(chosen_K) else np.zeros(1, dtype=int)

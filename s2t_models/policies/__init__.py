@@ -1,8 +1,8 @@
 """Policies by name: the name a policy is served under says what it is, with which settings, at which budget.
 
     greedy  sample  maj@8  llm  llm-sample  specreason  multiplex  tah  r2r  kd  distil  tsd-kd  <any checkpoint>
-    s2t[-METRIC][-dynamic-05][-k4][@0.05]   takeover[-METRIC][@0.05]
-    s2t-local[-METRIC][-k4][-w0][@0.05][:ARTIFACT]   r2r[:ROUTER]
+    s2t[-METRIC][-dynamic-05][-t0.6][-p0.95][-k4][@0.05]   takeover[-METRIC][@0.05]
+    s2t-local[-METRIC][-t0.6][-p0.95][-k4][-w0][@0.05][:ARTIFACT]   r2r[:ROUTER]
 
 A policy is a file with its class and two functions, `names(hosting)` (what it lists) and `build(name, hosting)` (None
 where the name is not its own; PolicyError where it cannot be had), and a place in `KINDS`. The registry knows what a

@@ -174,5 +174,5 @@ def _scorer(found: Variant, candidates: CandidateSettings, recipe: Recipe) -> Sc
     if found.weight is not None:
         return None
     if found.stem == "takeover":
-        return None if found.k or found.ratio is not None else TeacherScorer("vocabulary")
+        return None if found.proposes else TeacherScorer("vocabulary")
     return TeacherScorer("candidate")

@@ -1,11 +1,12 @@
 """What the name of a triggered policy says: s2t-local-k4-w0@0.05 is S2T-Local with 4 candidates, prior weight 0 and a
 budget of 5%.
 
-    s2t[-METRIC][-dynamic-05][-k4][@0.05]   takeover[-METRIC][@0.05]
-    s2t-local[-METRIC][-k4][-w0][@0.05][:ARTIFACT]
+    s2t[-METRIC][-dynamic-05][-t0.6][-p0.95][-k4][@0.05]   takeover[-METRIC][@0.05]
+    s2t-local[-METRIC][-t0.6][-p0.95][-k4][-w0][@0.05][:ARTIFACT]
 
 METRIC is kl, entropy or random; `@0.05` is the budget tau; `-dynamic-05` keeps candidates at least 5% as likely as the
-top one; ARTIFACT is one of the recipe's `artifacts`. What the name leaves out is the recipe's.
+top one; `-t` and `-p` draw candidates at a temperature and from a top-p share of the probability; ARTIFACT is one of
+the recipe's `artifacts`. What the name leaves out is the recipe's.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from s2t_models.settings import MOST_CANDIDATES, CandidateSettings
 _METRICS = "|".join(metric for metric, kind in TRIGGERS.items() if kind.make)
 _NAME = re.compile(
     rf"(?P<stem>s2t-local|s2t|takeover)(?:-(?P<metric>{_METRICS}))?(?:-dynamic-(?P<percent>\d\d?))?"
+    r"(?:-t(?P<temperature>\d{1,2}(?:\.\d+)?))?(?:-p(?P<top_p>\d?\.?\d+))?"
     r"(?:-k(?P<k>[1-9]\d{0,3}))?(?:-w(?P<weight>\d{1,4}(?:\.\d+)?))?(?:@(?P<budget>\d*\.?\d+))?"
     r"(?::(?P<artifact>.+))?"
 )
@@ -30,16 +32,24 @@ _NAME = re.compile(
 @dataclass(frozen=True)
 class Variant:
     """A triggered policy's name taken apart; None is what the name leaves to the recipe. `ratio` sizes a dynamic
-    candidate set (Table A4), `kind` is the name without K and budget; `artifact` None is the recipe's own."""
+    candidate set (Table A4), `temperature` and `top_p` draw one (Table A15), `kind` is the name without K and budget;
+    `artifact` None is the recipe's own."""
 
     kind: str
     stem: str
     metric: str | None
     ratio: float | None
+    temperature: float | None
+    top_p: float | None
     k: int | None
     weight: float | None
     budget: float | None
     artifact: str | None
+
+    @property
+    def proposes(self) -> bool:
+        """Whether the name says how candidates are proposed."""
+        return any(setting is not None for setting in (self.ratio, self.temperature, self.top_p, self.k))
 
     @property
     def engine(self) -> str:
@@ -63,6 +73,8 @@ def variant(name: str) -> Variant | None:
         stem=found["stem"],
         metric=found["metric"],
         ratio=int(found["percent"]) / 100 if found["percent"] else None,
+        temperature=float(found["temperature"]) if found["temperature"] else None,
+        top_p=float(found["top_p"]) if found["top_p"] else None,
         k=int(found["k"]) if found["k"] else None,
         weight=float(found["weight"]) if found["weight"] else None,
         budget=float(found["budget"]) if found["budget"] else None,
@@ -84,11 +96,16 @@ def decoding_as_named(name: str, found: Variant, hosting: Hosting) -> Hosting:
 
 def candidates_of(name: str, found: Variant, recipe: Recipe) -> CandidateSettings:
     """The recipe's candidate settings with what the name changes. Raises PolicyError where a step cannot have as
-    many."""
+    many, or they cannot be drawn so."""
     if found.k and found.k > MOST_CANDIDATES:
         raise PolicyError(f"{name}: a step has at most {MOST_CANDIDATES} candidates")
     changes: dict[str, object] = {"k": found.k} if found.k else {}
     if found.ratio is not None:
         # As far as the support reaches: the ratio alone sizes the set (Table A4).
         changes = {"ratio": found.ratio, "method": "top_k", "k": found.k or recipe.divergence.support}
+    drawn = {key: value for key in ("temperature", "top_p") if (value := getattr(found, key)) is not None}
+    if drawn:
+        if drawn.get("temperature") == 0 or not 0 < drawn.get("top_p", 1.0) <= 1:
+            raise PolicyError(f"{name}: candidates are drawn at a temperature above 0, from a share of up to 1")
+        changes |= {"method": "multinomial", **drawn}
     return recipe.candidates.model_copy(update=changes)
