@@ -60,6 +60,8 @@ def start(
         raise RecipeError(f"{settings.path}: its configuration names no token that ends a text (eos_token_id)")
     if _on_cpu(settings):
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(settings.num_cpus)))
+        # Engines share cores here: threads that wait leave theirs to the next one, instead of spinning on it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     engine_arguments = _engine_arguments()
     from s2t_models.engines.vllm.engine import VllmEngine
 
