@@ -33,7 +33,7 @@ from s2t_models.training.tree import TreeBatch
 from s2t_models.training.tree_attention import Sight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BothPasses(Outputs):
     """The tuned model's states are those of the second passes, where `hard_S`; its logits are the sum of both passes'
     there, and the base's elsewhere."""
@@ -87,7 +87,7 @@ class TahObjective(Objective):
         tuned_NH = model(**inputs)[where_N]
         tuned_SH = tuned_NH.new_zeros(base_SH.shape).index_put((hard_N,), tuned_NH)
         no_scores_GK = base_SH.new_zeros(len(packed.row_G), 0)
-        return BothPasses(base_SH, tuned_SH, no_scores_GK, logits, selector.vocabulary, hard_S)
+        return BothPasses(base_SH, tuned_SH, no_scores_GK, logits, selector.vocabulary, hard_S=hard_S)
 
     def terms(self, batch: Batch, outputs: Outputs) -> list[Term]:
         assert isinstance(outputs, BothPasses)
