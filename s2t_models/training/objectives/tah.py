@@ -33,7 +33,7 @@ from s2t_models.training.tree import TreeBatch
 from s2t_models.training.tree_attention import Sight
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BothPasses(Outputs):
     """The tuned model's states are those of the second passes, where `hard_S`; its logits are the sum of both passes'
     there, and the base's elsewhere."""
