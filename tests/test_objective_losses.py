@@ -12,12 +12,14 @@ from typing import Any, cast
 import pytest
 import torch
 
+from s2t_models.divergence import divergence
 from s2t_models.settings import DistilSettings, TsdKdSettings, TwoStageSettings
 from s2t_models.training import losses
+from s2t_models.training.batches import NO_CANDIDATE
 from s2t_models.training.objectives import tsd_kd
 from s2t_models.training.objectives.base import Outputs, Reading
 from s2t_models.training.objectives.tsd_kd import TsdKdObjective
-from s2t_models.training.objectives.two_stage import TwoStageObjective
+from s2t_models.training.objectives.two_stage import TwoStageObjective, forward_kl
 
 VALID = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
 
@@ -235,3 +237,25 @@ def test_distil_learns_the_texts_first_and_then_the_teachers_best_tokens_too(pro
     expected.backward()
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(given, tuned_SH.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_the_forward_kl_has_a_gradient_where_the_teacher_is_certain_and_is_the_divergence_elsewhere():
+    """Of a certain teacher's top tokens the rest has nothing; of a few candidates some places hold none."""
+    certain_V = torch.tensor([0.0, -40.0, -50.0, -60.0, -1e4]).log_softmax(-1)
+    teacher_SV = torch.stack([certain_V, drawn(5, seed=4).log_softmax(-1).float()])
+    best = teacher_SV.topk(3)
+    ids_SN = torch.cat([best.indices, torch.full((2, 1), -1)], dim=1)
+    logprobs_SN = torch.cat([best.values, torch.full((2, 1), NO_CANDIDATE)], dim=1)
+    logits_SV = drawn(2, 5, seed=5).float().requires_grad_()
+    kl_S = forward_kl(logits_SV, ids_SN, logprobs_SN)
+    own_SN = logits_SV.detach().log_softmax(-1).gather(1, best.indices)
+    torch.testing.assert_close(kl_S.detach(), divergence(best.values, own_SN), atol=1e-5, rtol=1e-5)
+    kl_S.sum().backward()
+    assert logits_SV.grad is not None
+    assert logits_SV.grad.isfinite().all()
+    torch.testing.assert_close(
+        logits_SV.grad[0], logits_SV.detach()[0].softmax(-1) - certain_V.exp(), atol=1e-6, rtol=0
+    )
+    everything = torch.arange(5).expand(2, 5)
+    exact_S = (teacher_SV.exp() * (teacher_SV - logits_SV.detach().log_softmax(-1))).sum(-1)
+    torch.testing.assert_close(forward_kl(logits_SV, everything, teacher_SV).detach(), exact_S, atol=1e-5, rtol=1e-5)

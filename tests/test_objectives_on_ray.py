@@ -98,7 +98,7 @@ def test_every_objective_from_prompts_to_the_table(ray_cluster: str, common: lis
     for name in ("head-only", "pointwise", "listmle", "soft-labels"):
         assert Artifact.load(outputs[name]).card.provenance.teacher == made(outputs["kd"]).teacher
         named.append(f"artifacts.{name}={outputs[name]}")
-    policies = ["greedy", "kd", "distil", "tsd-kd", *(f"s2t-local:{n}@0.1" for n in ("head-only", "listmle"))]
+    policies = ["greedy", "kd", "distil", "tsd-kd", *(f"s2t-local@0.1:{n}" for n in ("head-only", "listmle"))]
     settings = [*named, "benchmark.items=2", "benchmark.max_new_tokens=8", "slm.num_cpus=0.1", "teacher.num_cpus=0.1"]
     more = [part for setting in settings for part in ("--set", setting)]
     output = tmp_path / "bench"
@@ -106,5 +106,5 @@ def test_every_objective_from_prompts_to_the_table(ray_cluster: str, common: lis
     training = {summary.policy: summary.training for summary in summarise(*read_results(output / RESULTS))}
     assert training["greedy"] is None
     assert training["distil"] == tokens.read + tokens.written
-    assert training["kd"] == training["s2t-local:listmle@0.1"]
+    assert training["kd"] == training["s2t-local@0.1:listmle"]
     assert f"{training['tsd-kd']:,}" in (output / TABLES).read_text()

@@ -10,6 +10,7 @@ import pytest
 from pipelines.collect.job import collect
 from pipelines.distil.__main__ import main
 from s2t_models import loading
+from s2t_models.artifact import read_provenance
 from s2t_models.engines.load import load
 from s2t_models.hosting import host
 from s2t_models.policies import policy
@@ -43,7 +44,14 @@ def test_the_router_is_trained_from_shards_and_decodes(ray_cluster, recipe_path,
     output = tmp_path / "router"
     arguments = ["--recipe", str(recipe_path), *chosen, "--shards", str(shards), "--output", str(output)]
     assert main([*arguments, "--objective", "router"]) == 0
-    assert "of 24 answers (0 failed)" in capsys.readouterr().out
+    said, record = capsys.readouterr().out, read_provenance(output)
+    assert "of 24 answers (0 failed)" in said
+    assert record is not None
+    assert record.teacher is not None
+    assert record.teacher.read > 0
+    assert f"{record.teacher.read:,} tokens read for it, {record.teacher.written:,} written" in said
+    steps = int(said.split("labelled")[1].split()[0])
+    assert record.teacher.written > steps, "the answers, and what goes on from the SLM's tokens"
     router = load_router(output)
     assert 0.0 < router.settings.threshold < 1.0
 

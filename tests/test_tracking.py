@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import mlflow
+import pandas as pd
 import pytest
 from recorded import recorded_results
 
 from pipelines.results.report import report
+from pipelines.results.summary import TRAINING
 from pipelines.runtime import tracking
 from serving.store import EXPERIMENT, StoreError, use_store
 
@@ -89,7 +91,8 @@ def test_links_name_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_job_is_a_parent_run_with_a_child_for_each_policy_and_task(store: str, tmp_path: Path) -> None:
-    results = recorded_results(tmp_path / "results.parquet")
+    asked = {TRAINING: json.dumps({"s2t-local": {"read": 1200, "written": 34}})}
+    results = recorded_results(tmp_path / "results.parquet", **asked)
     tables, _ = report(results, tmp_path, store)
     runs = mlflow.search_runs(experiment_names=[EXPERIMENT])
     parent = runs[runs["tags.s2t.stage"] == "benchmark"].iloc[0]
@@ -101,6 +104,8 @@ def test_a_job_is_a_parent_run_with_a_child_for_each_policy_and_task(store: str,
     assert sum(counts) == 80
     gain = local["metrics.accuracy"] - children.loc["greedy", "metrics.accuracy"]
     assert local["metrics.difference"] == pytest.approx(gain)
+    assert (local["metrics.training_teacher_read"], local["metrics.training_teacher_written"]) == (1200, 34)
+    assert pd.isna(children.loc["greedy", "metrics.training_teacher_read"])
     assert children.loc["s2t@0.05", "params.budget"] == "0.05"
     files = {file.path for file in mlflow.artifacts.list_artifacts(run_id=parent["run_id"])}
     assert {"recipe.json", "tables.md", "results.parquet", "splits.json", "tables", "figures"} <= files
@@ -109,7 +114,8 @@ def test_a_job_is_a_parent_run_with_a_child_for_each_policy_and_task(store: str,
         for file in mlflow.artifacts.list_artifacts(run_id=parent["run_id"], artifact_path="figures")
     }
     assert {"embedded-accuracy.png", "embedded-flips.png", "embedded-accuracy-budget.png"} <= figures
-    assert "| s2t-local" in tables
+    (line,) = (line for line in tables.splitlines() if line.startswith("| s2t-local ") and "1,234" in line)
+    assert line in (tmp_path / "tables.md").read_text()
 
 
 def test_flips_name_the_items(store: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from s2t_models.provenance import TeacherTokens
 from s2t_models.recipe import RecipeError, load_recipe
 from s2t_models.reserved import reserved_rows
 from s2t_models.training.batches import trajectories
+from s2t_models.training.objectives import objective
 from s2t_models.training.selector import ROWS
 from s2t_models.training.trainer import Trainer
 
@@ -40,7 +41,7 @@ def learnable() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("objective", "term"),
+    ("name", "term"),
     [
         ("head-only", "selection_loss"),
         ("pointwise", "pointwise_loss"),
@@ -49,27 +50,29 @@ def learnable() -> list[dict[str, Any]]:
         ("distil", "ce_loss"),
     ],
 )
-def test_a_few_steps_lower_the_loss(learnable: list[dict[str, Any]], objective: str, term: str):
+def test_a_few_steps_lower_the_loss(learnable: list[dict[str, Any]], name: str, term: str):
     recipe = small_recipe()
     two_stage = recipe.distil.two_stage.model_copy(update={"learning_rate": 2e-3, "supervised": 1.0})
-    rate = 0.02 if objective == "head-only" else 2e-3
+    rate = 0.02 if name == "head-only" else 2e-3
     changes = {"batch": 4, "steps": 6, "learning_rate": rate, "two_stage": two_stage}
     recipe = recipe.model_copy(update={"distil": recipe.distil.model_copy(update=changes)})
-    trainer = Trainer(recipe, objective, trajectories(learnable))
+    trainer = Trainer(recipe, name, trajectories(learnable))
     found = [trainer.advance()[term] for _ in range(5)]
     assert found[-1] < 0.9 * found[0]
     only_rows = list(trainer.selector.trained()) == [ROWS]
-    assert only_rows == (objective == "head-only")
-    assert (ROWS in trainer.selector.trained()) == (objective != "distil")
-    assert (trainer.evaluate()["kl_to_base"] == pytest.approx(0, abs=1e-9)) == (objective == "head-only")
+    assert only_rows == (name == "head-only")
+    assert (ROWS in trainer.selector.trained()) == (name != "distil")
+    assert (trainer.evaluate()["kl_to_base"] == pytest.approx(0, abs=1e-9)) == (name == "head-only")
 
 
 def test_the_baselines_train_at_rates_of_their_own(recipe_path: Path, learnable: list[dict[str, Any]]):
-    recipe = load_recipe(recipe_path, ["distil.steps=10", "distil.learning_rate=0.5", "distil.batch=2"])
-    for name, peak in (("distil", 2e-5), ("tsd-kd", 5e-6), ("listmle", 0.5)):
-        trainer = Trainer(recipe, name, trajectories(learnable))
-        trainer.step = 1  # after a warm-up of a tenth; the selector's is shorter
-        assert trainer._learning_rate() == pytest.approx(peak, rel=0.05)
+    recipe = load_recipe(recipe_path, ["distil.steps=10", "distil.learning_rate=0.5", "distil.warmup=0.7"])
+    chosen = {name: objective(name, recipe.distil) for name in ("distil", "tsd-kd", "listmle")}
+    rates = {name: (one.learning_rate, one.warmup) for name, one in chosen.items()}
+    assert rates == {"distil": (2e-5, 0.1), "tsd-kd": (5e-6, 0.1), "listmle": (0.5, 0.7)}
+    trainer = Trainer(recipe, "distil", trajectories(learnable))
+    trainer.step = 1  # after a warm-up of a tenth
+    assert trainer._learning_rate() == pytest.approx(2e-5)
 
 
 def test_the_teacher_writes_and_its_best_tokens_are_kept_of_every_step(recipe_path: Path):

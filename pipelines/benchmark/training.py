@@ -14,9 +14,9 @@ from s2t_models.recipe import Recipe
 def teacher_tokens(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherTokens]:
     """By policy, for those whose engines or router the recipe names and whose records say it; `settings` is what the
     endpoint says of each. Raises as `read_provenance` does."""
-    engines = {LOCAL: recipe.artifact, **recipe.checkpoints}
+    engines: dict[str, str | None] = {LOCAL: recipe.artifact, **recipe.checkpoints}
     engines |= {alongside(LOCAL, name): folder for name, folder in recipe.artifacts.items()}
-    routers = {"r2r": recipe.router.path}
+    routers: dict[str, str | None] = {"r2r": recipe.router.path}
     routers |= {alongside("r2r", name): folder for name, folder in recipe.routers.items()}
     found = {}
     for policy, said in settings.items():

@@ -80,7 +80,7 @@ class Collection:
 
 def _items(column: pa.ChunkedArray) -> int:
     """How many items the lists of a column hold."""
-    return pc.sum(pc.list_value_length(column)).as_py() or 0
+    return int(pc.sum(pc.list_value_length(column)).as_py() or 0)
 
 
 def written_by(metadata: Mapping[str, str]) -> Writer:

@@ -171,7 +171,8 @@ class Trainer:
 
     def _apart(self) -> AbstractContextManager[None]:
         """In it, gradients are this worker's own."""
-        return getattr(self.wrapped, "no_sync", nullcontext)()
+        apart: AbstractContextManager[None] = getattr(self.wrapped, "no_sync", nullcontext)()
+        return apart
 
     def _length(self, item: Trajectory) -> int:
         """How many tokens it has in a forward."""

@@ -7,18 +7,24 @@ Axes: _S decoding state, _V vocabulary, _N the teacher's top N.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from s2t_models.divergence import divergence
-from s2t_models.training.batches import NO_CANDIDATE, Batch, Trajectory
+from s2t_models.settings import Writer
+from s2t_models.training.batches import Batch, Trajectory
 from s2t_models.training.objectives.base import Objective, Outputs, Term
+from s2t_models.training.selector import NEVER
+
+#: What float32 log-probabilities leave to the rest where there is nothing.
+ROUNDING = 1e-6
 
 
 class TwoStageObjective(Objective):
     """Cross-entropy of the teacher's texts; in the second stage (1 - `kl`) of it + `kl` x forward KL."""
 
     needs_base = False
-    writer = "teacher"
+    writer: ClassVar[Writer] = "teacher"
 
     @property
     def learning_rate(self) -> float:
@@ -50,7 +56,14 @@ class TwoStageObjective(Objective):
 
 
 def forward_kl(text_SV: torch.Tensor, ids_SN: torch.Tensor, teacher_logprobs_SN: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) of each state, [S], on the teacher's top N tokens (-1: none) and one bucket for the
-    rest."""
-    student_SN = text_SV.log_softmax(-1).gather(1, ids_SN.clamp(min=0))
-    return divergence(teacher_logprobs_SN, student_SN.masked_fill(ids_SN < 0, NO_CANDIDATE))
+    """KL(teacher || student) of each state, [S], on the teacher's top N tokens (-1: none) and one bucket for the rest:
+    what `divergence` is, with a gradient also where the teacher leaves the rest nothing."""
+    ids_SN = torch.where(ids_SN < 0, ids_SN[:, :1], ids_SN)
+    whole_S = text_SV.logsumexp(-1)
+    student_SN = text_SV.gather(1, ids_SN) - whole_S[:, None]
+    student_rest_S = text_SV.scatter(1, ids_SN, NEVER).logsumexp(-1) - whole_S
+    teacher_SN = teacher_logprobs_SN.exp()
+    rest_S = 1.0 - teacher_SN.sum(-1)
+    rest_S = torch.where(rest_S > ROUNDING, rest_S, 0.0)
+    inside_S = (teacher_SN * (teacher_logprobs_SN - student_SN)).sum(-1)
+    return inside_S + torch.xlogy(rest_S, rest_S) - rest_S * student_rest_S
