@@ -22,8 +22,9 @@ from s2t_models.errors import UserError, one_line
 #: Logical CPUs of a local cluster at the least. Actors here wait for each other more than they compute, and Ray Data
 #: holds slots for its own reading and filtering: a cluster of two would wait for ever without a word.
 LOCAL_CPUS = 8
-#: Actors of Ray Data that may die in a row while they load; each is replaced. By itself Ray Data ends at the first.
-DEATHS_WHILE_LOADING = 2
+#: Actors of Ray Data that may fail in a row while they start; each is replaced. By itself Ray Data ends at the first.
+#: Processes that are killed are not among them: Ray starts these again.
+FAILED_STARTS = 1
 _PATIENCE_S = 60.0
 _PROBE_S = 10.0
 
@@ -59,7 +60,7 @@ def start(cpus: float = LOCAL_CPUS) -> bool:
                 started = True
     if not debugging():
         _quieten()
-    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = DEATHS_WHILE_LOADING
+    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = FAILED_STARTS
     return started
 
 

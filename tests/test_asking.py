@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 import re
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -278,24 +278,24 @@ def test_a_kept_answer_reads_back_whatever_its_text(tmp_path: Path) -> None:
     assert read_answers(tmp_path)["1"]["text"] == "\ud83d é \U0001f600"
 
 
-def test_what_asks_may_die_while_it_starts_and_its_end_is_one_line(
+def test_what_asks_may_fail_once_while_it_starts_and_its_end_is_one_line(
     ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Mortal(asking.Asker):
-        """Takes its process with it, `deaths` times."""
+    class Failing(asking.Asker):
+        """Does not start, `failures` times."""
 
         def __init__(self, endpoint: str, folder: str, *rest: Any) -> None:
             marks = Path(folder).with_name("marks")
             marks.mkdir(exist_ok=True)
-            if len(list(marks.iterdir())) < deaths:
-                (marks / str(os.getpid())).touch()
-                os._exit(1)
+            if len(list(marks.iterdir())) < failures:
+                (marks / uuid.uuid4().hex).touch()
+                raise OSError("a store was away")
             super().__init__(endpoint, folder, *rest)
 
-    monkeypatch.setattr(asking, "Asker", Mortal)
+    monkeypatch.setattr(asking, "Asker", Failing)
     wanted = job(recipe_path, "benchmark.policies=[greedy]")
-    deaths = 1
-    assert run(wanted, tmp_path / "once", stub)["error"].isna().all()
-    monkeypatch.setattr(cluster, "DEATHS_WHILE_LOADING", 0)
+    failures = 1
+    assert run(wanted, tmp_path / "one", stub)["error"].isna().all()
+    monkeypatch.setattr(cluster, "FAILED_STARTS", 0)
     with pytest.raises(asking.AskingError, match="run the same command again"):
-        run(wanted, tmp_path / "always", stub)
+        run(wanted, tmp_path / "other", stub)
