@@ -71,6 +71,7 @@ def cluster(nodes: int) -> Iterator[str]:
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_BACKEND_LOG_LEVEL"] = "fatal"
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # else drivers take a token that the machine may have, and raylets none
     from ray.cluster_utils import Cluster
 
     store = {"object_store_memory": 200 * MIB}
