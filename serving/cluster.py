@@ -80,6 +80,7 @@ def _probe(address: str) -> None:
     and then ends the process. Raises ClusterError where nothing answers within _PROBE_S, or a token is wanted."""
     import grpc
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
     from ray._private.grpc_utils import init_grpc_channel
     from ray._private.ray_constants import GLOBAL_GRPC_OPTIONS
     from ray.exceptions import AuthenticationError
@@ -88,11 +89,25 @@ def _probe(address: str) -> None:
     target = address.removeprefix("ray://") if is_client else _canonical(address)
     question = "/ray.rpc.RayletDriver/ClusterInfo" if is_client else "/ray.rpc.NodeInfoGcsService/GetClusterId"
     if not target:
-        return
-    try:
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as ray.init does
+        return None
+
+    def ask() -> None:
         with init_grpc_channel(target, GLOBAL_GRPC_OPTIONS) as channel:
             channel.unary_unary(question)(b"", timeout=_PROBE_S)
+
+    try:
+        if "RAY_AUTH_MODE" in os.environ or is_token_auth_enabled():
+            return ask()
+        # Ray takes any token that lies in ~/.ray, such as one of an earlier cluster, for this one's. Where the cluster
+        # has none, the driver would then refuse what its own actors tell it, and they end.
+        try:
+            ask()
+            os.environ["RAY_AUTH_MODE"] = "disabled"
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAUTHENTICATED:
+                raise
+            maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+            ask()
     except AuthenticationError:
         raise ClusterError(_wants_a_token(address)) from None
     except grpc.RpcError as error:

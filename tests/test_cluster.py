@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent import futures
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
@@ -32,23 +33,43 @@ def listener() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-class Refuses(grpc.GenericRpcHandler):
-    """Every call ends with the same status, as those of a cluster that wants a token do."""
+class Cluster(grpc.GenericRpcHandler):
+    """Answers every call with nothing, or ends it with the same status, as a cluster that wants a token does. It keeps
+    the names of the metadata that calls brought."""
 
-    def __init__(self, code: grpc.StatusCode) -> None:
+    def __init__(self, code: grpc.StatusCode | None = None) -> None:
         self.code = code
+        self.brought: list[set[str]] = []
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        self.brought.append({name for name, _ in details.invocation_metadata})
+
         def call(request: bytes, context: grpc.ServicerContext) -> bytes:
-            context.abort(self.code, "no")
+            if self.code:
+                context.abort(self.code, "no")
             return b""
 
         return grpc.unary_unary_rpc_method_handler(call)
 
 
+class WantsToken(Cluster):
+    """Ends the calls that bring no token."""
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        handler = super().service(details)
+        self.code = None if "authorization" in self.brought[-1] else grpc.StatusCode.UNAUTHENTICATED
+        return handler
+
+
 @contextmanager
 def grpc_server(code: grpc.StatusCode) -> Iterator[int]:
-    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[Refuses(code)])
+    with serving(Cluster(code)) as port:
+        yield port
+
+
+@contextmanager
+def serving(handler: Cluster) -> Iterator[int]:
+    server = grpc.server(futures.ThreadPoolExecutor(1), handlers=[handler])
     port = server.add_insecure_port("0.0.0.0:0")  # Ray takes 127.0.0.1 for this machine's own address
     server.start()
     try:
@@ -83,6 +104,35 @@ def test_a_cluster_that_wants_a_token(kind: str) -> None:
         pytest.raises(cluster.ClusterError, match=r"wants a token.* set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"),
     ):
         cluster._probe(kind + ADDRESS.format(port))
+
+
+PROBE = """
+import os, sys
+from serving import cluster
+
+cluster._probe(sys.argv[1])
+print(os.environ["RAY_AUTH_MODE"])
+"""
+
+
+@pytest.mark.parametrize(("wants", "mode"), [(False, "disabled"), (True, "token")])
+def test_a_token_that_lies_about_is_for_a_cluster_that_wants_one(wants: bool, mode: str, tmp_path: Path) -> None:
+    """Ray leaves one in ~/.ray wherever it has started a cluster, and would bring it to all others."""
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("0123456789abcdef" * 4)
+    handler = WantsToken() if wants else Cluster()
+    with serving(handler) as port:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+        shown = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PROBE, ADDRESS.format(port)],
+            env=environment | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+        )
+    assert shown.stdout.split() == [mode], shown.stderr
+    assert ["authorization" in brought for brought in handler.brought] == [False, True][: 1 + wants]
 
 
 def test_an_address_that_is_none() -> None:
