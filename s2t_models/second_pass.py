@@ -95,7 +95,8 @@ class SecondPass:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         factors = {name.removeprefix(_PEFT_PREFIX): value for name, value in tensors.items()}
         try:
-            unknown = set_peft_model_state_dict(model, factors).unexpected_keys
+            loaded: Any = set_peft_model_state_dict(model, factors)
+            unknown = loaded.unexpected_keys
         except RuntimeError:
             unknown = list(factors)
         if unknown:
