@@ -157,10 +157,10 @@ def probabilities(evidence: Evidence) -> Drawing:
                 continue
             at = [decision["candidates_K"].index(decision["chosen"]) for decision, _ in seen]
             slm = [float(np.exp(decision["logprobs_K"][i])) for (decision, _), i in zip(seen, at, strict=True)]
-            teacher = [float(teacher[i]) for (_, teacher), i in zip(seen, at, strict=True)]
+            judged = [float(teacher[i]) for (_, teacher), i in zip(seen, at, strict=True)]
             title = f"{policy} on {task}, {len(seen)} decisions"
             rescues = [rescued(decision) for decision, _ in seen]
-            drawing.figures[f"b-{task}-{policy}"] = draw.rescue(slm, teacher, rescues, title)
+            drawing.figures[f"b-{task}-{policy}"] = draw.rescue(slm, judged, rescues, title)
     return drawing
 
 

@@ -10,7 +10,7 @@ Axes: _B row, _L packed token, _S decoding state, _N hard state, _V text vocabul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,8 @@ class BothPasses(Outputs):
     """The tuned model's states are those of the second passes, where `hard_S`; its logits are the sum of both passes'
     there, and the base's elsewhere."""
 
-    hard_S: torch.Tensor = field(kw_only=True)
+    base_SH: torch.Tensor
+    hard_S: torch.Tensor
 
     def drift(self) -> torch.Tensor:
         def drift(tuned_SV: torch.Tensor, base_SH: torch.Tensor) -> torch.Tensor:
@@ -88,7 +89,14 @@ class TahObjective(Objective):
         tuned_NH = model(**inputs)[where_N]
         tuned_SH = tuned_NH.new_zeros(base_SH.shape).index_put((hard_N,), tuned_NH)
         no_scores_GK = base_SH.new_zeros(len(packed.row_G), 0)
-        return BothPasses(base_SH, tuned_SH, no_scores_GK, logits, selector.vocabulary, hard_S=hard_S)
+        return BothPasses(
+            base_SH=base_SH,
+            tuned_SH=tuned_SH,
+            scores_GK=no_scores_GK,
+            text_logits=logits,
+            vocabulary=selector.vocabulary,
+            hard_S=hard_S,
+        )
 
     def terms(self, batch: Batch, outputs: Outputs) -> list[Term]:
         assert isinstance(outputs, BothPasses)
