@@ -95,8 +95,9 @@ class SecondPass:
         tensors = load_file(folder / ADAPTER_WEIGHTS)
         factors = {name.removeprefix(_PEFT_PREFIX): value for name, value in tensors.items()}
         try:
-            unknown = set_peft_model_state_dict(model, factors).unexpected_keys
-        except RuntimeError:
+            loaded: Any = set_peft_model_state_dict(model, factors)
+            unknown = loaded.unexpected_keys
+        except RuntimeError:  # of another size
             unknown = list(factors)
         if unknown:
             raise SecondPassError(f"{self.folder}: its LoRA is another model's ({unknown[0]})")
