@@ -97,7 +97,7 @@ class SecondPass:
         try:
             loaded: Any = set_peft_model_state_dict(model, factors)
             unknown = loaded.unexpected_keys
-        except RuntimeError:
+        except RuntimeError:  # of another size
             unknown = list(factors)
         if unknown:
             raise SecondPassError(f"{self.folder}: its LoRA is another model's ({unknown[0]})")

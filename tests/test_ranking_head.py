@@ -99,6 +99,7 @@ def data() -> list[Trajectory]:
         ]
         ids = {"prompt_ids": rng.integers(2, 90, 5).tolist(), "output_ids": rng.integers(2, 90, 7).tolist()}
         figures = {"kl_T": rng.random(7).tolist(), "entropy_T": rng.random(7).tolist()}
+        figures["teacher_argmax_T"] = ids["output_ids"]
         rows.append({"uid": str(n), "prompt": str(n), **ids, **figures, "kept": kept})
     return trajectories(rows)
 
