@@ -137,15 +137,15 @@ def test_an_engine_whose_thread_is_stuck_or_has_ended_is_not_well(monkeypatch: p
     engine = torch_engine.TorchEngine(pair.slm, card("slm"), slots=2)
     forward = engine._slots.forward
 
-    def stuck(queries: Any) -> Any:
+    def stuck(*asked: Any) -> Any:
         begun.set()
         assert goes_on.wait(30)
-        return forward(queries)
+        return forward(*asked)
 
     async def decode() -> None:
         monkeypatch.setattr(engine._slots, "forward", stuck)
         call = asyncio.create_task(engine.generate(encode("8+5="), Sampling(max_tokens=2)))
-        await asyncio.to_thread(begun.wait, 30)
+        assert await asyncio.to_thread(begun.wait, 30)
         await engine.check_health()
         monkeypatch.setattr(torch_engine, "STUCK_S", 0.0)
         with pytest.raises(EngineDied, match="slm: calls wait and no forward has ended"):
