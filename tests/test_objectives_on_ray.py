@@ -19,6 +19,8 @@ from s2t_models.provenance import Provenance
 from s2t_models.recipe import load_recipe
 from s2t_models.training.batches import split_by_prompt
 
+pytestmark = pytest.mark.slow  # trainings on Ray take half a minute each
+
 SETTINGS = (
     "distil.batch=4",
     "distil.steps=2",
@@ -75,7 +77,6 @@ def test_two_workers_train_on_their_own_texts_and_the_teacher_is_metered(
     assert run.data.metrics["teacher/read"] == asked.read
 
 
-@pytest.mark.slow
 def test_every_objective_from_prompts_to_the_table(ray_cluster: str, common: list[str], tmp_path: Path):
     train, texts = tmp_path / "train", tmp_path / "texts"
     assert collect([*common, "--output", str(train)]) == 0
