@@ -197,7 +197,9 @@ def test_a_hard_token_takes_two_passes_whose_logits_add(engine, reference, thres
 
 def test_second_passes_matter_for_each_other_and_for_the_text(engine, reference, threshold):
     """What would be if one did not see another, or if all tokens were easy, is something else."""
+    written = engine.counted.written
     texts = [think(engine, prompt, TahSettings(threshold=threshold)).ids for prompt in PROMPTS]
+    assert engine.counted.written - written == sum(map(len, texts)), "a token counts once, however many passes it took"
     assert texts != [think(engine, prompt, TahSettings(threshold=1.0)).ids for prompt in PROMPTS]
     prompt, ids = PROMPTS[0], texts[0]
     both_TV, p_T = reference.logits(prompt + ids, len(prompt) - 1, threshold)

@@ -382,6 +382,7 @@ class TorchEngine:
         for row, feed in enumerate(feeds):
             if feed.first_V is not None:
                 logits_BV[row] += feed.first_V
+                self._written -= 1  # of its first pass, whose token this one replaces
         self._written += len(feeds)
         samplings = [feed.sampling or Sampling(1) for feed in feeds]
         noise = [
