@@ -121,6 +121,12 @@ def host(recipe: Recipe) -> Hosting:
     return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe, artifact), artifacts)
 
 
+def trained_engines(recipe: Recipe) -> dict[str, str]:
+    """The folders of the recipe's artifacts and checkpoints, by the names of the engines that run them."""
+    own = {LOCAL: recipe.artifact} if recipe.artifact else {}
+    return own | {alongside(LOCAL, name): folder for name, folder in recipe.artifacts.items()} | recipe.checkpoints
+
+
 def pair(recipe: Recipe) -> dict[str, Hosted]:
     """The SLM and the teacher alone, as collecting needs them. Raises RecipeError where they do not belong together."""
     masked = masked_rows(recipe)

@@ -149,23 +149,25 @@ def test_the_table_shows_what_training_asked_of_the_teacher(recipe_path: Path, t
     provenance().write(tmp_path)  # a record from before it was metered
     folders = {"tsd-kd": trained("tsd-kd", 1200, 0), "distil": trained("distil", 300, 450), "kd": str(tmp_path)}
     settings = [*(f"checkpoints.{name}={folder}" for name, folder in folders.items())]
-    settings.append(f"routers.mine={trained('router', 7, 8)}")
+    settings += [f"routers.mine={trained('router', 7, 8)}", f"tah={trained('tah', 40, 2)}"]
     recipe = load_recipe(recipe_path, settings)
     needs: dict[str, list[str]] = {"greedy": ["slm"], **{name: [name] for name in folders}, "llm": ["teacher"]}
     said = {name: {"needs": engines} for name, engines in needs.items()}
     said["r2r:mine@0.1"] = {"needs": ["slm:mine", "teacher"], "kind": "r2r:mine"}
+    said["tah"] = {"needs": ["slm"], "kind": "tah"}
     asked = teacher_tokens(recipe, said)
     assert {name: (tokens.read, tokens.written) for name, tokens in asked.items()} == {
         "tsd-kd": (1200, 0),
         "distil": (300, 450),
         "r2r:mine@0.1": (7, 8),
+        "tah": (40, 2),
     }
     answer = {"task": "t", "item": "1", "seed": 0, "repeat": 0, "k": None, "budget": None, "error": None, "tokens": 3}
     answer |= {"verdict": "correct", "score": 1.0, "usage": "{}", "decisions": "[]", "seconds": 0.1, "shortened": False}
     frame = pd.DataFrame([answer | {"policy": name, "kind": name} for name in said])
     metadata = {TRAINING: json.dumps({name: tokens.model_dump() for name, tokens in asked.items()})}
     summaries = summarise(frame, metadata)
-    assert [summary.training for summary in summaries] == [None, 1200, 750, None, None, 15]
+    assert [summary.training for summary in summaries] == [None, 1200, 750, None, None, 15, 42]
     header, _, *lines = (line.split("|") for line in markdown(summaries, []).splitlines()[2:])
     place = [cell.strip() for cell in header].index("in training")
-    assert [line[place].strip() for line in lines] == ["", "1,200", "750", "", "", "15"]
+    assert [line[place].strip() for line in lines] == ["", "1,200", "750", "", "", "15", "42"]

@@ -6,21 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from s2t_models.artifact import read_provenance
-from s2t_models.hosting import LOCAL, alongside
+from s2t_models.hosting import alongside, trained_engines
 from s2t_models.provenance import TeacherTokens
 from s2t_models.recipe import Recipe
 
 
 def teacher_tokens(recipe: Recipe, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, TeacherTokens]:
-    """By policy, for those whose engines or router the recipe names and whose records say it; `settings` is what the
-    endpoint says of each. Raises as `read_provenance` does."""
-    engines: dict[str, str | None] = {LOCAL: recipe.artifact, **recipe.checkpoints}
-    engines |= {alongside(LOCAL, name): folder for name, folder in recipe.artifacts.items()}
-    routers: dict[str, str | None] = {"r2r": recipe.router.path}
-    routers |= {alongside("r2r", name): folder for name, folder in recipe.routers.items()}
+    """By policy, for those whose engines, router or second pass the recipe names and whose records say it; `settings`
+    is what the endpoint says of each. Raises as `read_provenance` does."""
+    engines = trained_engines(recipe)
+    beside_slm = {"r2r": recipe.router.path, "tah": recipe.tah}
+    beside_slm |= {alongside("r2r", name): folder for name, folder in recipe.routers.items()}
     found = {}
     for policy, said in settings.items():
-        folders = [engines.get(engine) for engine in said.get("needs", ())] + [routers.get(said.get("kind", policy))]
+        folders = [engines.get(engine) for engine in said.get("needs", ())] + [beside_slm.get(said.get("kind", policy))]
         records = [read_provenance(folder) for folder in folders if folder]
         costs = [record.teacher for record in records if record and record.teacher]
         if costs:
