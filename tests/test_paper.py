@@ -240,6 +240,13 @@ def test_the_matrix_that_ships_names_what_the_tables_read() -> None:
         assert asked <= named, f"{spec.name}: {sorted(asked - named)}"
 
 
+def test_distils_texts_are_those_of_collect_teacher(tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, ["distil.two_stage.top=6"])
+    runs = Runs(given(recipe, tmp_path))
+    collected = runs._collecting(Run("collection", runs.given.matrix.trainings["distil"].shards))
+    assert collected == recipe.by_teacher()
+
+
 def test_the_papers_values_agree_from_table_to_table() -> None:
     """Values that were read from a text: where two tables have the same figure it is the same here."""
 

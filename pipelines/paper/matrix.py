@@ -31,9 +31,10 @@ class _Part(BaseModel):
 
 
 class CollectionPart(_Part):
-    """The recipe's own prompts, or (`tasks`) those of each chosen task among `tasks`, rolled out greedily."""
+    """The recipe's own prompts, which `teacher` lets the teacher answer, or (`tasks`) those of each chosen task among
+    `tasks`, rolled out greedily."""
 
-    of: Literal["train", "calibration", "tasks"]
+    of: Literal["train", "teacher", "calibration", "tasks"]
     tasks: tuple[str, ...] = ()
     items: int = Field(0, ge=0)
     set: dict[str, Any] = {}

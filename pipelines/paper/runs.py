@@ -233,6 +233,8 @@ class Runs:
         part, recipe = self.given.matrix.collections[run.part], self.given.recipe
         if part.of == "calibration":
             recipe = recipe.calibrating()
+        elif part.of == "teacher":
+            recipe = recipe.by_teacher()
         elif part.of == "tasks":
             rolled = {"task": run.task, "prompts": self._items(run.part) or 10**6, "sampled": 0.0, "random_steps": 0.0}
             recipe = recipe.model_copy(update={"collect": recipe.collect.model_copy(update=rolled)})
