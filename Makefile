@@ -22,8 +22,9 @@ real: $(INSTALLED)
 	@$(BIN)/s2t loop --recipe qwen2.5-coder-0.5b-1.5b --output runs/real $(if $(DATA),--data $(DATA)) \
 		$(if $(MODELS),--set slm.path=$(MODELS)/qwen2.5-coder-0.5b --set teacher.path=$(MODELS)/qwen2.5-coder-1.5b)
 
+# Two at once: the tests of the Ray cluster, and the others.
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

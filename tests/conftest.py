@@ -18,6 +18,18 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+#: Fixtures that need the session's cluster: their tests share one worker of `pytest -n 2`, the rest goes to the other.
+#: A module that starts clusters or vLLM itself is marked `pytest.mark.xdist_group("cluster")`.
+OF_THE_CLUSTER = {"ray_cluster", "endpoint", "object_store"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if OF_THE_CLUSTER & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The store of every job that is given no other, and of the processes that tests start; the user's is left

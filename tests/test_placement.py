@@ -18,6 +18,8 @@ from serving.app import build
 from serving.keys import Keys
 from serving.placement import GATEWAY_REQUESTS, actor_options, bundles, replica_options
 
+pytestmark = pytest.mark.xdist_group("cluster")  # starts a cluster of its own
+
 
 def vllm(**settings: object) -> ModelSettings:
     return ModelSettings.model_validate({"path": "m", "engine": "vllm", "device": "cuda"} | settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Sequence
 
 from benchmarks.serving.client import Body, Outcome
@@ -14,7 +15,11 @@ async def exact(load: Load, policies: Sequence[str], answers: int, width: int) -
     """Ask `answers` requests, spread over the policies, one after the other; then the same ones streamed, `width` at
     once. Returns whether each was answered with the same text."""
     bodies: list[Body] = [load.body(policies[number % len(policies)], seed=number) for number in range(answers)]
-    alone = [await load.client.ask(body) for body in bodies]
+    alone = []
+    for body in bodies:
+        alone.append(await load.client.ask(body))
+        if len(alone) % 100 == 0:
+            print(f"exact: {len(alone)} of {answers} asked alone", file=sys.stderr, flush=True)
     room = asyncio.Semaphore(width)
 
     async def ask(body: Body) -> Outcome:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -115,6 +116,13 @@ async def soak(
             await asyncio.sleep(killer.expovariate(1 / kill_every_s))
             soaked.kills += await asyncio.to_thread(kill, killer)
 
+    async def telling() -> None:
+        for minute in itertools.count(1):
+            await asyncio.sleep(60)
+            counts = sum(soaked.verdicts.values(), Counter[Verdict]())
+            told = ", ".join(f"{counts[one]} {one}" for one in VERDICTS if counts[one])
+            print(f"soak: {minute} of {minutes:g} min, {soaked.kills} killed: {told}", file=sys.stderr, flush=True)
+
     async def looking() -> None:
         for part in itertools.count():
             soaked.memory.append(await asyncio.to_thread(load.processes.memory))
@@ -122,9 +130,11 @@ async def soak(
                 return
             await asyncio.sleep(30 * minutes)
 
-    killer, looker = asyncio.ensure_future(killing()), asyncio.ensure_future(looking())
+    beside = [asyncio.ensure_future(killing()), asyncio.ensure_future(telling())]
+    looker = asyncio.ensure_future(looking())
     await asyncio.gather(*(work() for _ in range(width)))
-    killer.cancel()
+    for task in beside:
+        task.cancel()
     await looker
     return soaked
 
