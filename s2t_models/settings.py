@@ -187,7 +187,8 @@ class TahTraining(Settings):
 
     `lora` acts from the second pass on. Its input is the mean embedding of the `support` likeliest tokens. The decider
     reads as many top logits and the hidden states at these `depths`, as shares of the layers, and is trained with
-    positives that weigh `positive_weight`, `batch` trajectories at a time."""
+    positives that weigh `positive_weight`, `batch` trajectories at a time. Of more than `most_steps` steps, it gets
+    those of as many trajectories as hold that many."""
 
     lora: LoraSettings = LoraSettings(rank=32, alpha=64, dropout=0.1)
     support: Count = 100
@@ -201,6 +202,7 @@ class TahTraining(Settings):
     weight_decay: float = Field(0.01, ge=0)
     batch: Count = 16
     epochs: Count = 2
+    most_steps: Count = 250_000
 
 
 class TwoStageSettings(Settings):

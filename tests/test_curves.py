@@ -8,6 +8,7 @@ import mlflow
 import pytest
 
 from pipelines.distil.curves import Curves, Follower
+from pipelines.distil.job import _noting
 from pipelines.runtime import tracking
 from serving.store import use_store
 
@@ -39,3 +40,20 @@ def test_what_the_store_did_not_take_is_logged_later(tmp_path: Path, monkeypatch
     history = mlflow.MlflowClient().get_metric_history(run, "train/loss")
     assert [(metric.step, metric.value) for metric in history] == [(4, 3.0), (8, 2.0), (12, 1.0)]
     assert follower.begun == [0, 8]
+
+
+def test_how_far_the_making_of_a_product_is_shows_beside_the_training(tmp_path: Path) -> None:
+    use_store(f"sqlite:///{tmp_path}/mlflow.db")
+    with tracking.start_run("training") as run:
+        pass
+    Curves(tmp_path / "curves").add(4, {"train/loss": 3.0})
+    note, follower = _noting(tmp_path / "curves"), Follower(tmp_path / "curves")
+    assert follower.percent(run) == 0
+    note(0.25, {})
+    note(0.5, {"decider/loss": 2.0})
+    assert follower.percent(run) == 25, "at most now and then"
+    note(1.0, {"decider/loss": 1.0})
+    assert follower.percent(run) == 100
+    assert follower.step(run) == 4
+    (metric,) = mlflow.MlflowClient().get_metric_history(run, "decider/loss")
+    assert (metric.step, metric.value) == (100, 1.0)

@@ -24,11 +24,15 @@ from s2t_models.engines.load import load
 from s2t_models.hosting import host
 from s2t_models.policies import offer
 from s2t_models.recipe import Recipe, RecipeError, load_recipe
-from s2t_models.second_pass import SecondPass
+from s2t_models.reserved import reserved_rows
+from s2t_models.router import Router
+from s2t_models.second_pass import Card, SecondPass
 from s2t_models.settings import TahSettings
-from s2t_models.training.batches import collate, trajectories
+from s2t_models.training.batches import Trajectory, collate, trajectories
 from s2t_models.training.build import build
+from s2t_models.training.decider import read, train_decider
 from s2t_models.training.objectives.tah import BothPasses
+from s2t_models.training.products import Merged
 from s2t_models.training.trainer import Trainer
 from serving.registry import RegistryError, recipe_of, register, weights_of
 from serving.store import use_store
@@ -242,9 +246,10 @@ def test_s2t_distil_trains_it_on_several_workers(
     for setting in (*SETTINGS, "distil.workers=2", "distil.evaluate_every=6"):
         command += ["--set", setting]
     assert main(command) == 0
-    shown = capsys.readouterr().out
-    assert "trained      tah, 12 steps" in shown
-    assert "of the steps take a second pass" in shown
+    shown = capsys.readouterr()
+    assert "trained      tah, 12 steps" in shown.out
+    assert "of the steps take a second pass" in shown.out
+    assert "distil tah: decider: 100/100 %" in shown.err
     assert host(recipe.model_copy(update={"tah": str(tmp_path / "tah")})).slm.second_pass is not None
     assert main(command) == 0  # and leaves it as it is
 
@@ -264,6 +269,78 @@ def test_a_version_of_it_is_served(product: Path, recipe: Recipe):
     mlflow.MlflowClient().set_registered_model_alias(version.uri.split("/")[1], "first", "1")
     with pytest.raises(RegistryError, match="the SLM has one second pass, and the recipe has it already"):
         recipe_of(named)
+
+
+def merged(recipe: Recipe, items: list[Trajectory], settings: dict[str, Any], heard: list[Any]) -> Merged:
+    """The frozen base with all but two of the items to train its decider on; what it reports is `heard`."""
+    tah = recipe.distil.tah.model_copy(update={"dropout": 0.0, **settings})
+    cut = recipe.model_copy(update={"distil": recipe.distil.model_copy(update={"tah": tah, "micro_batch": 70})})
+    nothing: Any = None
+    return Merged(
+        recipe=cut,
+        model=loading.load_model(recipe.slm).eval(),
+        tokenizer=nothing,
+        reserved_ids=reserved_rows(recipe),
+        bins=(),
+        ranking_head=None,
+        adapter=nothing,
+        training=items[:-2],
+        calibration=items[-2:],
+        provenance=provenance(),
+        report=lambda share, figures: heard.append((share, figures)),
+    )
+
+
+def read_by_hand(model: Any, item: Trajectory, card: Card, reserved: tuple[int, ...]) -> tuple[Any, Any]:
+    """What the decider is to read of each step, [T, F], and whether it is hard, [T], from a plain forward."""
+    with torch.no_grad():
+        out = model(torch.from_numpy(item.tree.tokens)[None], output_hidden_states=True)
+    steps = slice(item.tree.prompt - 1, -1)
+    logits_TV = out.logits[0, steps].index_fill(-1, torch.tensor(reserved), -torch.inf)
+    states_TF = torch.cat([out.hidden_states[layer][0, steps] for layer in card.layers], dim=-1)
+    top_TN = logits_TV.sort(descending=True).values[:, : card.support]
+    return torch.cat([states_TF, top_TN], dim=-1), logits_TV.argmax(-1) != torch.from_numpy(item.teacher_T)
+
+
+def test_the_decider_reads_what_plain_forwards_say_each_step_once_and_learns_from_whole_batches(recipe, rows):
+    items, heard, card = trajectories(rows), [], Card(layers=(0, 1, 3), support=40)
+    given = merged(recipe, items, {"epochs": 3, "batch": 3}, heard)
+    plain = loading.load_model(recipe.slm)
+    by_hand = [read_by_hand(plain, item, card, given.reserved_ids) for item in items]
+    steps = read(given, card, items)
+    torch.testing.assert_close(steps.values_MF, torch.cat([inputs for inputs, _ in by_hand]), rtol=1e-4, atol=1e-4)
+    assert torch.equal(steps.hard_M, torch.cat([hard for _, hard in by_hand]))
+
+    texts: list[int] = []
+    decoder = given.model.get_decoder()
+    decoder.register_forward_pre_hook(lambda *of: texts.append(len(of[-1]["input_ids"])), with_kwargs=True)
+    decider, figures = train_decider(given, card)
+    assert sum(texts) == len(items)
+    shares = [share for share, _ in heard]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+    assert not heard[0][1], "the first report is of the reading"
+
+    torch.manual_seed(recipe.seed)
+    fresh = Router(decider.settings)
+    first = torch.randperm(len(items) - 2, generator=torch.Generator().manual_seed(recipe.seed))[:3]
+    inputs_SF, hard_S = (torch.cat([by_hand[int(place)][part] for place in first]) for part in (0, 1))
+    p_S = fresh(inputs_SF).sigmoid()
+    loss = -torch.where(hard_S, given.recipe.distil.tah.positive_weight * p_S.log(), (1 - p_S).log()).mean()
+    losses = [found["decider/loss"] for _, found in heard if found]
+    assert losses[0] == pytest.approx(loss.item(), rel=1e-4)
+    assert len(losses) == 3 * 3
+    p_S = decider.probabilities(torch.cat([inputs for inputs, _ in by_hand[-2:]]))
+    hard_S = torch.cat([hard for _, hard in by_hand[-2:]]).numpy()
+    assert figures["second_passes"] == pytest.approx((p_S > decider.settings.threshold).mean())
+    assert figures["auc"] == pytest.approx((p_S[hard_S][:, None] > p_S[~hard_S]).mean())
+
+
+def test_the_deciders_training_is_bounded_by_a_setting(recipe, rows):
+    items = trajectories(rows)
+    given = merged(recipe, items, {"epochs": 1, "batch": 1, "most_steps": 3 * items[0].steps + 1}, heard := [])
+    train_decider(given, Card(layers=(0,), support=8))
+    assert sum(1 for _, figures in heard if figures) == 3, "a step of the optimiser a trajectory"
 
 
 def test_a_training_without_hard_steps_says_so(trained, recipe, rows, tmp_path):

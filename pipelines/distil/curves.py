@@ -29,6 +29,11 @@ class Curves:
         """Record figures at an optimiser step."""
         self._log.append({"step": step, "metrics": metrics})
 
+    def build(self, share: float, metrics: dict[str, float]) -> None:
+        """Record which share of making the product is done, once the training is, and figures of what is trained for
+        it."""
+        self._log.append({"built": share, "metrics": metrics})
+
 
 class Follower:
     """Reads the log as it grows. A job that goes on reads the earlier part too, so that its curves are whole."""
@@ -36,7 +41,7 @@ class Follower:
     def __init__(self, folder: Location) -> None:
         self.begun: list[int] = []
         self._lines = NewLines(folder)
-        self._logged = self._step = 0
+        self._logged = self._step = self._percent = 0
         self._records: list[tuple[int, dict[str, float]]] = []
 
     def step(self, run: str | None = None) -> int:
@@ -46,6 +51,10 @@ class Follower:
             record = json.loads(line)
             if "begun" in record:
                 self.begun.append(record["begun"])
+            elif "built" in record:
+                self._percent = round(100 * record["built"])
+                if record["metrics"]:
+                    self._records.append((self._percent, record["metrics"]))
             else:
                 self._step = record["step"]
                 self._records.append((record["step"], record["metrics"]))
@@ -53,6 +62,11 @@ class Follower:
             with suppress(mlflow.exceptions.MlflowException, OSError), impatient():
                 self._log(run)
         return self._step
+
+    def percent(self, run: str | None = None) -> int:
+        """As `step`; how much of making the product is done."""
+        self.step(run)
+        return self._percent
 
     def log(self, run: str) -> None:
         """Read and log all that the run has not got yet. Raises what MLflow raises."""

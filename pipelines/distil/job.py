@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
@@ -24,7 +25,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.data.trajectories import ShardTrajectories
-from pipelines.distil.curves import CURVES, Follower
+from pipelines.distil.curves import CURVES, Curves, Follower
 from pipelines.distil.inputs import DistilError, check_inputs, training_folder
 from pipelines.distil.runs import log_trained, open_run
 from pipelines.distil.worker import TEACHER_READ, read_state, train
@@ -38,6 +39,7 @@ from s2t_models.storage import Location, ObjectPath
 from s2t_models.threads import use_threads
 from s2t_models.training import objectives
 from s2t_models.training.build import build
+from s2t_models.training.products import Report
 from s2t_models.training.selector import check_targets
 from s2t_models.training.teacher import check_teacher
 from serving import cluster
@@ -47,6 +49,8 @@ MAX_FAILURES = 3
 #: Settings of `distil` that change what a training takes and not what it gives, but for rounding: one goes on with
 #: others than it began with.
 RESOURCES = ("workers", "min_workers", "num_cpus", "num_gpus", "gradient_checkpointing", "base_cache_gb")
+#: Seconds between two records of how far the making of a product is.
+BUILD_EVERY_S = 2.0
 #: How often an elastic training looks whether there is room for more workers.
 RESIZE_EVERY_S = 30.0
 
@@ -96,7 +100,10 @@ def distil(
         with open_run(recipe, provenance, collections, has_begun) as run:
             trained, outcome = _train(recipe, shards, state, provenance.objective, curves, run)
             begun = provenance.model_copy(update=outcome)
-            done = _build(recipe, trained, shards, calibration, begun, output)
+            shown = f"distil {objective}: {chosen.trains_after}"
+            making = Progress(shown, "%", 100, lambda: curves.percent(run)) if chosen.trains_after else nullcontext()
+            with making:
+                done = _build(recipe, trained, shards, calibration, begun, output, state / CURVES)
         log_trained(recipe, done, output, collections, training, curves, run)
     return done
 
@@ -213,14 +220,16 @@ def _build(
     calibration: Location | None,
     provenance: Provenance,
     output: Location,
+    curves: Location,
 ) -> Provenance:
-    """Build the product on a node with a worker's resources; returns its provenance as written."""
+    """Build the product on a node with a worker's resources; returns its provenance as written. How far it is goes to
+    the log `curves`."""
 
     @ray.remote(num_cpus=recipe.distil.num_cpus, num_gpus=recipe.distil.num_gpus, max_retries=MAX_FAILURES)
     def on_a_worker(tensors: Any) -> Provenance:
         use_threads(recipe.distil.num_cpus)
         calibrating = ShardTrajectories(calibration) if calibration else None
-        return build(recipe, tensors, ShardTrajectories(shards), calibrating, provenance, output)
+        return build(recipe, tensors, ShardTrajectories(shards), calibrating, provenance, output, _noting(curves))
 
     try:
         return ray.get(on_a_worker.remote(trained))
@@ -228,6 +237,19 @@ def _build(
         raise DistilError(
             f"building {output.name} failed: {one_line(error)}; the same command goes on with the trained checkpoint"
         ) from error
+
+
+def _noting(folder: Location) -> Report:
+    """Notes in the log of the curves what the making of a product says of itself, now and then and at its end."""
+    curves, noted = Curves(folder), -math.inf
+
+    def note(share: float, figures: dict[str, float]) -> None:
+        nonlocal noted
+        if share >= 1 or time.monotonic() - noted >= BUILD_EVERY_S:
+            noted = time.monotonic()
+            curves.build(share, figures)
+
+    return note
 
 
 def _root_cause(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from s2t_models.recipe import Recipe
 from s2t_models.storage import Location
 from s2t_models.training.batches import Trajectory, split_by_prompt
 from s2t_models.training.objectives import objective
-from s2t_models.training.products import Merged
+from s2t_models.training.products import Merged, Report
 from s2t_models.training.trainer import load_selector
 
 
@@ -23,9 +23,11 @@ def build(
     calibration: Sequence[Trajectory] | None,
     provenance: Provenance,
     output: Location,
+    report: Report = lambda share, figures: None,
 ) -> Provenance:
     """Put what `Selector.trained` gave into the recipe's SLM and write the objective's product to `output`; returns
-    its provenance as written. Without `calibration`, thresholds are set on the held-out prompts' trajectories."""
+    its provenance as written. Without `calibration`, thresholds are set on the held-out prompts' trajectories.
+    `report` hears how far what takes long is."""
     chosen = objective(provenance.objective, recipe.distil)
     selector = load_selector(recipe, chosen)
     selector.load_trained(trained)
@@ -43,5 +45,6 @@ def build(
         training=training,
         calibration=held_out if calibration is None else calibration,
         provenance=provenance,
+        report=report,
     )
     return chosen.save(merged, output)

@@ -21,12 +21,15 @@ from s2t_models.training.batches import Selected, Trajectory, collate, pieces
 from s2t_models.training.tree_attention import decode, use_tree_attention
 from s2t_models.training.trigger_head import train_head
 
+#: Hears what share of a product's making is done, and figures of what is trained for it.
+Report = Callable[[float, dict[str, float]], None]
+
 
 @dataclass(frozen=True)
 class Merged:
     """The trained model as plain transformers knows it, or the frozen base where the objective keeps its LoRA apart,
     with what products are made from: the trajectories trained on, and others to set thresholds on. `ranking_head`
-    [R, H] is there where no rows are reserved (D.1)."""
+    [R, H] is there where no rows are reserved (D.1). What takes long says how far it is to `report`."""
 
     recipe: Recipe
     model: PreTrainedModel
@@ -38,6 +41,7 @@ class Merged:
     training: Sequence[Trajectory]
     calibration: Sequence[Trajectory]
     provenance: Provenance
+    report: Report = lambda share, figures: None
 
 
 def save_checkpoint(merged: Merged, output: Location) -> Provenance:
@@ -97,8 +101,10 @@ def over_steps(
     items: Sequence[Trajectory],
     micro_batch: int,
     of: Callable[[torch.Tensor], torch.Tensor] = lambda hidden_MH: hidden_MH,
+    layers: Sequence[int] = (),
 ) -> torch.Tensor:
-    """`of` the hidden state after the last norm at each output step, [M, ...]; in order. By itself, [M, H].
+    """`of` the hidden state after the last norm at each output step, [M, ...]; in order. By itself, [M, H]. With
+    `layers`, those after each of these (0: the embeddings) come before it, laid end to end.
 
     `micro_batch` tokens go through the model at once, and nothing but what is returned is kept."""
     use_tree_attention(model)
@@ -109,7 +115,7 @@ def over_steps(
     for piece in pieces([len(items[i].tree.tokens) for i in by_length], micro_batch):
         numbers = by_length[piece]
         packed = collate([items[i] for i in numbers], model.device, leaves=False).packed
-        values = of(packed.states(decode(model, **packed.inputs())))
+        values = of(packed.states(decode(model, **packed.inputs(), layers=layers)))
         if found is None:
             found = values.new_empty(int(begins[-1]), *values.shape[1:])
         for number, part in zip(numbers, values.split([steps[i] for i in numbers]), strict=True):

@@ -106,6 +106,8 @@ class Objective(ABC):
     needs_leaves: ClassVar[bool] = False
     #: Whether its LoRA stays apart: the product is made of the frozen base then, not of the merged model.
     keeps_lora_apart: ClassVar[bool] = False
+    #: What is trained for its product once the training is done, where that takes long.
+    trains_after: ClassVar[str | None] = None
     #: Whether its terms take the frozen base's states.
     needs_base: ClassVar[bool] = True
     #: Which model wrote the collection that is trained on.

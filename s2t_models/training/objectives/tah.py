@@ -67,6 +67,7 @@ class TahObjective(Objective):
 
     mark = second_pass.CARD
     keeps_lora_apart: ClassVar[bool] = True
+    trains_after: ClassVar[str | None] = "decider"
 
     @property
     def lora(self) -> LoraSettings:
