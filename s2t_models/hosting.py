@@ -31,6 +31,11 @@ def alongside(engine: str, name: str | None) -> str:
     return engine if name is None else f"{engine}:{name}"
 
 
+def beside(engine: str, part: str) -> str:
+    """What the weights of a part are called that runs beside an engine's model: slm.router, slm.second_pass."""
+    return f"{engine}.{part}"
+
+
 @dataclass(frozen=True)
 class Hosted:
     """One engine, on the device and slots of `settings`: a model, or the S2T-Local artifact in a folder; it never
@@ -121,10 +126,18 @@ def host(recipe: Recipe) -> Hosting:
     return Hosting(recipe, recipe.digest(), engines["slm"], engines, _thresholds(recipe, artifact), artifacts)
 
 
-def trained_engines(recipe: Recipe) -> dict[str, str]:
-    """The folders of the recipe's artifacts and checkpoints, by the names of the engines that run them."""
-    own = {LOCAL: recipe.artifact} if recipe.artifact else {}
-    return own | {alongside(LOCAL, name): folder for name, folder in recipe.artifacts.items()} | recipe.checkpoints
+def trained_folders(recipe: Recipe) -> dict[str, str]:
+    """The folders of all that the recipe names and `s2t distil` made, by what an answer calls their weights
+    (`engines.load.weights_behind`): artifacts and checkpoints by their engines, and what runs beside an SLM."""
+    found = {
+        LOCAL: recipe.artifact,
+        **{alongside(LOCAL, name): folder for name, folder in recipe.artifacts.items()},
+        **recipe.checkpoints,
+        beside("slm", "router"): recipe.router.path,
+        **{beside(alongside("slm", name), "router"): folder for name, folder in recipe.routers.items()},
+        beside("slm", "second_pass"): recipe.tah,
+    }
+    return {name: folder for name, folder in found.items() if folder}
 
 
 def pair(recipe: Recipe) -> dict[str, Hosted]:

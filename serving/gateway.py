@@ -23,6 +23,7 @@ from starlette.exceptions import HTTPException
 
 from s2t_models import chat
 from s2t_models.engines.contract import ModelCard, Penalties, Usage
+from s2t_models.engines.load import weights_behind
 from s2t_models.hosting import Hosting
 from s2t_models.loading import load_tokenizer
 from s2t_models.policies import PolicyError, base, lacking, offer
@@ -245,7 +246,9 @@ class Gateway(Operated):
                 number = i * request.n_each + j
                 pieces = self._choice(number, policy, engines, one, top, echoed[i] if echoed else None)
                 choices.append(measured(policy.name, arrived(), pieces))
-        models = {name: card.weights for name, card in cards.items()}
+        models: dict[str, str] = {}
+        for name, card in cards.items():
+            models |= weights_behind(card, policy.needs[name])
         answer = Answer(
             policy.name, sum(map(len, prompts)), seed, models, self._word, request.s2t.decisions, id=identity
         )

@@ -35,8 +35,8 @@ class TokenUsage(BaseModel):
 class S2T(BaseModel):
     """What the policy did. `usage` is each engine's cost summed over the choices, `seed` the first choice's (with it
     the same request gives the same answer), `seconds` the wall-clock time spent decoding, `models` the sha256 of each
-    engine's weights, `samples` the texts voted over (maj@n), `spans` the output's [source, tokens] in order, `tokens`
-    each token's [text, source], `ids` its token ids."""
+    engine's weights and of those beside it (a router's, a second pass's), `samples` the texts voted over (maj@n),
+    `spans` the output's [source, tokens] in order, `tokens` each token's [text, source], `ids` its token ids."""
 
     usage: dict[str, dict[str, int]]
     seed: int

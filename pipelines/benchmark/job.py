@@ -42,7 +42,7 @@ from pipelines.runtime.progress import Progress
 from pipelines.runtime.records import NewLines
 from pipelines.tasks import Item, Task
 from s2t_models.errors import NothingDone, UserError, one_line
-from s2t_models.hosting import Hosting, host, trained_engines
+from s2t_models.hosting import Hosting, host, trained_folders
 from s2t_models.locks import locked
 from s2t_models.node_cache import fetched
 from s2t_models.policies import PolicyError, lacking, policy
@@ -140,7 +140,7 @@ def is_done(recipe: Recipe, output: Location) -> bool:
     answered = {name: digest for models in frame["models"].unique() for name, digest in json.loads(models).items()}
     return all(
         answered[name] == weights_of(fetched(location(folder)), recipe)
-        for name, folder in trained_engines(recipe).items()
+        for name, folder in trained_folders(recipe).items()
         if name in answered
     )
 

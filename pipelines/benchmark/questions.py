@@ -19,7 +19,7 @@ from pipelines.tasks import Item, Task, TaskError, load
 from pipelines.tasks.splits import fingerprint, refuse_overlap
 from s2t_models.artifact import read_provenance
 from s2t_models.errors import UserError
-from s2t_models.hosting import calibration
+from s2t_models.hosting import calibration, trained_folders
 from s2t_models.recipe import Recipe
 from s2t_models.storage import location
 
@@ -65,9 +65,8 @@ def recorded_rows(recipe: Recipe) -> dict[str, set[str]]:
     pass and the calibration of the recipe say they were made with. Raises ArtifactError, ProvenanceError or RecipeError
     where a record cannot be read."""
     rows: dict[str, set[str]] = {}
-    beside = (*recipe.artifacts.values(), *recipe.routers.values(), *recipe.checkpoints.values())
-    for folder in (recipe.artifact, recipe.router.path, recipe.tah, *beside):
-        provenance = read_provenance(folder) if folder else None
+    for folder in trained_folders(recipe).values():
+        provenance = read_provenance(folder)
         for name, hashes in provenance.rows.items() if provenance else ():
             rows.setdefault(name, set()).update(hashes)
     if recipe.trigger.calibration:

@@ -8,12 +8,12 @@ Which engine runs a model is the key `engine` of that model in the recipe. A fur
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from s2t_models import loading
 from s2t_models.engines.contract import Capability, Engine, ModelCard
-from s2t_models.hosting import Hosted
+from s2t_models.hosting import Hosted, beside
 from s2t_models.recipe import RecipeError
 from s2t_models.settings import ModelSettings
 
@@ -76,6 +76,17 @@ def card_of(
         second_pass=hosted.second_pass_hash,
         capabilities=capabilities(hosted),
     )
+
+
+def weights_behind(card: ModelCard, needed: Collection[Capability]) -> dict[str, str]:
+    """sha256 of all weights behind what an engine answered with these capabilities, by name: its model's, and those of
+    the router or the second pass beside it (`hosting.beside`)."""
+    parts: dict[Capability, tuple[str, str | None]] = {
+        "route": ("router", card.router),
+        "second_pass": ("second_pass", card.second_pass),
+    }
+    used = [part for capability, part in parts.items() if capability in needed]
+    return {card.name: card.weights} | {beside(card.name, part): digest for part, digest in used if digest}
 
 
 def check(hosted: Hosted) -> None:
