@@ -18,6 +18,7 @@ from s2t_models.loading import load_model
 from s2t_models.recipe import Recipe, load_recipe, shipped_recipes
 from s2t_models.settings import ActorPool, LoraSettings, ModelSettings, VllmSettings
 from s2t_models.training.selector import Selector
+from s2t_models.training.teacher import Teacher
 from s2t_models.training.tree_attention import Sight
 
 #: model_type, vocabulary, hidden, intermediate, layers, heads, KV heads, then what else its config.json says.
@@ -162,6 +163,46 @@ def test_training_that_does_not_fit_is_cut_or_checkpointed_until_it_does(tmp_pat
     assert not Plan(changed, small).distil("selector").changes(small)
 
 
+def test_a_worker_whose_model_writes_the_texts_holds_the_teacher_and_an_engine_too():
+    own = load_recipe("embedded")
+    plan = Plan(own, CARDS["cpu"], trainings=("kd", "tsd-kd"))
+    assert [stage.name for stage in plan.stages()][1:3] == ["distil kd", "distil tsd-kd"]
+    plain, stage = plan.distil("kd"), plan.distil("tsd-kd")
+    (process,), (other,) = stage.processes, plain.processes
+    held = Teacher(own, plan.slm.vocabulary).model
+    assert process.parts["teacher"] == sum(value.nbytes for value in held.parameters())
+    assert "teacher" not in other.parts
+    assert "base states" in other.parts, "of which this training reads none"
+    assert "base states" not in process.parts
+    engine = plan.slm.weights + plan.slm.cache(own.slm.slots)
+    for_a_batch = process.parts["activations"] + process.parts["logits"]
+    assert process.parts["rollouts"] >= max(engine - for_a_batch, 0)
+    assert stage.seconds > plain.seconds
+    assert stage.work["teacher"].startswith("reads ")
+
+
+def test_a_worker_that_holds_no_teacher_beside_its_model_is_told_so_and_how_many_slots_fit(tmp_path):
+    wanted = recipe(tmp_path, "qwen2.5-0.5b", "qwen2.5-1.5b", slm={"slots": 512})
+    plan = Plan(wanted, CARDS["h100"], trainings=("kd", "tsd-kd"))
+
+    def changes(memory, objective="tsd-kd"):
+        return plan.distil(objective).changes(replace(CARDS["h100"], memory=memory * GIB))
+
+    assert changes(7, "kd")[0].startswith("distil.micro_batch 4096 -> ")
+    (change,) = changes(7)
+    assert change.endswith("GiB with the teacher beside; take a card with more, or a smaller teacher")
+    assert not changes(24, "kd")
+    (change,) = changes(24)
+    assert change.startswith("slm.slots 512 -> ")
+    fitting = int(change.rsplit(" ", 1)[1])
+    for slots in (fitting, fitting + 1):
+        plan.recipe = wanted.model_copy(update={"slm": wanted.slm.model_copy(update={"slots": slots})})
+        assert len(changes(24)) == slots - fitting
+    on_the_cpu = wanted.model_copy(update={"teacher": wanted.teacher.model_copy(update={"device": "cpu"})})
+    (process,) = Plan(on_the_cpu, CARDS["h100"], trainings=("tsd-kd",)).distil("tsd-kd").processes
+    assert "teacher" not in process.parts
+
+
 def test_a_process_without_a_gpu_is_not_held_to_fit_on_one(tmp_path):
     wanted = recipe(
         tmp_path, "qwen2.5-0.5b", "qwen2.5-1.5b", collect={"label": {"num_gpus": 0}, "rollout": {"num_gpus": 1}}
@@ -175,6 +216,12 @@ def test_the_command_says_what_fits_and_its_status_says_so_too(tmp_path, capsys)
     shown = capsys.readouterr().out
     assert "== distil selector" in shown
     assert shown.splitlines()[-1].startswith("every stage fits; about ")
+    assert main(["plan", "embedded", "--memory", "16", "--objective", "tsd-kd", "--objective", "tah"]) == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^== distil (.*)$", shown, re.MULTILINE) == ["tsd-kd", "tah"]
+    assert re.search(r"^  distil tsd-kd .* teacher 0\.\d+  teacher forward ", shown, re.MULTILINE)
+    assert main(["plan", "embedded", "--objective", "magic"]) == 2
+    assert "no objective 'magic'" in capsys.readouterr().err
     assert main(["plan", "embedded", "--memory", "1"]) == 1
     assert "does not fit: " in capsys.readouterr().out.splitlines()[-1]
     assert main(["plan", "embedded", "--card", "abacus"]) == 2

@@ -1,7 +1,7 @@
 """The command line: what a recipe needs, before a machine is rented for it.
 
     s2t plan qwen2.5-coder-0.5b-1.5b
-    s2t plan recipe.yaml --card l40s --set distil.micro_batch=2048
+    s2t plan recipe.yaml --card l40s --set distil.micro_batch=2048 --objective tsd-kd
 
 Of a model only its configuration is read, from the hub or a folder that holds no more than config.json. The status is 1
 where a stage does not fit.
@@ -23,14 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     def work() -> int:
         from pipelines.plan.card import card
         from pipelines.plan.report import report
-        from pipelines.plan.stages import Assumed, Plan
+        from pipelines.plan.stages import TRAININGS, Assumed, Plan
 
         recipe = load_recipe(options.recipe, options.set)
         if options.prompt_tokens < 1 or not 0 < options.answer_share <= 1:
             raise UserError("--prompt-tokens is 1 or more, --answer-share above 0 and at most 1")
         name = options.card or ("cpu" if {recipe.slm.device, recipe.teacher.device} == {"cpu"} else "h100")
         chosen = card(name, options.memory, options.tflops, options.bandwidth)
-        text, fits = report(Plan(recipe, chosen, Assumed(options.prompt_tokens, options.answer_share)))
+        assumed = Assumed(options.prompt_tokens, options.answer_share)
+        plan = Plan(recipe, chosen, assumed, options.objective or TRAININGS)
+        text, fits = report(plan)
         print(text)
         return 0 if fits else 1
 
@@ -42,6 +44,12 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         prog="s2t plan", description="Memory, arithmetic, hours, disk and teacher tokens of a recipe, stage by stage."
     )
     parser.add_argument("recipe", help="a recipe's YAML file, or a shipped name")
+    parser.add_argument(
+        "--objective",
+        action="append",
+        metavar="NAME",
+        help="a training to plan, as `s2t distil --objective` names it; more of them by more options (selector, kd)",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
     parser.add_argument(
         "--card", help="h200, h100, a100, l40s or cpu (default: cpu where both models are on it, else h100)"

@@ -3,7 +3,7 @@ fit. Pure arithmetic over a recipe, a card and the costs of its models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,8 @@ from s2t_models.engines.torch.engine import TOKENS_A_FORWARD
 from s2t_models.hosting import LOCAL, alongside
 from s2t_models.recipe import Recipe
 from s2t_models.settings import ModelSettings
+from s2t_models.training import objectives
+from s2t_models.training.objectives.base import Objective
 from s2t_models.training.per_state import LOGITS
 
 #: Float32 copies of a chunk's logits that a loss over the vocabulary holds at once.
@@ -23,6 +25,8 @@ LOGIT_COPIES = 6
 SLACK = 0.05
 #: The smallest micro-batch that is proposed.
 LEAST_MICRO_BATCH = 256
+#: What is trained unless something else is asked for: the method, and its control.
+TRAININGS = ("selector", "kd")
 #: Problems a task is taken to have where the recipe asks all of them.
 ITEMS = 500
 #: Bytes a step in a shard beside its candidates, and a candidate: an id and two log-probabilities.
@@ -90,17 +94,21 @@ class Stage:
 
 
 class Plan:
-    """The stages of a recipe on a card."""
+    """The stages of a recipe on a card, among them one for each objective of `trainings`. Raises UserError where there
+    is no such objective."""
 
-    def __init__(self, recipe: Recipe, card: Card, assumed: Assumed = Assumed()) -> None:
+    def __init__(
+        self, recipe: Recipe, card: Card, assumed: Assumed = Assumed(), trainings: Sequence[str] = TRAININGS
+    ) -> None:
         self.recipe, self.card, self.assumed = recipe, card, assumed
+        self.trainings: dict[str, Objective] = {name: objectives.objective(name, recipe.distil) for name in trainings}
         self.slm, self.teacher = ModelCost(recipe.slm), ModelCost(recipe.teacher)
         self.answer = assumed.share * recipe.collect.max_new_tokens
 
     def stages(self) -> list[Stage]:
         return [
             self.collect(),
-            *(self.distil(objective) for objective in ("selector", "kd")),
+            *map(self.distil, self.trainings),
             self.serve(),
             self.benchmark(),
         ]
@@ -116,8 +124,7 @@ class Plan:
         cost = self.slm if role == "slm" else self.teacher
         cards = _cards(settings)
         gpus = settings.gpus if settings.engine == "vllm" else gpus
-        width, layer = cost.vocabulary, cost.model.config
-        wide = max(getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size, cost.head // width)
+        width = cost.vocabulary
         tokens = max(TOKENS_A_FORWARD, cost.context) if reads else max(TOKENS_A_FORWARD, self.assumed.prompt)
         itemsize = cost.dtype.itemsize
         thinks = name == "slm" and self.recipe.tah is not None
@@ -126,7 +133,7 @@ class Plan:
             "overhead": self.card.overhead,
             "weights": cost.weights / cards,
             "cache": cost.cache(settings.slots, second=thinks) / cards,
-            "forward": tokens * (3 * wide + 6 * layer.hidden_size) * itemsize,
+            "forward": self.forward(cost, tokens),
             "logits": logits,
         }
 
@@ -149,12 +156,20 @@ class Plan:
 
         return Process(name, parts, settings.device, gpus, key, change, count)
 
+    def forward(self, cost: ModelCost, tokens: float) -> float:
+        """Bytes of the widest layer at work in a forward of which nothing is kept."""
+        layer = cost.model.config
+        wide = max(getattr(layer, "intermediate_size", None) or 4 * layer.hidden_size, cost.head // cost.vocabulary)
+        return tokens * (3 * wide + 6 * layer.hidden_size) * cost.dtype.itemsize
+
     def trainer(self, objective: str) -> Process:
         recipe, settings = self.recipe, self.recipe.distil
         cost = self.training
         itemsize = self.slm.dtype.itemsize
         hidden = self.slm.model.config.hidden_size
-        tokens = max(settings.micro_batch, self.packed(objective, recipe.collect.max_new_tokens))
+        kind = self.trainings[objective]
+        longest = self.packed(kind.needs_leaves, recipe.collect.max_new_tokens)
+        tokens = max(settings.micro_batch, longest)
         parts = {
             "overhead": self.card.overhead,
             "weights": float(self.slm.weights),
@@ -163,13 +178,21 @@ class Plan:
             "logits": LOGIT_COPIES * 4.0 * max(LOGITS, self.slm.vocabulary),
             "states": 3.0 * settings.micro_batch * hidden * itemsize,
         }
-        if not self.card.is_gpu:  # the base's states are kept in the machine's memory
+        if kind.needs_base and not self.card.is_gpu:  # the base's states are kept in the machine's memory
             whole = recipe.collect.prompts * self.answer * hidden * itemsize
             parts["base states"] = min(settings.base_cache_gb * GIB, whole)
+        if kind.on_policy:
+            parts |= self.beside(tokens)
+            parts["rollouts"] = max(self.writers(recipe.slm.slots) - parts["activations"] - parts["logits"], 0.0)
 
         def change(room: float) -> str:
-            spare = room / (1 + SLACK) - (sum(parts.values()) - parts["activations"])
-            longest = self.packed(objective, recipe.collect.max_new_tokens)
+            spare = room / (1 + SLACK) - (sum(parts.values()) - parts["activations"] - parts.get("rollouts", 0.0))
+            if kind.on_policy and self.writers(recipe.slm.slots) > (free := spare + parts["logits"]):
+                slots = int((free - self.writers(0)) / self.slm.cache(1))
+                if slots >= 1:
+                    return f"slm.slots {recipe.slm.slots} -> {slots}"
+                least = (sum(parts.values()) - parts["rollouts"]) * (1 + SLACK) / GIB
+                return f"distil: {least:.0f} GiB with the teacher beside; take a card with more, or a smaller teacher"
             for checkpointing in (False, True):
                 if settings.gradient_checkpointing and not checkpointing:
                     continue
@@ -190,16 +213,31 @@ class Plan:
         name = f"distil {objective}"
         return Process(name, parts, recipe.slm.device, settings.num_gpus, "distil.num_gpus", change, settings.workers)
 
+    def beside(self, tokens: float) -> dict[str, float]:
+        """What the teacher takes that reads the tuned model's own texts, on a worker's device."""
+        if self.card.is_gpu and self.recipe.teacher.device == "cpu":
+            return {}
+        states = self.recipe.distil.micro_batch * self.teacher.model.config.hidden_size * self.teacher.dtype.itemsize
+        return {
+            "teacher": float(self.teacher.weights),
+            "teacher forward": self.forward(self.teacher, tokens) + states,
+        }
+
+    def writers(self, slots: int) -> float:
+        """Bytes of the engine that writes these texts, of a copy of the model: it is gone when a batch's activations
+        and logits are there."""
+        return self.slm.weights + self.slm.cache(slots) + self.forward(self.slm, TOKENS_A_FORWARD)
+
     @cached_property
     def training(self) -> TrainingCost:
-        length = round(self.packed("selector", self.answer))
+        length = round(self.packed(True, self.answer))
         return training_cost(self.slm, self.recipe.distil.lora, self.recipe.reserved.count, length)
 
-    def packed(self, objective: str, answer: float) -> float:
-        """Tokens of a trajectory in training: prompt, answer, and for the selector its candidates."""
+    def packed(self, leaves: bool, answer: float) -> float:
+        """Tokens of a trajectory in training: prompt, answer, and with `leaves` its candidates."""
         collect = self.recipe.collect
-        leaves = answer * min(collect.steps + collect.random_steps, 1.0) * collect.k
-        return self.assumed.prompt + answer + (leaves if objective == "selector" else 0)
+        candidates = answer * min(collect.steps + collect.random_steps, 1.0) * collect.k
+        return self.assumed.prompt + answer + (candidates if leaves else 0)
 
     # The stages.
 
@@ -246,16 +284,16 @@ class Plan:
         return Stage("collect", processes, work, seconds, written * (STEP_BYTES + kept))
 
     def distil(self, objective: str) -> Stage:
-        settings, cost = self.recipe.distil, self.training
+        settings, cost, kind = self.recipe.distil, self.training, self.trainings[objective]
         trunk = self.assumed.prompt + self.answer
-        packed, batches = self.packed(objective, self.answer), settings.steps * settings.batch
+        packed, batches = self.packed(kind.needs_leaves, self.answer), settings.steps * settings.batch
         trajectories = self.recipe.collect.prompts
         held = (
             settings.base_cache_gb * GIB / (self.answer * self.slm.model.config.hidden_size * self.slm.dtype.itemsize)
         )
         # The base reads a trajectory once where its states are kept, and each time where they find no room.
         misses = 1 - min(held * settings.workers / trajectories, 1.0)
-        base = misses * batches + (1 - misses) * min(trajectories, batches)
+        base = misses * batches + (1 - misses) * min(trajectories, batches) if kind.needs_base else 0
         forward = self.slm.flops(packed, trunk / 2, 0)
         # Forward, gradients of the activations, and again the forward with checkpointing; the frozen weights get none.
         times = 3 if settings.gradient_checkpointing else 2
@@ -264,9 +302,18 @@ class Plan:
         # Both models' logits at each state, and the tuned one's gradient.
         flops += 3 * batches * self.answer * 2 * self.slm.head
         entries = batches * self.answer * self.slm.vocabulary
-        seconds = (self.card.seconds(flops, stepwise=True) + entries * self.card.entry) / settings.workers
+        work = {}
+        seconds = entries * self.card.entry
+        if kind.on_policy:
+            flops += self.teacher.flops(batches * trunk, trunk / 2, batches * self.answer)
+            at_once = min(self.recipe.slm.slots, settings.tsd_kd.refresh * settings.batch // settings.workers)
+            writing = self.writing(self.slm, batches, self.answer, max(at_once, 1))
+            seconds += writing
+            work["rollouts"] = f"{_count(batches * self.answer)} tokens, {_hours(writing / settings.workers)}"
+            work["teacher"] = f"reads {_count(batches * trunk)} tokens, writes none"
+        seconds = (seconds + self.card.seconds(flops, stepwise=True)) / settings.workers
         tokens = batches * packed
-        work = {
+        work |= {
             "training": f"{settings.steps} steps of {settings.batch} trajectories, {_count(tokens)} packed tokens, "
             f"{flops / 1e15:.3g} PFLOP, {_hours(seconds)}",
             "parameters": f"{_count(cost.trained)} trained of {_count(self.slm.parameters)}",
