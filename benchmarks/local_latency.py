@@ -22,11 +22,12 @@ import torch
 from s2t_models import chat, loading
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import Decision, Draft, Sampling, Selection
+from s2t_models.engines.selector import Selector
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.engines.torch.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.recipe import Recipe, load_recipe
-from s2t_models.reserved import reserved_rows
+from s2t_models.reserved import bins, reserved_rows
 from s2t_models.settings import CandidateSettings, ModelSettings
 from s2t_models.trigger import TriggerHead
 
@@ -67,7 +68,9 @@ def _engine(recipe: Recipe, artifact: Path) -> TorchEngine:
         torch.manual_seed(0)
         head = TriggerHead(model.config.hidden_size, recipe.trigger_head.hidden)
         ranking_head = None if reserved else torch.randn(recipe.reserved.count, model.config.hidden_size)
-        engine = TorchEngine(model, card, settings.slots, head, reserved, ranking_head=ranking_head)
+        values = bins(len(reserved) or recipe.reserved.count)
+        selector = Selector(head, torch.tensor(reserved), values, ranking_head)
+        engine = TorchEngine(model, card, settings.slots, selector)
         print(f"engine: the SLM with an untrained head ({artifact} is not there)")
     # Texts that end early would be compared by their luck: nothing ends a text here.
     engine._card = replace(engine._card, end_ids=())

@@ -40,9 +40,11 @@ from s2t_models.engines.contract import (
     Usage,
     Written,
 )
+from s2t_models.engines.selector import Selector
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.noise import uniforms
 from s2t_models.policies.base import Decoded, Engines, Policy, Request, gather
+from s2t_models.reserved import bins
 from s2t_models.router import Router
 from s2t_models.settings import ModelSettings, MultiplexSettings
 from s2t_models.trigger import TriggerHead
@@ -350,8 +352,7 @@ def torch_engines(pair: TinyPair, slots: int = 8) -> Iterator[Engines]:
             copy.deepcopy(pair.slm),
             card("s2t-local", "select", "fused_select"),
             slots,
-            pair.head,
-            RESERVED,
+            Selector(pair.head, torch.tensor(RESERVED), bins(len(RESERVED))),
             decode=decode,
         ),
     }

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 
+from s2t_models.engines import selector as served
 from s2t_models.engines.contract import ModelCard, Sampling
 from s2t_models.engines.torch import families
 from s2t_models.engines.torch.engine import TorchEngine
@@ -163,7 +164,8 @@ def test_reserved_rows_are_scaled_and_capped_like_all_others(name: str) -> None:
     model, prefix, candidates_K = tiny(SERVED[name]), prompts()[1], [5, 17, 41]
     ids_KT = torch.tensor([[*prefix, candidate] for candidate in candidates_K])
     own_KV = model(ids_KT, use_cache=False).logits[:, -1]
-    with running(model, head=torch.nn.Identity(), reserved_ids=RESERVED) as engine:
+    scoring = served.Selector(torch.nn.Identity(), torch.tensor(RESERVED), bins(len(RESERVED)))
+    with running(model, selector=scoring) as engine:
         (selected,) = run(engine.select(prefix, candidates_K))
     own_K = score(own_KV[:, RESERVED], bins(len(RESERVED)))
     np.testing.assert_allclose(selected.scores_K, own_K, atol=1e-5)

@@ -15,6 +15,7 @@ from s2t_models.divergence import divergence
 from s2t_models.embedded.generator import problems
 from s2t_models.engines.contract import ContextOverflow, Sampling, Selection
 from s2t_models.engines.sampling import pick
+from s2t_models.engines.selector import Selector
 from s2t_models.engines.torch import engine as torch_engine
 from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.engines.torch.load import load
@@ -65,8 +66,7 @@ def local(reserved) -> Iterator[TorchEngine]:
         base._model,
         replace(base._card, capabilities=base._card.capabilities | {"select", "fused_select"}),
         8,
-        FirstHidden(),
-        reserved,
+        Selector(FirstHidden(), torch.tensor(reserved), bins(len(reserved))),
     )
     base.close()
     yield engine

@@ -16,7 +16,7 @@ import gc
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,12 +40,12 @@ from s2t_models.engines.contract import (
 )
 from s2t_models.engines.penalising import penalised
 from s2t_models.engines.sampling import pick, support
+from s2t_models.engines.selector import Selector
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.engines.torch import calls, families
 from s2t_models.engines.torch.calls import Feed, Output, Procedure, Step
 from s2t_models.engines.torch.slots import Query
 from s2t_models.noise import uniforms
-from s2t_models.reserved import bins as uniform_bins
 from s2t_models.second_pass import decider_inputs
 from s2t_models.settings import MultiplexSettings, TahSettings
 
@@ -74,10 +74,9 @@ class _Call:
 
 
 class TorchEngine:
-    """The contract over one transformers model; the card's masked ids are never generated. Of an S2T-Local artifact,
-    `head` is the trigger head, `reserved_ids` are the rows of the vocabulary that score, `bins` their values, by
-    default uniform (Eq. 5), and `ranking_head` [R, H] rows that score in their place (D.1); `router` is R2R's router.
-    `decode` is the tokenizer's, for stop texts. `second_pass` holds Think-at-Hard's decider and LoRA.
+    """The contract over one transformers model; the card's masked ids are never generated. `selector` is that of an
+    S2T-Local artifact, `router` R2R's router, and `second_pass` Think-at-Hard's decider and LoRA. `decode` is the
+    tokenizer's, for stop texts.
 
     It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the
     model, or the card's context, cannot be served exactly."""
@@ -87,18 +86,15 @@ class TorchEngine:
         model: PreTrainedModel,
         card: ModelCard,
         slots: int = 32,
-        head: torch.nn.Module | None = None,
-        reserved_ids: Sequence[int] = (),
-        bins: Sequence[float] = (),
-        ranking_head: torch.Tensor | None = None,
+        selector: Selector | None = None,
         router: Router | None = None,
         decode: Callable[[list[int]], str] | None = None,
         second_pass: SecondPass | None = None,
     ) -> None:
         self._card, self._decode = card, decode
-        self._check = Checks(card, has_selector=head is not None)
+        self._check = Checks(card, has_selector=selector is not None)
         self._model = model
-        self._head = head.to(model.device).eval() if head is not None else None
+        self._selector = selector.on(model.device) if selector else None
         self._router = router.to(model.device).eval() if router is not None else None
         thinks = second_pass is not None
         self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name), thinks)
@@ -106,12 +102,11 @@ class TorchEngine:
         self._second = second_pass.card if second_pass else None
         self._decider = second_pass.decider().to(model.device) if second_pass else None
         self._masked = torch.tensor(card.masked_ids, dtype=torch.long, device=model.device)
-        embedding: Any = model.get_output_embeddings()
-        bias, reserved = getattr(embedding, "bias", None), list(reserved_ids)
-        self._reserved_rows = embedding.weight[reserved], None if bias is None else bias[reserved]
-        self._ranking_head = None if ranking_head is None else ranking_head.to(model.device).float()
-        rows = reserved if ranking_head is None else ranking_head
-        self._bins_R = torch.tensor(bins) if bins else uniform_bins(len(rows))
+        if selector:
+            embedding: Any = model.get_output_embeddings()
+            bias, reserved = getattr(embedding, "bias", None), selector.reserved_R.tolist()
+            self._reserved_rows = embedding.weight[reserved], None if bias is None else bias[reserved]
+            self._bins_R = selector.bins_R.float().cpu()
         self._free = dict.fromkeys(range(slots))  # in order of last use
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
@@ -398,8 +393,8 @@ class TorchEngine:
             noise,
         )
         steps = [Step(token, logits_BV, row) for row, token in enumerate(tokens)]
-        if self._head is not None and any(feed.trigger for feed in feeds):
-            for step, trigger in zip(steps, self._head(hidden_BH).tolist(), strict=True):
+        if self._selector is not None and any(feed.trigger for feed in feeds):
+            for step, trigger in zip(steps, self._selector.head(hidden_BH).tolist(), strict=True):
                 step.trigger = trigger
         if states_BF is not None:
             self._decide(states_BF, logits_BV, {row: steps[row] for row, feed in enumerate(feeds) if feed.decide})
@@ -424,8 +419,9 @@ class TorchEngine:
 
     def _bin_logits(self, hidden_KH: torch.Tensor) -> torch.Tensor:
         """The logits [K, R] that scores are read from."""
-        if self._ranking_head is not None:
-            return torch.nn.functional.linear(hidden_KH.float(), self._ranking_head)
+        assert self._selector is not None
+        if self._selector.ranking_head_RH is not None:
+            return torch.nn.functional.linear(hidden_KH.float(), self._selector.ranking_head_RH)
         return self._output.rows(hidden_KH, *self._reserved_rows)
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from s2t_models import loading
 from s2t_models.artifact import Artifact
 from s2t_models.engines.load import card_of
+from s2t_models.engines.selector import Selector
 from s2t_models.engines.torch import families
 from s2t_models.engines.torch.engine import TorchEngine, context_setting
 from s2t_models.hosting import Hosted
@@ -22,15 +23,13 @@ def load(hosted: Hosted) -> TorchEngine:
     settings = artifact.model(hosted.settings) if artifact else hosted.settings
     model = loading.load_model(settings)
     reserved = artifact.card.reserved_ids if artifact else ()
+    selector = Selector.of(artifact, model.device) if artifact else None
     context = settings.context or families.default_context(model)
     card = card_of(hosted, settings, reserved, int(model.config.vocab_size), context)
     router = load_router(hosted.router) if hosted.router else None
     second = SecondPass.load(hosted.second_pass) if hosted.second_pass else None
     decode = loading.decoder(hosted.settings)
-    if artifact is None:
-        return TorchEngine(model, card, settings.slots, router=router, decode=decode, second_pass=second)
-    head, bins, ranking_head = artifact.head(), artifact.card.bins, artifact.ranking_head()
-    return TorchEngine(model, card, settings.slots, head, reserved, bins, ranking_head, router, decode)
+    return TorchEngine(model, card, settings.slots, selector, router, decode, second)
 
 
 def check(hosted: Hosted) -> None:

@@ -19,27 +19,9 @@ from vllm.v1.sample.sampler import Sampler
 from s2t_models.engines.contract import Penalties
 from s2t_models.engines.penalising import Repeats, penalised
 from s2t_models.engines.sampling import pick, support, top
+from s2t_models.engines.selector import Selector
 from s2t_models.engines.vllm.requests import Decoding, Leaf, told_apart
 from s2t_models.noise import uniforms
-
-
-@dataclass
-class Selector:
-    """What an artifact adds to its model: the trigger head, and where scores are read from, reserved rows of the
-    vocabulary or a ranking head [R, H], with their values [R] (Eq. 5)."""
-
-    head: torch.nn.Module
-    reserved_R: torch.Tensor
-    bins_R: torch.Tensor
-    ranking_head_RH: torch.Tensor | None
-
-    def scores(self, hidden_BH: torch.Tensor, raw_BV: torch.Tensor) -> torch.Tensor:
-        """v . softmax(z[R]), [B]."""
-        if self.ranking_head_RH is not None:
-            logits_BR = torch.nn.functional.linear(hidden_BH.float(), self.ranking_head_RH)
-        else:
-            logits_BR = raw_BV[:, self.reserved_R].float()
-        return logits_BR.softmax(-1) @ self.bins_R
 
 
 @dataclass(frozen=True)
@@ -136,9 +118,8 @@ class S2TSampler(Sampler):
     def _score(self, selector: Selector, logits_BV: torch.Tensor, rows: list[Row], table: _Table) -> None:
         leaves = [i for i, row in enumerate(rows) if isinstance(row.asked, Leaf)]
         if leaves:
-            for i, score in zip(
-                leaves, selector.scores(self._hidden()[leaves], logits_BV[leaves]).tolist(), strict=True
-            ):
+            scores_B = _scores(selector, self._hidden()[leaves], logits_BV[leaves])
+            for i, score in zip(leaves, scores_B.tolist(), strict=True):
                 table.put(i, 0, [0], [score])
 
     def _support(self, text_BV: torch.Tensor, fired: set[int], rows: list[Row], table: _Table) -> None:
@@ -160,6 +141,15 @@ class S2TSampler(Sampler):
         for i, ids_N, logprobs_N, entropy in zip(looked, ids_BN.tolist(), logprobs_BN.tolist(), entropies, strict=True):
             ids = [int(i in fired), *ids_N[: wanted[i]]]
             table.put(i, 1, ids, [entropy, *logprobs_N[: wanted[i]]])
+
+
+def _scores(selector: Selector, hidden_BH: torch.Tensor, raw_BV: torch.Tensor) -> torch.Tensor:
+    """v . softmax(z[R]), [B] (Eq. 5)."""
+    if selector.ranking_head_RH is not None:
+        logits_BR = torch.nn.functional.linear(hidden_BH.float(), selector.ranking_head_RH)
+    else:
+        logits_BR = raw_BV[:, selector.reserved_R].float()
+    return logits_BR.softmax(-1) @ selector.bins_R
 
 
 class _Table:

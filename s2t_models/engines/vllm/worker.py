@@ -16,9 +16,9 @@ import torch
 from vllm.v1.outputs import LogprobsTensors
 
 from s2t_models.artifact import Artifact
+from s2t_models.engines.selector import Selector
 from s2t_models.engines.vllm.requests import Labelling, unpack
-from s2t_models.engines.vllm.sampler import Row, S2TSampler, Selector
-from s2t_models.reserved import bins as uniform_bins
+from s2t_models.engines.vllm.sampler import Row, S2TSampler
 
 #: Positions whose full-vocabulary log-probabilities are held at once.
 STRETCH = 512
@@ -30,20 +30,8 @@ class S2TWorker:
     def s2t_prepare(self, masked_ids: list[int], end_id: int, artifact: str | None) -> None:
         """Serve S2T's requests from now on. `artifact` is the folder of the artifact whose model this is."""
         runner = self.model_runner  # type: ignore[attr-defined]
-        _Prepared(runner, masked_ids, end_id, _selector(artifact, runner.device) if artifact else None)
-
-
-def _selector(folder: str, device: torch.device) -> Selector:
-    artifact = Artifact.load(folder)
-    ranking_head = artifact.ranking_head()
-    rows = artifact.card.reserved_ids if ranking_head is None else ranking_head
-    bins = torch.tensor(artifact.card.bins) if artifact.card.bins else uniform_bins(len(rows))
-    return Selector(
-        artifact.head().to(device).eval(),
-        torch.tensor(artifact.card.reserved_ids, dtype=torch.long, device=device),
-        bins.float().to(device),
-        None if ranking_head is None else ranking_head.to(device).float(),
-    )
+        selector = Selector.of(Artifact.load(artifact), runner.device) if artifact else None
+        _Prepared(runner, masked_ids, end_id, selector)
 
 
 class _Prepared:
