@@ -5,7 +5,7 @@ forward (see `slots`), and every call gets its outcome. A new call takes the fre
 so nothing computed for an earlier call of the same decode is computed again; what a busy slot holds of its prefix is
 copied, so the samples of one prompt read it once.
 
-Axes: _B row, _T token, _K candidate, _R reserved row, _V vocabulary, _N support, _H hidden.
+Axes: _B row, _T token, _K candidate, _R reserved row, _V vocabulary, _F feature, _H hidden.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from s2t_models.engines.selector import Selector
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.engines.torch import calls, families
 from s2t_models.engines.torch.calls import Feed, Output, Procedure, Step
+from s2t_models.engines.torch.second_passes import SecondPasses
 from s2t_models.engines.torch.slots import Query
 from s2t_models.noise import uniforms
-from s2t_models.second_pass import decider_inputs
 from s2t_models.settings import MultiplexSettings, TahSettings
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ class TorchEngine:
         self._router = router.to(model.device).eval() if router is not None else None
         thinks = second_pass is not None
         self._slots, self._output = families.prepare(model, slots, card.context, context_setting(card.name), thinks)
-        self._slots.gate = second_pass.attach(model) if second_pass else None
-        self._second = second_pass.card if second_pass else None
-        self._decider = second_pass.decider().to(model.device) if second_pass else None
+        self._second = SecondPasses(second_pass, model, self._slots) if second_pass else None
         self._masked = torch.tensor(card.masked_ids, dtype=torch.long, device=model.device)
         if selector:
             embedding: Any = model.get_output_embeddings()
@@ -159,7 +157,7 @@ class TorchEngine:
         return await self._call(
             prefix,
             lambda cached: calls.generate_thinking(
-                cached, prefix, sampling, output, settings.threshold, second.support, embed
+                cached, prefix, sampling, output, settings.threshold, second.card.support, embed
             ),
         )
 
@@ -346,7 +344,7 @@ class TorchEngine:
             Query(call.slot, feed.start, feed.ids, feed.choose is not None, feed.embedding, feed.second)
             for call, feed in zip(calls, feeds, strict=True)
         ]
-        layers = self._second.layers if self._second and any(feed.decide for feed in feeds) else ()
+        layers = self._second.layers(feeds) if self._second else ()
         hidden_TH, firsts, states_TF = self._slots.forward(queries, layers)
         outcomes: list[Any] = [None] * len(feeds)
         stepping: list[int] = []
@@ -374,11 +372,8 @@ class TorchEngine:
 
     def _steps(self, hidden_BH: torch.Tensor, states_BF: torch.Tensor | None, feeds: list[Feed]) -> list[Step]:
         logits_BV = self._logits(hidden_BH)
-        for row, feed in enumerate(feeds):
-            if feed.first_V is not None:
-                logits_BV[row] += feed.first_V
-                self._written -= 1  # of its first pass, whose token this one replaces
-        self._written += len(feeds)
+        # A second pass's token replaces the one of its first pass.
+        self._written += len(feeds) - (self._second.add_first(logits_BV, feeds) if self._second else 0)
         samplings = [feed.sampling or Sampling(1) for feed in feeds]
         noise = [
             float(uniforms(sampling.seed, feed.step, 1)[0]) if sampling.temperature else 0.0
@@ -396,8 +391,8 @@ class TorchEngine:
         if self._selector is not None and any(feed.trigger for feed in feeds):
             for step, trigger in zip(steps, self._selector.head(hidden_BH).tolist(), strict=True):
                 step.trigger = trigger
-        if states_BF is not None:
-            self._decide(states_BF, logits_BV, {row: steps[row] for row, feed in enumerate(feeds) if feed.decide})
+        if self._second and states_BF is not None:
+            self._second.decide(states_BF, logits_BV, feeds, steps)
         if count := max(feed.support for feed in feeds):
             ids_BN, logprobs_BN, entropy_B = (part.cpu().numpy() for part in support(logits_BV, count))
             for step, feed, ids_N, logprobs_N, entropy in zip(
@@ -407,15 +402,6 @@ class TorchEngine:
                     step.top_ids_N, step.top_logprobs_N = ids_N[: feed.support], logprobs_N[: feed.support]
                     step.entropy = float(entropy)
         return steps
-
-    def _decide(self, states_BF: torch.Tensor, logits_BV: torch.Tensor, deciding: dict[int, Step]) -> None:
-        """Let the decider say how hard the tokens of some rows are."""
-        assert self._second is not None
-        assert self._decider is not None
-        rows = list(deciding)
-        inputs = decider_inputs(states_BF[rows], logits_BV[rows], self._second.support)
-        for step, hard in zip(deciding.values(), self._decider.probabilities(inputs).tolist(), strict=True):
-            step.hard = hard
 
     def _bin_logits(self, hidden_KH: torch.Tensor) -> torch.Tensor:
         """The logits [K, R] that scores are read from."""
