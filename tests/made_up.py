@@ -77,16 +77,16 @@ def second_pass(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:
     import copy
 
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     from s2t_models import second_pass
     from s2t_models.router import Router, RouterConfig, save_router
     from s2t_models.settings import LoraSettings
-    from s2t_models.training.selector import lora_targets
+    from s2t_models.training.selector import lora_config
 
     torch.manual_seed(1)
-    targets = lora_targets(model, LoraSettings())
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False)
+    config = lora_config(model, LoraSettings(rank=4, alpha=8, dropout=0))
+    config.init_lora_weights = False
     get_peft_model(copy.deepcopy(model), config).save_pretrained(folder / ADAPTER)
     sizes = RouterConfig(model.config.hidden_size, SUPPORT, width=16, blocks=2, states=len(LAYERS))
     save_router(Router(sizes), folder / second_pass.DECIDER)

@@ -22,7 +22,7 @@ from s2t_models.engines.torch.families import UnsupportedModel
 from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins
 from s2t_models.settings import LoraSettings
-from s2t_models.training.selector import Selector, lora_targets, score
+from s2t_models.training.selector import Selector, lora_config, lora_targets, score
 
 VOCABULARY, ORIGINAL = 97, 64
 RESERVED = tuple(range(90, 97))
@@ -248,6 +248,8 @@ def test_lora_targets_are_those_of_the_family() -> None:
         "phi3, longrope": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
         "gpt2": {"c_attn", "c_proj", "c_fc"},
     }
+    transposed = {name: lora_config(tiny(SERVED[name]), LoraSettings()).fan_in_fan_out for name in every}
+    assert transposed == {"qwen2": False, "phi3, longrope": False, "gpt2": True}
     model = tiny(SERVED["phi3, longrope"])
     adapted = Selector(
         copy.deepcopy(model), RESERVED, LoraSettings(rank=2, targets=("mlp.down_proj", "qkv_proj"))

@@ -233,6 +233,7 @@ def test_sampled_text_is_the_seeds(engine, reference, threshold):
     assert draft.ids == reference.generate(PROMPTS[0], 24, threshold, sampling)[0]
 
 
+@pytest.mark.filterwarnings("error:fan_in_fan_out")
 @pytest.mark.parametrize("family", SERVED)
 def test_every_family_that_is_served_runs_second_passes(family: str, tmp_path: Path):
     """Also those with sliding layers, from which second passes that lie too far behind are left out."""

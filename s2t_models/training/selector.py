@@ -59,6 +59,19 @@ def lora_targets(model: PreTrainedModel, lora: LoraSettings) -> list[str]:
     return list(lora.targets) or ends
 
 
+def lora_config(model: PreTrainedModel, lora: LoraSettings) -> LoraConfig:
+    """peft's own configuration of a LoRA on the model. Raises RecipeError as `lora_targets` does."""
+    targets = lora_targets(model, lora)
+    adapted = (module for name, module in model.named_modules() if f".{name}".endswith(tuple(f".{t}" for t in targets)))
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in adapted),  # how GPT-2 lays its weights out
+    )
+
+
 def check_targets(settings: ModelSettings, lora: LoraSettings) -> None:
     """Raise RecipeError as `lora_targets` does, from the model's configuration alone."""
     with torch.device("meta"):
@@ -78,12 +91,7 @@ class Selector(nn.Module):
         self, model: PreTrainedModel, reserved_ids: Sequence[int], lora: LoraSettings, count: int = 16
     ) -> None:
         super().__init__()
-        config = LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number scales
-            lora_dropout=lora.dropout,
-            target_modules=lora_targets(model, lora),
-        )
+        config = lora_config(model, lora)
         output_VH = model.get_output_embeddings().weight
         self.reserved_ids = tuple(reserved_ids)
         rows_RH = output_VH[list(reserved_ids)].detach().float().clone()
