@@ -1,7 +1,7 @@
 """An engine that sleeps for as long as a real one was measured to compute, and makes its answers up.
 
 What is left of a job is all that scales or does not: Ray, Serve, files, and the project's own code. The engine comes
-into the workers of a job by Ray's `worker_process_setup_hook`, which puts it beside the real ones (`RUNTIME_ENV`).
+into the workers of a job by Ray's `worker_process_setup_hook`, which puts it beside the real ones (`runtime_env`).
 
 Axes: _T step, _N support.
 """
