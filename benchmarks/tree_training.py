@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 
 from s2t_models.loading import load_model
-from s2t_models.settings import LoraSettings, ModelSettings
+from s2t_models.settings import ModelSettings
 from s2t_models.training.selector import Selector
 from s2t_models.training.tree import Tree, pack
+from s2t_models.training_settings import LoraSettings
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,9 +19,10 @@ from s2t_models.engines.torch.attention import Layer, register
 from s2t_models.engines.torch.families import default_context
 from s2t_models.engines.torch.slots import cache_shape
 from s2t_models.loading import load_config
-from s2t_models.settings import LoraSettings, ModelSettings
+from s2t_models.settings import ModelSettings
 from s2t_models.training.selector import Selector
 from s2t_models.training.tree_attention import Sight, capped, decode
+from s2t_models.training_settings import LoraSettings
 
 ATTENTION = "s2t_shapes"
 

@@ -24,19 +24,17 @@ from s2t_models.settings import (
     CalibrationSettings,
     CandidateSettings,
     CollectSettings,
-    DistilSettings,
     DivergenceSettings,
     ModelSettings,
     PolicySettings,
     ReservedSettings,
-    RouterSettings,
     ServingSettings,
     Settings,
-    TriggerHeadSettings,
     TriggerSettings,
     ValidationSettings,
 )
 from s2t_models.storage import Location, location
+from s2t_models.training_settings import DistilSettings, RouterSettings, TriggerHeadSettings
 
 #: What no further checkpoint can be called.
 ENGINES = {"slm", "teacher", "s2t-local"}

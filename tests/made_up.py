@@ -81,8 +81,8 @@ def second_pass(model: PreTrainedModel, folder: Path, **changes: Any) -> Path:
 
     from s2t_models import second_pass
     from s2t_models.router import Router, RouterConfig, save_router
-    from s2t_models.settings import LoraSettings
     from s2t_models.training.selector import lora_config
+    from s2t_models.training_settings import LoraSettings
 
     torch.manual_seed(1)
     config = lora_config(model, LoraSettings(rank=4, alpha=8, dropout=0))

@@ -21,8 +21,8 @@ from s2t_models.engines.torch.engine import TorchEngine
 from s2t_models.engines.torch.families import UnsupportedModel
 from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins
-from s2t_models.settings import LoraSettings
 from s2t_models.training.selector import Selector, lora_config, lora_targets, score
+from s2t_models.training_settings import LoraSettings
 
 VOCABULARY, ORIGINAL = 97, 64
 RESERVED = tuple(range(90, 97))

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from s2t_models.divergence import divergence
-from s2t_models.settings import DistilSettings, TsdKdSettings, TwoStageSettings
 from s2t_models.training import losses
 from s2t_models.training.batches import NO_CANDIDATE
 from s2t_models.training.objectives import tsd_kd
 from s2t_models.training.objectives.base import Outputs, Reading
 from s2t_models.training.objectives.tsd_kd import TsdKdObjective
 from s2t_models.training.objectives.two_stage import TwoStageObjective, forward_kl
+from s2t_models.training_settings import DistilSettings, TsdKdSettings, TwoStageSettings
 
 VALID = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.bool)
 

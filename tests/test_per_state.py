@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s2t_models.settings import DistilSettings
 from s2t_models.training import losses, per_state
 from s2t_models.training.objectives.base import Outputs
 from s2t_models.training.objectives.kd import KdObjective
+from s2t_models.training_settings import DistilSettings
 
 V, H = 7, 4
 

@@ -16,10 +16,11 @@ from s2t_models.costs import ModelCost, training_cost
 from s2t_models.engines.torch.slots import Slots
 from s2t_models.loading import load_model
 from s2t_models.recipe import Recipe, load_recipe, shipped_recipes
-from s2t_models.settings import ActorPool, LoraSettings, ModelSettings, VllmSettings
+from s2t_models.settings import ActorPool, ModelSettings, VllmSettings
 from s2t_models.training.selector import Selector
 from s2t_models.training.teacher import Teacher
 from s2t_models.training.tree_attention import Sight
+from s2t_models.training_settings import LoraSettings
 
 #: model_type, vocabulary, hidden, intermediate, layers, heads, KV heads, then what else its config.json says.
 PUBLISHED = {

@@ -50,8 +50,9 @@ from s2t_models.router import (
     load_router,
     save_router,
 )
-from s2t_models.settings import MultiplexSettings, RouterSettings, SamplerSettings, SpecReasonSettings
+from s2t_models.settings import MultiplexSettings, SamplerSettings, SpecReasonSettings
 from s2t_models.training.router import recall_threshold, train_router
+from s2t_models.training_settings import RouterSettings
 
 PROMPT = encode("Ada has 12 ")
 WARM = SamplerSettings(temperature=0.9, top_p=0.95, top_k=20)

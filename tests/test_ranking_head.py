@@ -24,11 +24,12 @@ from s2t_models.engines.torch.load import load
 from s2t_models.hosting import LOCAL, Hosted, host
 from s2t_models.recipe import Recipe, RecipeError
 from s2t_models.reserved import bins, masked_rows, reserved_rows
-from s2t_models.settings import CandidateSettings, LoraSettings
+from s2t_models.settings import CandidateSettings
 from s2t_models.training.batches import Trajectory, trajectories
 from s2t_models.training.build import build
 from s2t_models.training.selector import ROWS, Selector
 from s2t_models.training.trainer import Trainer
+from s2t_models.training_settings import LoraSettings
 
 R, K = 6, 4
 ALWAYS = Selection(-1e9, CandidateSettings(k=K, method="top_k"), 0.5)

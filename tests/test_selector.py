@@ -11,10 +11,10 @@ from test_tree import SIZES, random_tree
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from s2t_models.reserved import bins
-from s2t_models.settings import LoraSettings
 from s2t_models.training import losses
 from s2t_models.training.selector import ROWS, Selector, score
 from s2t_models.training.tree import pack
+from s2t_models.training_settings import LoraSettings
 
 #: One block at the end of the vocabulary, and one with unused rows above it.
 BLOCKS = {"last rows": range(88, 96), "rows below the last": range(80, 88)}

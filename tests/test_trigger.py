@@ -13,10 +13,10 @@ from benchmarks.training_memory import made_up_trajectories
 from s2t_models.calibration import calibrate
 from s2t_models.loading import load_model
 from s2t_models.recipe import load_recipe
-from s2t_models.settings import TriggerHeadSettings
 from s2t_models.training.batches import Trajectory
 from s2t_models.training.products import drawn, over_steps
 from s2t_models.training.trigger_head import auc, train_head
+from s2t_models.training_settings import TriggerHeadSettings
 
 SETTINGS = TriggerHeadSettings(hidden=32, epochs=60, learning_rate=3e-2)
 

@@ -29,10 +29,10 @@ from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.policies.variants import variant
 from s2t_models.recipe import Recipe
 from s2t_models.router import SETTINGS as ROUTER_SETTINGS
-from s2t_models.settings import DistilSettings
 from s2t_models.storage import Location, location, whole
 from s2t_models.training import objectives
 from s2t_models.training.objectives import OBJECTIVES
+from s2t_models.training_settings import DistilSettings
 
 AUDITED = "audited.parquet"
 #: In the metadata of audited results: the answers that they are of.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from s2t_models.router import Router, RouterConfig
-from s2t_models.settings import RouterSettings
+from s2t_models.training_settings import RouterSettings
 
 
 def train_router(

@@ -28,8 +28,9 @@ from s2t_models.output_head import OutputHead
 from s2t_models.recipe import RecipeError
 from s2t_models.reserved import bins
 from s2t_models.second_pass import Gate
-from s2t_models.settings import LoraSettings, ModelSettings
+from s2t_models.settings import ModelSettings
 from s2t_models.training.tree_attention import decode, use_tree_attention
+from s2t_models.training_settings import LoraSettings
 
 #: The name of the reserved rows among the selector's parameters.
 ROWS = "rows_RH"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from s2t_models.settings import TriggerHeadSettings
+from s2t_models.training_settings import TriggerHeadSettings
 from s2t_models.trigger import TriggerHead
 
 BATCH = 4096

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from s2t_models.errors import UserError
 
 if TYPE_CHECKING:
-    from s2t_models.settings import DistilSettings
     from s2t_models.training.objectives.base import Objective
+    from s2t_models.training_settings import DistilSettings
 
 #: Name -> module:class. Modules are imported when they are used, so that listing the names needs no torch.
 OBJECTIVES = {

@@ -19,13 +19,14 @@ from torch import nn
 
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
-from s2t_models.settings import DistilSettings, LoraSettings, Writer
+from s2t_models.settings import Writer
 from s2t_models.storage import Location
 from s2t_models.training import losses
 from s2t_models.training.batches import Batch, Trajectory, drop_narrow_margins
 from s2t_models.training.per_state import per_state
 from s2t_models.training.products import Merged, save_checkpoint
 from s2t_models.training.selector import ROWS, Selector
+from s2t_models.training_settings import DistilSettings, LoraSettings
 
 
 @dataclass(frozen=True)

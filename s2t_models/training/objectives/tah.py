@@ -20,7 +20,6 @@ from s2t_models import second_pass
 from s2t_models.artifact import replacing
 from s2t_models.provenance import Provenance
 from s2t_models.second_pass import Card, mean_embedding
-from s2t_models.settings import LoraSettings
 from s2t_models.storage import Location
 from s2t_models.training import losses
 from s2t_models.training.batches import Batch
@@ -31,6 +30,7 @@ from s2t_models.training.products import Merged
 from s2t_models.training.selector import Selector
 from s2t_models.training.tree import TreeBatch
 from s2t_models.training.tree_attention import Sight
+from s2t_models.training_settings import LoraSettings
 
 
 @dataclass(frozen=True, kw_only=True)
