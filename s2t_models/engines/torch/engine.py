@@ -1,9 +1,9 @@
 """The torch engine: transformers models on one device, many calls at once, exact.
 
 A thread steps all running calls together: each call (see `calls`) says what to feed next, all feeds go through one
-forward (see `slots`), and every call gets its outcome. A new call takes the free slot with the longest common prefix,
-so nothing computed for an earlier call of the same decode is computed again; what a busy slot holds of its prefix is
-copied, so the samples of one prompt read it once.
+forward (see `slots`), and every call gets its outcome. A new call takes the free slot with the longest common prefix
+(see `free_slots`), so nothing computed for an earlier call of the same decode is computed again; what a busy slot holds
+of its prefix is copied, so the samples of one prompt read it once.
 
 Axes: _B row, _T token, _K candidate, _R reserved row, _V vocabulary, _F feature, _H hidden.
 """
@@ -44,6 +44,7 @@ from s2t_models.engines.selector import Selector
 from s2t_models.engines.stopping import StopTexts
 from s2t_models.engines.torch import calls, families
 from s2t_models.engines.torch.calls import Feed, Output, Procedure, Step
+from s2t_models.engines.torch.free_slots import FreeSlots
 from s2t_models.engines.torch.second_passes import SecondPasses
 from s2t_models.engines.torch.slots import Query
 from s2t_models.noise import uniforms
@@ -59,8 +60,6 @@ if TYPE_CHECKING:
 TOKENS_A_FORWARD = 2048
 #: Seconds after which a forward will not end any more: TOKENS_A_FORWARD tokens on two cores take one minute.
 STUCK_S = 300.0
-#: Tokens of a prefix that another slot has to hold beyond the own one for a copy.
-WORTH_COPYING = 16
 
 
 @dataclass
@@ -105,7 +104,7 @@ class TorchEngine:
             bias, reserved = getattr(embedding, "bias", None), selector.reserved_R.tolist()
             self._reserved_rows = embedding.weight[reserved], None if bias is None else bias[reserved]
             self._bins_R = selector.bins_R.float().cpu()
-        self._free = dict.fromkeys(range(slots))  # in order of last use
+        self._free = FreeSlots(self._slots)
         self._waiting: deque[_Call] = deque()
         self._running: list[_Call] = []
         self._wake = threading.Condition()
@@ -257,50 +256,21 @@ class TorchEngine:
         postponed: list[_Call] = []
         while self._waiting and self._free:
             call = self._waiting.popleft()
-            if self._is_about_to_be_read(call.tokens):
+            if self._free.is_about_to_be_read(call.tokens, (running.tokens for running in self._running)):
                 postponed.append(call)
             else:
                 self._admit(call)
         self._waiting.extendleft(reversed(postponed))
 
-    def _is_about_to_be_read(self, tokens: list[int]) -> bool:
-        """Whether a running call has half of the tokens still to read, and no slot holds them yet."""
-        half = max(len(tokens) // 2, WORTH_COPYING)
-        beginning = tokens[:half]
-        is_held = any(held[:half] == beginning for held in self._slots.tokens)
-        return not is_held and any(call.tokens[:half] == beginning for call in self._running)
-
     def _admit(self, call: _Call) -> None:
         if call.future.cancelled():
             return
-        call.slot = self._choose_slot(call.tokens)
-        del self._free[call.slot]
-        cached = _common(self._slots.tokens[call.slot], call.tokens)
-        # A template that all prompts share is not worth the look at every slot: half of the tokens are.
-        worth = max(cached + WORTH_COPYING, len(call.tokens) // 2)
-        if worth < len(call.tokens):
-            beginning = call.tokens[:worth]
-            source = next((slot for slot, held in enumerate(self._slots.tokens) if held[:worth] == beginning), None)
-            if source is not None:
-                cached = _common(self._slots.tokens[source], call.tokens)
-                self._slots.copy(source, call.slot, cached)
+        call.slot, cached = self._free.take(call.tokens)
         self._cached += cached
         self._read += len(call.tokens) - cached
         call.procedure = call.begin(cached)
         self._running.append(call)
         self._advance(call, None)
-
-    def _choose_slot(self, tokens: list[int]) -> int:
-        """The free slot that holds the longest prefix of the tokens, where that is at least half of what it holds; else
-        the one unused for longest. A template that all prompts share must not cost a decode between two calls its
-        slot."""
-        fits = {}
-        for slot in self._free:
-            known = self._slots.tokens[slot]
-            half = (len(known) + 1) // 2
-            if known[:half] == tokens[:half]:
-                fits[slot] = _common(known, tokens)
-        return max(fits, key=lambda slot: fits[slot], default=next(iter(self._free)))
 
     def _drop_cancelled(self) -> None:
         for call in [call for call in self._running if call.future.cancelled()]:
@@ -330,7 +300,7 @@ class TorchEngine:
 
     def _finish(self, call: _Call, result: Any = None, error: Exception | None = None) -> None:
         self._running.remove(call)
-        self._free[call.slot] = None
+        self._free.give_back(call.slot)
         if not call.future.set_running_or_notify_cancel():  # the caller has gone
             return
         if error is not None:
@@ -419,18 +389,6 @@ class TorchEngine:
 
     def _embed(self, ids: list[int]) -> torch.Tensor:
         return self._model.get_input_embeddings()(torch.tensor(ids, device=self._model.device))
-
-
-def _common(known: list[int], tokens: list[int]) -> int:
-    """Length of the longest common prefix, by bisection: comparing slices is quick, comparing items is not."""
-    same, limit = 0, min(len(known), len(tokens))
-    while same < limit:
-        middle = (same + limit + 1) // 2
-        if known[same:middle] == tokens[same:middle]:
-            same = middle
-        else:
-            limit = middle - 1
-    return same
 
 
 def context_setting(name: str) -> str:
