@@ -60,7 +60,8 @@ def recipe(nodes: int, rows: int, tokens: int) -> Recipe:
         "benchmark.seeds": list(range(-(-rows // items))),
         "benchmark.policies": ["s2t"],
         "benchmark.max_new_tokens": tokens,
-        "benchmark.concurrency": AT_ONCE * nodes,
+        # Twice the slots: requests are not spread evenly at every moment, and an engine must not wait for the driver.
+        "benchmark.concurrency": 2 * AT_ONCE * nodes,
     }
     return load_recipe("embedded", [f"{key}={value}" for key, value in settings.items()])
 
@@ -136,7 +137,7 @@ def run_here(stage: str, nodes: int, rows: int, tokens: int, speed: float, folde
     output = folder / "out"
     if stage == "collect":
         count: Callable[[], int] = CommittedRows(output / "work" / "labelled", output / "work" / "checkpoint")
-        work: Callable[[], object] = partial(collect, asked, output)
+        work: Callable[[], object] = partial(collect, asked, output, _prompts(folder / "prompts.jsonl", rows))
     else:
         count = _counts(NewLines(output / ANSWERS))
         work = partial(benchmark, asked, output, Options())
@@ -146,6 +147,15 @@ def run_here(stage: str, nodes: int, rows: int, tokens: int, speed: float, folde
         work()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"rate": watch.rate, "seconds": time.monotonic() - began, "peak": peak}
+
+
+def _prompts(file: Path, rows: int) -> Path:
+    """So many prompts of about 400 characters: the tasks have fewer."""
+    with file.open("w") as lines:
+        for number in range(rows):
+            prompt = f"Problem {number}. " + "What is 17+25? " * 25
+            lines.write(json.dumps({"uid": str(number), "prompt": prompt}) + "\n")
+    return file
 
 
 def _counts(lines: NewLines) -> Callable[[], int]:

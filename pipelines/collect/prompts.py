@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,16 @@ class PromptError(UserError):
 
 
 def from_task(name: str, data: Path | None, recipe: Recipe) -> list[Prompt]:
-    """The recipe's number of a task's items, drawn with its seed.
+    """The recipe's number of a task's items, drawn with its seed; all of them, with a line that says so, where the task
+    has fewer.
 
     Raises TaskError where there is no such task or its files are missing or malformed.
     """
     chosen, items = load(name, data, recipe.prompts)
-    items = chosen.sample(items, recipe.collect.prompts, recipe.seed)
+    wanted = recipe.collect.prompts
+    if wanted > len(items):
+        print(f"collect: {name} has {len(items):,} prompts of the {wanted:,} asked for; all are taken", file=sys.stderr)
+    items = chosen.sample(items, wanted, recipe.seed)
     return [Prompt(item.uid, item.prompt, item.question) for item in items]
 
 
