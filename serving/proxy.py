@@ -23,11 +23,15 @@ from serving.room import Room, Rooms
 #: For the process of Serve's controller, whose children the proxies and replicas are. A replica that does not answer
 #: its health checks will not answer a request to stop either: it is killed at once, and what waits for it fails. A
 #: proxy has time to start where the machine is busy: Serve's own five seconds are for one that waits for it already.
-#: The rest is for speed: gRPC between proxies and gateways, and one event loop a process instead of two or three.
+#: Gateways are asked evenly, wherever they are: each has its part of the engines' places, and a proxy that asks those
+#: of its own node leaves the others' unused. The rest is for speed: gRPC between proxies and gateways, and one event
+#: loop a process instead of two or three.
 ENVIRONMENT = {
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares",
     "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING": "0",
+    "RAY_SERVE_PROXY_PREFER_LOCAL_AZ_ROUTING": "0",
     "RAY_SERVE_PROXY_USE_GRPC": "1",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
