@@ -206,7 +206,7 @@ def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
         {"step": 3, "candidates_K": [9, output[3]], "chosen": output[3], "argmax": None},
     ]
     try:
-        argmax_T = asyncio.run(judge(decisions, prompt, output, engine))
+        view = asyncio.run(judge(decisions, prompt, output, engine))
     finally:
         engine.close()
     import torch
@@ -218,7 +218,9 @@ def test_the_audit_adds_what_the_teacher_thinks_of_each_choice() -> None:
     assert isinstance(model.config, Qwen2Config)
     with torch.no_grad():
         logits_TV = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-    assert argmax_T.tolist() == logits_TV.argmax(-1).tolist()
+    assert view.argmax_T.tolist() == logits_TV.argmax(-1).tolist()
+    written_T = logits_TV.softmax(-1)[torch.arange(len(output)), output]
+    assert view.on_written_T.tolist() == pytest.approx(written_T.tolist(), abs=1e-5)
     for decision in decisions:
         with torch.no_grad():
             logits = model(torch.tensor([prompt + output[: decision["step"]]])).logits[0, -1].float()
@@ -252,6 +254,56 @@ def test_the_audit_reads_the_recorded_ids_and_not_the_text() -> None:
     assert audited[1] == decision, "without ids a row stays as it was"
     assert whole[TEACHER_ARGMAX][0][3] == audited[0]["argmax"]
     assert (len(whole[TEACHER_ARGMAX][0]), whole[TEACHER_ARGMAX][1]) == (len(ids), None)
+
+
+def test_wrong_answers_are_counted_by_where_they_first_go_wrong(store: str, tmp_path: Path) -> None:
+    """The teacher's own answer with another number in one place: the trigger fired there, before it, or not at all."""
+    import torch
+
+    from s2t_models import chat
+    from s2t_models.loading import load_model
+
+    recipe = load_recipe(RECIPE)
+    tokenizer, item = load_tokenizer(recipe.slm), load("embedded", None)[1][0]
+    prompt = chat.prompt_ids(tokenizer, item.prompt)
+    sure = load_model(recipe.teacher).generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)
+    ids = sure[0, len(prompt) :].tolist()
+    slip = next(t for t, token in enumerate(ids) if tokenizer.decode([token]) == "=") + 1
+    slipped = [*ids[:slip], tokenizer.encode("+")[0], *ids[slip + 1 :]]
+
+    def answer(policy: str, ids: list[int] | None, step: int | None, verdict: str = "wrong") -> dict[str, object]:
+        return {"policy": policy, "output_ids": ids, "step": step, "verdict": verdict}
+
+    local, routed = "s2t-local@0.05", "r2r"
+    answers = [
+        *(answer(local, slipped, step) for step in (slip, slip, slip - 1, slip + 1, None)),
+        answer(local, ids, slip),
+        answer(local, None, slip),
+        *(answer(local, slipped, slip, verdict) for verdict in ("correct", "truncated")),
+        answer(routed, slipped, None),
+        answer(routed, ids, 3, "correct"),
+        answer("greedy", slipped, None),
+    ]
+    recorded = recorded_results(tmp_path / "recorded.parquet")
+    rows = pq.read_table(recorded).to_pylist()[: len(answers)]
+    for row, changes in zip(rows, answers, strict=True):
+        step = changes.pop("step")
+        decided = [] if step is None else [{"step": step, "candidates_K": [], "teacher_K": None}]
+        row |= {**changes, "item": item.uid, "decisions": json.dumps(decided)}
+    write_results(tmp_path / "results.parquet", rows, read_results(recorded)[1])
+    output = tmp_path / "analysis"
+    options = ["--output", str(output), "--tracking", store, "--pages", "0"]
+    assert main([str(tmp_path / "results.parquet"), *options, "--audit"]) == 0
+    table = pd.read_csv(output / "first_wrong.csv").set_index("policy").drop(columns="task")
+    assert table.to_dict("index") == {
+        local: {"wrong": 7, "read": 6, "at_triggered": 2, "elsewhere": 3, "nowhere": 1},
+        routed: {"wrong": 1, "read": 1, "at_triggered": 0, "elsewhere": 1, "nowhere": 0},
+    }
+    (run,) = mlflow.search_runs(experiment_names=["s2t"], output_format="list")
+    assert run.data.metrics["first_wrong_at_triggered/embedded/s2t-local at 0.05"] == 2
+    assert run.data.metrics["first_wrong_elsewhere/embedded/r2r"] == 1
+
+    assert tables([read_results(tmp_path / "results.parquet")])["first_wrong"] == [], "the teacher was not asked"
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=place, help="folder for tables and figures (default: analysis, beside the input)"
     )
     add_tracking(parser)
-    parser.add_argument("--audit", action="store_true", help="ask the recipe's teacher about the choices of s2t-local")
+    parser.add_argument(
+        "--audit",
+        action="store_true",
+        help="ask the recipe's teacher about the choices of s2t-local, and where answers go wrong",
+    )
     parser.add_argument("--data", type=place, help="folder with the benchmarks' files, for --audit and the pages")
     parser.add_argument(
         "--pages",

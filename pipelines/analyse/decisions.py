@@ -3,8 +3,9 @@
 The error split of Eq. 11 and its sum over steps (Eq. 12), how many candidates there were and how often the teacher's
 token was one of them (Tables A4, A15), rescues (Figure 4), the rank of what was selected (Figure A4), a scorer's
 agreement with the teacher (Tables 2 and A9, Figure A5), answers that agree with the teacher at every step against the
-others (section F.6), and accuracy over K and tau. What needs the teacher's view of a decision counts only decisions
-that carry it: those of s2t and takeover do, those of s2t-local once `audit` has asked the teacher.
+others (section F.6), where wrong answers first go wrong, and accuracy over K and tau. What needs the teacher's view of
+a decision counts only decisions that carry it: those of s2t and takeover do, those of s2t-local once `audit` has asked
+the teacher.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from pipelines.analyse.errors import CumulatedErrors, of_answers
+from pipelines.analyse.audit import triggering
+from pipelines.analyse.errors import CumulatedErrors, first_wrongs, of_answers
 from pipelines.analyse.sufficiency import alignment, entropy, error_split, rank_cdf
 from pipelines.data.text import file_stem
 from pipelines.results import figures as draw
@@ -43,10 +45,11 @@ def teacher_K(decision: Decision) -> np.ndarray | None:
 
 
 def tables(results: Results) -> Tables:
-    """Tables by name, as rows, each with its task and policy: decisions, agreement, accuracy (over K and
-    tau)."""
-    out: Tables = {"decisions": [], "agreement": [], "accuracy": []}
+    """Tables by name, as rows, each with its task and policy: decisions, agreement, where wrong answers first go wrong,
+    accuracy (over K and tau)."""
+    out: Tables = {"decisions": [], "agreement": [], "first_wrong": [], "accuracy": []}
     for frame, _ in results:
+        triggered = triggering(frame)
         for summary in summarise(frame):
             if summary.budget is not None:
                 out["accuracy"].append(
@@ -62,10 +65,12 @@ def tables(results: Results) -> Tables:
                     }
                 )
         for (task, policy), rows in frame.groupby(["task", "policy"], sort=False):
+            name = {"task": task, "policy": policy}
+            if policy in triggered and (places := first_wrongs(rows)) is not None:
+                out["first_wrong"].append(name | places)
             answers = decisions_of(rows)
             if not any(answers):
                 continue
-            name = {"task": task, "policy": policy}
             out["decisions"].append(name | _decision_row(answers, rows["tokens"].sum()))
             out["agreement"] += [name | row for row in _agreement(answers, (rows["verdict"] == "correct").tolist())]
     return out

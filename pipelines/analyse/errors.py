@@ -1,4 +1,5 @@
-"""The error of a decoder cumulated over the steps of its answers, split as in Eqs. 11 and 12.
+"""The error of a decoder over the steps of its answers: cumulated and split as in Eqs. 11 and 12, and where wrong
+answers first go wrong.
 
 At a triggered step the candidates are those of the decision, elsewhere the one token that was written. The reference is
 the teacher's own token at each step: the shards of a collection hold it for the SLM's rollouts, an audit for answers of
@@ -10,12 +11,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 
-from pipelines.analyse.audit import TEACHER_ARGMAX
+from pipelines.analyse.audit import TEACHER_ARGMAX, TEACHER_ON_WRITTEN
+
+#: An answer goes wrong at the first token that the teacher gives less than this.
+UNLIKELY = 0.05
+Place = Literal["at_triggered", "elsewhere", "nowhere"]
 
 
 @dataclass(frozen=True)
@@ -70,3 +75,26 @@ def of_answers(rows: pd.DataFrame) -> CumulatedErrors | None:
     return cumulated(
         step_errors(ids, json.loads(decisions), argmax_T) for ids, decisions, argmax_T in zip(*columns, strict=True)
     )
+
+
+def first_wrong(on_written_T: Iterable[float], decisions: Iterable[dict[str, Any]]) -> Place:
+    """Where an answer first has a token that the teacher gives less than UNLIKELY: at a triggered step, at another one,
+    or nowhere. `on_written_T` are the teacher's probabilities of its tokens."""
+    unlikely = np.flatnonzero(np.asarray(list(on_written_T)) < UNLIKELY)
+    if not len(unlikely):
+        return "nowhere"
+    return "at_triggered" if int(unlikely[0]) in {decision["step"] for decision in decisions} else "elsewhere"
+
+
+def first_wrongs(rows: pd.DataFrame) -> dict[str, int] | None:
+    """How many of one policy's wrong answers there are (`wrong`), how many of them the teacher has read (`read`), and
+    where these first go wrong (see `first_wrong`); None where it has read none of the policy's answers."""
+    if TEACHER_ON_WRITTEN not in rows or rows[TEACHER_ON_WRITTEN].isna().all():
+        return None
+    wrong = rows[rows["verdict"] == "wrong"]
+    read = wrong[wrong[TEACHER_ON_WRITTEN].notna()]
+    places = [
+        first_wrong(on_written_T, json.loads(decisions))
+        for on_written_T, decisions in zip(read[TEACHER_ON_WRITTEN], read["decisions"], strict=True)
+    ]
+    return {"wrong": len(wrong), "read": len(read)} | {place: places.count(place) for place in get_args(Place)}

@@ -6,9 +6,9 @@ in MLflow.
     python -m pipelines.analyse runs/benchmark/results.parquet --audit --output runs/analysis
 
 A folder is a collection of shards, a .parquet file a benchmark's results; several results files (of other
-budgets, other K) make curves. `--audit` asks the recipe's teacher about the choices of s2t-local: one forward
-an answer, here in this process. Results that hold greedy decoding beside S2T also make pages of single answers
-(`pages`).
+budgets, other K) make curves. `--audit` asks the recipe's teacher about the choices of s2t-local, and about the tokens
+of all answers that a trigger had a part in: one forward an answer, here in this process. Results that hold greedy
+decoding beside S2T also make pages of single answers (`pages`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -26,6 +26,7 @@ from pipelines.analyse import decisions as decision_analysis
 from pipelines.analyse import shard_tables as shard_analysis
 from pipelines.analyse.audit import audit
 from pipelines.analyse.decisions import Results
+from pipelines.analyse.errors import Place
 from pipelines.analyse.pages import INDEX, write_pages
 from pipelines.data.layout import RESULTS
 from pipelines.data.shards import read_shards
@@ -157,6 +158,10 @@ def _track(
         for row in tables.get("hit", ()):
             if row["k"] in (1, 2, 4, 8):
                 store.log_metrics({f"hit_{row['k']}_at_{100 * row['tau']:g}pct": row["hit"]})
+        for row in tables.get("first_wrong", ()):
+            policy = row["policy"].replace("@", " at ")  # which no metric's name may hold
+            places = {place: row[place] for place in get_args(Place)}
+            store.log_metrics({f"first_wrong_{place}/{row['task']}/{policy}": n for place, n in places.items()})
 
 
 def _markdown(rows: list[dict[str, Any]]) -> str:
