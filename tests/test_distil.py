@@ -37,6 +37,7 @@ from s2t_models.reserved import reserved_rows
 from s2t_models.settings import DivergenceSettings, ModelSettings
 from s2t_models.training import losses
 from s2t_models.training.batches import BatchOrder, collate, drop_narrow_margins, pieces, split_by_prompt, trajectories
+from s2t_models.training.evaluation import latest_of_the_best
 from s2t_models.training.trainer import BaseStates, Trainer
 
 SETTINGS = [
@@ -240,9 +241,9 @@ def test_the_latest_of_the_checkpoints_that_are_as_good_as_the_best_is_taken():
     def at(step: int, agree: float) -> tuple[None, dict[str, float]]:
         return None, {"step": step, "agree_at_1": agree, "top_steps": 400}
 
-    assert job._best([at(200, 0.89), at(320, 0.88)])[1]["step"] == 320  # 0.016 is one standard error
-    assert job._best([at(200, 0.89), at(320, 0.87)])[1]["step"] == 200
-    assert job._best([at(320, 0.9), at(200, 0.9)])[1]["step"] == 320
+    assert latest_of_the_best([at(200, 0.89), at(320, 0.88)])[1]["step"] == 320  # 0.016 is one standard error
+    assert latest_of_the_best([at(200, 0.89), at(320, 0.87)])[1]["step"] == 200
+    assert latest_of_the_best([at(320, 0.9), at(200, 0.9)])[1]["step"] == 320
 
 
 def test_a_training_is_known_by_what_decides_it_and_not_by_its_workers(recipe: Recipe):

@@ -39,6 +39,7 @@ from s2t_models.storage import Location, ObjectPath
 from s2t_models.threads import use_threads
 from s2t_models.training import objectives
 from s2t_models.training.build import build
+from s2t_models.training.evaluation import latest_of_the_best
 from s2t_models.training.products import Report
 from s2t_models.training.selector import check_targets
 from s2t_models.training.teacher import check_teacher
@@ -195,22 +196,13 @@ def _train(
     except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
         raise DistilError(f"training failed: {_root_cause(error)}; the same command goes on from {training}") from error
     checkpoints = result.best_checkpoints or []
-    best, metrics = _best(checkpoints)
+    best, metrics = latest_of_the_best(checkpoints)
     figures = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
     outcome: dict[str, Any] = {"validation": figures, "begun_at_steps": tuple(curves.begun)}
     # What was read after the checkpoint that is taken was read for it too: it chose among them.
     if read := max(metrics.get(TEACHER_READ, 0) for _, metrics in checkpoints):
         outcome["teacher"] = TeacherTokens(read=int(read))
     return read_state(best)["trained"], outcome
-
-
-def _best(checkpoints: list[tuple[Any, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:
-    """The latest checkpoint whose Agree@1 is within one standard error of the highest: a difference that the held-out
-    steps are too few to tell is no reason to leave a training early."""
-    highest = max(metrics["agree_at_1"] for _, metrics in checkpoints)
-    steps = max(metrics["top_steps"] for _, metrics in checkpoints)
-    enough = highest - math.sqrt(highest * (1 - highest) / max(steps, 1))
-    return max((pair for pair in checkpoints if pair[1]["agree_at_1"] >= enough), key=lambda pair: pair[1]["step"])
 
 
 def _build(

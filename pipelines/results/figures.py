@@ -6,7 +6,7 @@ Colours are those of Okabe and Ito, told apart without colour vision too. Nothin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,10 @@ def accuracy_against_cost(points: Sequence[Point], cost: str, title: str) -> Fig
     return figure
 
 
-def accuracy_over(series: Mapping[str, Sequence[Point]], x: str, title: str, percent: bool = False) -> Figure:
-    """Accuracy with intervals along an axis (the budget, or K), one line a policy."""
+def accuracy_over(
+    series: Mapping[str, Sequence[Point]], x: str, title: str, percent: bool = False, doubling_x: bool = False
+) -> Figure:
+    """Accuracy with intervals along an axis (the budget, K, or the size of a collection), one line a policy."""
     figure, axes = _canvas(title)
     for place, (label, points) in enumerate(series.items()):
         ordered = sorted(points, key=lambda point: point.x)
@@ -81,7 +83,9 @@ def accuracy_over(series: Mapping[str, Sequence[Point]], x: str, title: str, per
             capsize=2,
             label=label,
         )
-    _legend(axes)
+    if doubling_x:
+        _doubling(axes, {point.x for points in series.values() for point in points})
+    _legend(axes, outside=len(series) > 6)
     axes.set_xlabel(x)
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
@@ -128,9 +132,7 @@ def curve(
             label=label,
         )
     if doubling_x:
-        axes.set_xscale("log", base=2)
-        ticks = sorted({key for values in series.values() for key in values})
-        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        _doubling(axes, {key for values in series.values() for key in values})
     axes.set_ylim(0, 102)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -276,6 +278,13 @@ def _canvas(title: str, width: float = 7.0, height: float = 4.2) -> tuple[Figure
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return figure, axes
+
+
+def _doubling(axes: Axes, places: Set[float]) -> None:
+    """A logarithmic x axis with a tick at each place."""
+    axes.set_xscale("log", base=2)
+    ticks = sorted(places)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _legend(axes: Axes, outside: bool = False) -> None:

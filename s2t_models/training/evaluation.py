@@ -6,12 +6,16 @@ Axes: _S decoding state, _G group, _K candidate, _V text vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from s2t_models.training import losses
 from s2t_models.training.batches import Batch
 from s2t_models.training.objectives.base import Outputs
+
+Checkpoint = TypeVar("Checkpoint")
 
 #: The names of the sums, in the order in which workers add them up; a worker without a batch adds zeros.
 SUMS = (
@@ -61,6 +65,17 @@ def figures(sums: dict[str, float]) -> dict[str, float]:
         "spearman": sums["spearman"] / max(sums["ranked_steps"], 1),
         "kl_to_base": sums["kl"] / max(sums["steps"], 1),
     }
+
+
+def latest_of_the_best(
+    checkpoints: Sequence[tuple[Checkpoint, Mapping[str, Any]]],
+) -> tuple[Checkpoint, Mapping[str, Any]]:
+    """Of checkpoints with their `figures` and `step`, the latest whose Agree@1 is within one standard error of the
+    highest: a difference that the held-out steps are too few to tell is no reason to leave a training early."""
+    highest = max(metrics["agree_at_1"] for _, metrics in checkpoints)
+    steps = max(metrics["top_steps"] for _, metrics in checkpoints)
+    enough = highest - math.sqrt(highest * (1 - highest) / max(steps, 1))
+    return max((pair for pair in checkpoints if pair[1]["agree_at_1"] >= enough), key=lambda pair: pair[1]["step"])
 
 
 def spearman(left_GK: torch.Tensor, right_GK: torch.Tensor, valid_GK: torch.Tensor) -> torch.Tensor:
