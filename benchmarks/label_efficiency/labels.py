@@ -1,0 +1,104 @@
+"""The labels: two pools of the same prompts, made once, and of them the collection that a point is trained on.
+
+In one pool the SLM wrote and the teacher read, in the other the teacher wrote. A pool keeps the candidates of every
+step. Which steps are worth training on is decided for each collection by itself, as `s2t collect` would if it had been
+asked for so many prompts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from benchmarks.label_efficiency.plan import Experiment, Point
+from pipelines.collect import prompts as sources
+from pipelines.collect.actors import LABELLED, PROMPT, Labels, Rollouts
+from pipelines.collect.publish import publish
+from pipelines.data.layout import COLLECTED
+from pipelines.data.seal import read_sealed, sealed
+from pipelines.data.shards import shard_metadata
+from s2t_models import loading
+from s2t_models.hosting import pair
+from s2t_models.recipe import Recipe
+from s2t_models.settings import Writer
+from s2t_models.storage import whole
+
+#: Rows that are made, and kept, at once.
+BATCH = 128
+WRITERS: tuple[Writer, ...] = ("slm", "teacher")
+
+
+def missing(experiment: Experiment, writer: Writer) -> list[int]:
+    """Where the batches of prompts begin that are not in the pool yet."""
+    starts = range(0, experiment.recipe.collect.prompts, BATCH)
+    return [start for start in starts if not _file(_folder(experiment, writer), start).is_file()]
+
+
+def make_pool(experiment: Experiment, writer: Writer) -> None:
+    """Roll out and label the prompts of the pool that are not there yet."""
+    recipe, folder = _collecting(experiment.recipe, writer), _folder(experiment, writer)
+    rows = sources.rows(sources.from_task(recipe.collect.task, None, recipe), recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    engines = pair(recipe)
+    rollouts, labels = Rollouts(recipe, engines[writer]), Labels(recipe, engines[recipe.collect.reader])
+    try:
+        for start in missing(experiment, writer):
+            asked = pa.Table.from_pylist(rows[start : start + BATCH], PROMPT)
+            _write(_file(folder, start), labels(rollouts(asked)))
+    finally:
+        rollouts.engine.close()
+        labels.engine.close()
+
+
+def collection(experiment: Experiment, point: Point) -> Path:
+    """The folder of the point's collection, which is made where it is missing. Points of one seed have prefixes of one
+    permutation of the prompts. What the teacher wrote is cut where it has cost as many of its tokens as the labels of
+    `prompts` prompts."""
+    output = experiment.place(point) / "labels"
+    if (output / COLLECTED).is_file():
+        return output
+    writer = experiment.objective(point).writer
+    order = np.random.default_rng(point.seed).permutation(experiment.recipe.collect.prompts)
+    rows = _pool(experiment, "slm").take(order[: point.prompts])
+    if writer == "teacher":
+        written = _pool(experiment, writer).take(order)
+        rows = written.slice(0, int(np.searchsorted(_tokens(written).cumsum(), _tokens(rows).sum(), side="right")))
+    rows = rows.set_column(0, PROMPT.field("index"), pa.array(np.arange(len(rows))))
+    recipe = _collecting(experiment.recipe, writer)
+    slm, teacher = loading.weights_hash(recipe.slm), loading.weights_hash(recipe.teacher)
+    metadata = shard_metadata(recipe, slm, teacher, loading.tokenizer_hash(recipe.slm), recipe.collect.task)
+    output.mkdir(parents=True, exist_ok=True)
+    _write(labelled := output / "labelled.arrow", rows)
+    publish([labelled], len(rows), output, metadata, recipe)
+    labelled.unlink()
+    return output
+
+
+def _collecting(recipe: Recipe, writer: Writer) -> Recipe:
+    return recipe if writer == "slm" else recipe.by_teacher()
+
+
+def _folder(experiment: Experiment, writer: Writer) -> Path:
+    return experiment.folder / "labels" / writer
+
+
+def _file(folder: Path, start: int) -> Path:
+    return folder / f"{start:06}.arrow"
+
+
+def _write(path: Path, rows: pa.Table) -> None:
+    with whole(path) as part:
+        part.write_bytes(sealed(rows.select(LABELLED.names).cast(LABELLED)))
+
+
+def _pool(experiment: Experiment, writer: Writer) -> pa.Table:
+    return pa.concat_tables(read_sealed(path) for path in sorted(_folder(experiment, writer).glob("*.arrow")))
+
+
+def _tokens(rows: pa.Table) -> np.ndarray:
+    """What each row asked of the teacher, in tokens read and written: its prompt and its output, whoever wrote."""
+    lengths = (pc.fill_null(pc.list_value_length(rows[name]), 0) for name in ("prompt_ids", "output_ids"))
+    return sum(length.to_numpy() for length in lengths)  # type: ignore[return-value]

@@ -1,0 +1,191 @@
+"""What a point is measured by: verdicts on each task, and how far its model has moved from the base.
+
+Engines and policies run in this process, all questions of a task at once. What was measured is kept as a record a
+(point, task, policy).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+import torch
+
+from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point
+from benchmarks.label_efficiency.training import Outcome, train
+from benchmarks.label_efficiency.work import Job
+from pipelines.benchmark.questions import load_items
+from pipelines.runtime.records import NewLines, RecordLog
+from pipelines.tasks import Item, Task
+from s2t_models import chat, loading
+from s2t_models.divergence import divergence
+from s2t_models.engines.contract import Engine
+from s2t_models.engines.load import load
+from s2t_models.errors import UserError, one_line
+from s2t_models.hosting import Hosting, host
+from s2t_models.policies import policy
+from s2t_models.policies.base import Engines, Request, all_of, gather
+from s2t_models.recipe import Recipe
+from s2t_models.threads import use_threads
+
+BASE = Point("base")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure; `items` is a hash of the items that are asked."""
+
+    point: Point
+    task: str
+    items: str
+    policy: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A case with what came of it: whether each answer is right, in the order of the items; how many were cut off at
+    their limit, and the share of the tokens that were decided at triggered steps. `drift` is KL(base || trained) in
+    nats a token on what the base writes to the same items, and `outcome` what the training took; they are None for what
+    was not trained. `ids` are the texts, kept of the base alone."""
+
+    case: Case
+    correct: list[bool]
+    truncated: int
+    triggered: float
+    drift: float | None = None
+    outcome: Outcome | None = None
+    ids: list[list[int]] | None = None
+
+
+def questions(experiment: Experiment) -> list[tuple[Task, list[Item]]]:
+    """The tasks with the items that are asked; made once a process."""
+    return _load_items(experiment.recipe.model_dump_json())
+
+
+@cache
+def _load_items(recipe: str) -> list[tuple[Task, list[Item]]]:
+    return load_items(Recipe.model_validate_json(recipe), None)
+
+
+def cases(experiment: Experiment, points: Sequence[Point]) -> list[Case]:
+    """All there is to measure."""
+    asked = [(task.name, _digest(items)) for task, items in questions(experiment)]
+    return [
+        Case(point, task, items, name)
+        for point in points
+        for task, items in asked
+        for name in experiment.policies(point)
+    ]
+
+
+def known(experiment: Experiment) -> dict[Case, Measured]:
+    """What has been measured."""
+    found = {}
+    for line in NewLines(experiment.folder / "points")():
+        record = json.loads(line)
+        case = Case(**record["case"] | {"point": Point(**record["case"]["point"])})
+        outcome = record["outcome"] and Outcome(**record["outcome"])
+        found[case] = Measured(**record | {"case": case, "outcome": outcome})
+    return found
+
+
+def measure(experiment: Experiment, missing: Sequence[Case]) -> list[Measured]:
+    """Train the point of these cases where that is not done, and measure them; each is kept as soon as it is known.
+    Raises UserError."""
+    use_threads(1)
+    point = missing[0].point
+    try:
+        outcome = train(experiment, point) if point.system in SYSTEMS else None
+    except ValueError as error:
+        raise UserError(f"{point.name} cannot be trained: {one_line(error)}") from error
+    texts = {case.task: one.ids or [] for case, one in known(experiment).items() if case.point == BASE}
+    return asyncio.run(_measure(experiment, missing, outcome, texts))
+
+
+def line(job: Job, measured: Sequence[Measured]) -> str:
+    """What a job of `measure` came to, in percent right."""
+    said = (f"{one.case.policy} on {one.case.task} {100 * float(np.mean(one.correct)):.1f}" for one in measured)
+    return f"{job.name}: {', '.join(said)}"
+
+
+async def _measure(
+    experiment: Experiment, missing: Sequence[Case], outcome: Outcome | None, texts: dict[str, list[list[int]]]
+) -> list[Measured]:
+    hosting, decode = _hosting(experiment, missing[0].point), loading.decoder(experiment.recipe.slm)
+    tokenizer, log = loading.load_tokenizer(hosting.tokenizer), RecordLog(experiment.folder / "points")
+    policies = {case.policy: policy(case.policy, hosting) for case in missing}
+    (trained,) = {engine for one in policies.values() for engine in one.needs}
+    found: list[Measured] = []
+    with ExitStack() as closing:
+        running = _running(hosting, {trained, "slm"} if outcome else {trained}, closing)
+        engines = Engines(running, tokenizer.decode, tokenizer.encode)
+        for task, items in questions(experiment):
+            drift = None
+            prompts = [chat.prompt_ids(tokenizer, item.prompt) for item in items]
+            for case in (case for case in missing if case.task == task.name):
+                if outcome and drift is None:
+                    drift = await _drift(experiment, running["slm"], running[trained], prompts, texts[task.name])
+                requests = [Request(prompt, task.max_new_tokens) for prompt in prompts]
+                answers = await all_of(gather(policies[case.policy].decode(engines, one)) for one in requests)
+                graded = [
+                    task.grade(decode(answer.ids), item, answer.finish).verdict
+                    for answer, item in zip(answers, items, strict=True)
+                ]
+                one = Measured(
+                    case=case,
+                    correct=[verdict == "correct" for verdict in graded],
+                    truncated=graded.count("truncated"),
+                    triggered=sum(len(answer.decisions) for answer in answers)
+                    / sum(len(answer.ids) for answer in answers),
+                    drift=drift,
+                    outcome=outcome,
+                    ids=[answer.ids for answer in answers] if case.point == BASE else None,
+                )
+                log.append(asdict(one))
+                found.append(one)
+    return found
+
+
+def _hosting(experiment: Experiment, point: Point) -> Hosting:
+    """The recipe with what was trained: the artifact, or a checkpoint by the name of its objective."""
+    recipe = experiment.recipe
+    if point.system in SYSTEMS:
+        folder, name = str(experiment.model(point)), SYSTEMS[point.system].objective
+        named = {"artifact": folder} if experiment.selects(point) else {"checkpoints": {name: folder}}
+        recipe = recipe.model_copy(update=named)
+    return host(recipe)
+
+
+def _running(hosting: Hosting, names: Collection[str], closing: ExitStack) -> dict[str, Engine]:
+    running = {}
+    for name in names:
+        running[name] = load(hosting.engines[name])
+        closing.callback(running[name].close)
+    return running
+
+
+async def _drift(
+    experiment: Experiment, base: Engine, trained: Engine, prompts: Sequence[list[int]], texts: Sequence[list[int]]
+) -> float:
+    """KL(base || trained) in nats, mean over all steps of the base's texts."""
+    settings = experiment.recipe.divergence
+
+    async def one(prompt: list[int], ids: list[int]) -> torch.Tensor:
+        tokens, start = prompt + ids[:-1], len(prompt)
+        own = (await base.score(tokens, start, np.array(ids)[:, None], settings.support)).support
+        assert own is not None
+        other = await trained.score(tokens, start, own.ids_TN)
+        return divergence(torch.from_numpy(own.logprobs_TN), torch.from_numpy(other.logprobs_TN), settings.tail)
+
+    kl = await all_of(one(prompt, ids) for prompt, ids in zip(prompts, texts, strict=True))
+    return float(torch.cat(kl).mean())
+
+
+def _digest(items: Sequence[Item]) -> str:
+    return hashlib.sha256("\n".join(item.uid for item in items).encode()).hexdigest()[:12]

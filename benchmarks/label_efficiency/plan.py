@@ -1,0 +1,126 @@
+"""The points of the curves: what is trained on how many labels with which seed, in which order, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from s2t_models.artifact import CARD
+from s2t_models.hosting import LOCAL
+from s2t_models.recipe import Recipe
+from s2t_models.training.objectives import objective
+from s2t_models.training.objectives.base import Objective
+
+#: Prompts that are held out of the labelled ones at the least: thresholds are percentiles of their steps.
+HELD_OUT = 4
+#: Times that a training goes over its labels, within bounds.
+EPOCHS = 8
+
+
+@dataclass(frozen=True)
+class System:
+    """What is trained: an objective, and what it takes from a `kd` model of the same labels. "model": that model is the
+    base of the selector. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM."""
+
+    objective: str
+    from_kd: Literal["model", "lora"] | None = None
+
+
+KD = "kd"
+SYSTEMS = {
+    "selector": System("selector"),
+    KD: System(KD),
+    "kd+selector": System("selector", "model"),
+    "selector-from-kd": System("selector", "lora"),
+    "tsd-kd": System("tsd-kd"),
+    "distil": System("distil"),
+}
+#: What is not trained, and the policy it answers with.
+REFERENCES = {"base": "greedy", "teacher": "llm"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One training; of a reference, none."""
+
+    system: str
+    prompts: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.system}-{self.prompts}-{self.seed}"
+
+    @property
+    def kd(self) -> Point | None:
+        """The training of `kd` that this one takes up."""
+        system = SYSTEMS.get(self.system)
+        return Point(KD, self.prompts, self.seed) if system and system.from_kd else None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What all points share. The recipe says how many prompts are collected (`collect.prompts`), and which items are
+    asked (`benchmark`); a training takes `least_steps` steps at the least."""
+
+    recipe: Recipe
+    folder: Path
+    budgets: tuple[float, ...]
+    least_steps: int
+
+    def place(self, point: Point) -> Path:
+        """The folder of a training."""
+        return self.folder / "trained" / point.name
+
+    def model(self, point: Point) -> Path:
+        """The folder of what was trained, an artifact or a checkpoint."""
+        return self.place(point) / "model"
+
+    def objective(self, point: Point) -> Objective:
+        return objective(SYSTEMS[point.system].objective, self.recipe.distil)
+
+    def selects(self, point: Point) -> bool:
+        """Whether an artifact comes of the training, and not a plain checkpoint."""
+        return self.objective(point).mark == CARD
+
+    def policies(self, point: Point) -> list[str]:
+        """The policies that the point is measured with."""
+        if point.system in REFERENCES:
+            return [REFERENCES[point.system]]
+        if self.selects(point):
+            return [f"{LOCAL}@{budget:g}" for budget in self.budgets]
+        return [SYSTEMS[point.system].objective]
+
+    def training(self, point: Point) -> Recipe:
+        """The recipe that the point is trained with."""
+        distil = self.recipe.distil
+        share = max(distil.validation, min(HELD_OUT / point.prompts, 0.5))
+        steps = self.steps(point, share)
+        changes = {"steps": steps, "validation": share, "evaluate_every": max(steps // 4, 1), "workers": 1}
+        seed = self.recipe.seed + point.seed
+        return self.recipe.model_copy(update={"seed": seed, "distil": distil.model_copy(update=changes)})
+
+    def steps(self, point: Point, held_out: float) -> int:
+        """How long a point is trained: EPOCHS times over its labels within bounds. Where the teacher reads every text
+        as it is written, once over its prompts: that costs as much as the labels of the others."""
+        distil = self.recipe.distil
+        if self.objective(point).on_policy:
+            return max(round((1 - held_out) * point.prompts / distil.batch), 1)
+        return min(max(EPOCHS * point.prompts // distil.batch, self.least_steps), distil.steps)
+
+
+def points(systems: Sequence[str], sizes: Sequence[int], seeds: int) -> list[Point]:
+    """All points, seed by seed, so that whole curves come early; each behind what it takes up."""
+    wanted = [
+        Point(system, size, seed)
+        for seed in range(seeds)
+        for size in sorted(sizes)
+        for system in sorted(systems, key=_is_later)
+    ]
+    return list(dict.fromkeys(point for one in wanted for point in (one.kd, one) if point))
+
+
+def _is_later(system: str) -> bool:
+    return SYSTEMS[system].from_kd is not None

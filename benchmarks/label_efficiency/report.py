@@ -1,0 +1,155 @@
+"""The curves and their tables, from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.label_efficiency.measuring import Case, Measured
+from benchmarks.label_efficiency.plan import KD, REFERENCES
+from pipelines.results import figures as draw
+from pipelines.results.statistics import accuracy, paired
+from pipelines.results.summary import markdown_table
+from s2t_models.hosting import LOCAL
+from s2t_models.storage import whole, write_text
+
+TABLE = "table.md"
+HEADER = (
+    *("prompts", "system", "texts", "steps", "teacher tokens", "accuracy %", f"against {KD}"),
+    *("KL to base", "kept %", "triggered %"),
+)
+LEGEND = """\
+Every system of a number of prompts is trained at the teacher cost of that many labelled prompts. `selector`, `kd` and
+what is made of both share their labels. `distil` has as many of the teacher's own texts as cost no more, and `tsd-kd`
+lets the teacher read about as many texts of its own. `texts` and `teacher tokens` (read and written, as metered) are
+means over the seeds, and so is what follows. `against kd` is the difference of accuracies with its 95% interval, by the
+paired bootstrap over items. `KL to base` is in nats a token on what the base writes, and `kept` the accuracy on the
+items that the base solves. `triggered` is the share of tokens that were decided at triggered steps."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one system measured on a task at one number of prompts: a run a seed, by seed."""
+
+    system: str
+    prompts: int
+    runs: Mapping[int, Measured]
+
+    @property
+    def items(self) -> list[int]:
+        return [item for run in self.runs.values() for item in range(len(run.correct))]
+
+    @property
+    def correct(self) -> list[bool]:
+        return [right for run in self.runs.values() for right in run.correct]
+
+    def at(self, seeds: Sequence[int]) -> Curve:
+        return Curve(self.system, self.prompts, {seed: self.runs[seed] for seed in seeds})
+
+    def kept(self, base: Measured) -> Curve:
+        """On the items alone that the base solves."""
+        solved = np.array(base.correct)
+        runs = {
+            seed: Measured(run.case, np.array(run.correct)[solved].tolist(), run.truncated, run.triggered)
+            for seed, run in self.runs.items()
+        }
+        return Curve(self.system, self.prompts, runs)
+
+
+def write(found: Mapping[Case, Measured], folder: Path) -> str:
+    """Write the tables and the curves of all tasks to `folder`; returns the tables as Markdown."""
+    parts = []
+    for task in dict.fromkeys(case.task for case in found):
+        references, curves = _curves(one for case, one in found.items() if case.task == task)
+        parts.append(f"### {task}\n\n{_table(references, curves)}")
+        if curves:
+            _draw(curves, references, folder / f"accuracy-{task}.png", f"{task}: accuracy")
+        if curves and (base := references.get("base")):
+            kept = [curve.kept(base) for curve in curves]
+            _draw(kept, {}, folder / f"kept-{task}.png", f"{task}: accuracy where the base is right")
+    text = "\n\n".join([*parts, LEGEND]) + "\n"
+    write_text(folder / TABLE, text)
+    return text
+
+
+def _curves(found: Iterator[Measured]) -> tuple[dict[str, Measured], list[Curve]]:
+    """The references by name, and what was trained, by prompts and system."""
+    references: dict[str, Measured] = {}
+    runs: dict[tuple[int, str], dict[int, Measured]] = {}
+    for one in found:
+        point = one.case.point
+        if point.system in REFERENCES:
+            references[point.system] = one
+        else:
+            runs.setdefault((point.prompts, _label(one.case)), {})[point.seed] = one
+    return references, [
+        Curve(system, prompts, runs[prompts, system]) for prompts, system in sorted(runs, key=lambda key: key[0])
+    ]
+
+
+def _label(case: Case) -> str:
+    """The system, and the budget where it decodes with one."""
+    budget = case.policy.partition("@")[2] if case.policy.startswith(LOCAL) else ""
+    return f"{case.point.system} @{100 * float(budget):g}%" if budget else case.point.system
+
+
+def _table(references: Mapping[str, Measured], curves: Sequence[Curve]) -> str:
+    base = references.get("base")
+    controls = {curve.prompts: curve for curve in curves if curve.system == KD}
+    lines = [
+        ("", name, "", "", "", _percent(Curve(name, 0, {0: one})), "", "", "", "") for name, one in references.items()
+    ]
+    for curve in curves:
+        runs, control = list(curve.runs.values()), controls.get(curve.prompts)
+        outcomes = [run.outcome for run in runs if run.outcome]
+        lines.append(
+            (
+                str(curve.prompts),
+                curve.system,
+                f"{np.mean([one.texts for one in outcomes]):.0f}",
+                f"{np.mean([one.steps for one in outcomes]):.0f}",
+                f"{np.mean([one.teacher_read + one.teacher_written for one in outcomes]):,.0f}",
+                _percent(curve),
+                _against(curve, control) if control and curve.system != KD else "",
+                f"{np.mean([run.drift or 0.0 for run in runs]):.4f}",
+                _percent(curve.kept(base)) if base and any(base.correct) else "",
+                f"{100 * np.mean([run.triggered for run in runs]):.1f}" if "@" in curve.system else "",
+            )
+        )
+    return markdown_table(HEADER, lines)
+
+
+def _percent(curve: Curve) -> str:
+    return f"{100 * np.mean(curve.correct):.1f}"
+
+
+def _against(curve: Curve, control: Curve) -> str:
+    """The difference on the seeds that both have."""
+    seeds = [seed for seed in curve.runs if seed in control.runs]
+    if not seeds:
+        return ""
+    one, other = curve.at(seeds), control.at(seeds)
+    difference = paired(one.items, one.correct, other.correct)
+    return f"{100 * difference.difference:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+
+
+def _draw(curves: Sequence[Curve], references: Mapping[str, Measured], path: Path, title: str) -> None:
+    """Accuracy over prompts; a reference is a level line."""
+    series: dict[str, list[draw.Point]] = {}
+    for curve in curves:
+        if curve.correct:
+            series.setdefault(curve.system, []).append(_point(curve, curve.prompts))
+    for name, one in references.items():
+        series[name] = [_point(Curve(name, 0, {0: one}), size) for size in {curve.prompts for curve in curves}]
+    if series:
+        figure = draw.accuracy_over(series, "labelled prompts, or as much of the teacher", title, doubling_x=True)
+        with whole(path) as part:
+            figure.savefig(part, format="png")
+
+
+def _point(curve: Curve, size: float) -> draw.Point:
+    found = accuracy(curve.items, curve.correct)
+    return draw.Point(curve.system, found.accuracy, found.low, found.high, size)
