@@ -6,14 +6,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks.label_efficiency import labels, measuring, training
+from benchmarks.label_efficiency import labels, measuring, report, training
 from benchmarks.label_efficiency.__main__ import main, parse
+from benchmarks.label_efficiency.measuring import Case, Measured
 from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point, points
 from benchmarks.label_efficiency.settings import experiment_of
 from pipelines.data.shards import read_shards
+from pipelines.results.statistics import paired
 from s2t_models.artifact import read_provenance
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.training.selector import ROWS
@@ -80,7 +83,7 @@ def test_every_system_has_its_point_and_two_processes_give_what_one_does(tmp_pat
     for case, measured in one.items():
         assert two[case].correct == measured.correct
         assert two[case].outcome == measured.outcome
-        assert two[case].drift == pytest.approx(measured.drift, rel=1e-3)
+        assert (two[case].drift or 0) == pytest.approx(measured.drift or 0, rel=1e-3)
     drift = {case.point.system: measured.drift for case, measured in one.items()}
     assert drift["selector"] != drift["selector-from-kd"] != drift["kd+selector"]
     tensors = {
@@ -88,6 +91,33 @@ def test_every_system_has_its_point_and_two_processes_give_what_one_does(tmp_pat
         for name in ("kd", "selector-from-kd")
     }
     assert tensors["selector-from-kd"].keys() - tensors["kd"].keys() == {ROWS}
+
+
+def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
+    rng = np.random.default_rng(0)
+
+    def measured(system: str, prompts: int, seed: int, policy: str, share: float) -> Measured:
+        outcome = None if system == "base" else training.Outcome(80, prompts, 100 * prompts + seed, 10)
+        case = Case(Point(system, prompts, seed), "embedded", "same", policy)
+        return Measured(case, (rng.random(40) < share).tolist(), 0, 0.04, outcome and 0.5 + seed, outcome)
+
+    base = measured("base", 0, 0, "greedy", 0.4)
+    local = [measured("selector", 25, seed, "s2t-local@0.05", 0.9) for seed in (0, 1)]
+    kd = [measured("kd", 25, seed, "kd", 0.5) for seed in (0, 1, 2)]
+    table = report.write({one.case: one for one in (base, *local, *kd)}, tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
+    found = {row[1]: dict(zip(rows[0], row, strict=True)) for row in rows}
+    one, other = ([right for run in runs[:2] for right in run.correct] for runs in (local, kd))
+    expected = paired([*range(40)] * 2, one, other)
+    low, high = (f"{100 * end:+.1f}" for end in (expected.low, expected.high))
+    assert found["selector @5%"]["against kd"] == f"{100 * expected.difference:+.1f} [{low}, {high}]"
+    assert found["selector @5%"]["accuracy %"] == f"{100 * np.mean(one):.1f}"
+    kept = [run.correct[item] for run in local for item in range(40) if base.correct[item]]
+    assert found["selector @5%"]["kept %"] == f"{100 * np.mean(kept):.1f}"
+    assert found["kd"]["teacher tokens"] == "2,511"
+    assert (found["kd"]["KL to base"], found["kd"]["against kd"]) == ("1.5000", "")
+    assert (found["selector @5%"]["triggered %"], found["kd"]["triggered %"]) == ("4.0", "")
+    assert {path.name for path in tmp_path.iterdir()} == {"accuracy-embedded.png", "kept-embedded.png", "table.md"}
 
 
 @pytest.mark.parametrize(

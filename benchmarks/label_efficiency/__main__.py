@@ -19,62 +19,76 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from s2t_models.commands import run_command
+
+if TYPE_CHECKING:
+    from benchmarks.label_efficiency.plan import Experiment, Point
+    from benchmarks.label_efficiency.work import Job
 
 SIZES = "25,50,100,200,400,800,1600"
 SYSTEMS = "selector,kd,kd+selector,selector-from-kd,tsd-kd,distil"
 TASKS = "embedded,embedded-hard,embedded-held-out"
 BUDGETS = "0.02,0.05,0.10"
-#: What a measurement takes, in steps of a training.
-STEPS_A_MEASUREMENT = 25
-#: What a pool takes, in the same.
-LONG = 300
+#: What a measurement takes, and what making the labels takes, in steps of a training.
+MEASUREMENT, LABELLING = 25, 300
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-
-    def work() -> int:
-        return _curves(options)
-
-    return run_command("label_efficiency", work, options.folder)
+    return run_command("label_efficiency", lambda: _curves(options), options.folder)
 
 
 def _curves(options: argparse.Namespace) -> int:
-    """Make the labels, measure the references and then every point that is missing, and draw what there is."""
-    from benchmarks.label_efficiency import labels, measuring, plan, report
+    """Make the labels, measure the references, then every point, each where it is missing; and draw what there is."""
+    from benchmarks.label_efficiency import measuring, report
+    from benchmarks.label_efficiency.plan import REFERENCES, Point, points
     from benchmarks.label_efficiency.settings import experiment_of
-    from benchmarks.label_efficiency.work import Job, run
+    from benchmarks.label_efficiency.work import run
     from s2t_models.locks import locked
 
     experiment = experiment_of(options)
+    references = [Point(name) for name in REFERENCES]
+    trained = points(options.systems, options.prompts, options.seeds)
     with locked(options.folder):
-        first = [plan.Point(name) for name in plan.REFERENCES]
-        points = plan.points(options.systems, options.prompts, options.seeds)
-
-        def missing(of: list[plan.Point]) -> list[Job]:
-            known, found = measuring.known(experiment), []
-            for point in of:
-                if cases := [case for case in measuring.cases(experiment, [point]) if case not in known]:
-                    size = experiment.training(point).distil.steps if point.prompts else 0
-                    after = frozenset({point.kd.name} if point.kd else ())
-                    size += STEPS_A_MEASUREMENT * len(cases)
-                    found.append(Job(point.name, measuring.measure, (experiment, cases), after, size))
-            return found
-
-        pools = [
-            Job(f"texts of the {writer}, labelled", labels.make_pool, (experiment, writer), size=LONG)
-            for writer in labels.WRITERS
-            if labels.missing(experiment, writer)
-        ]
-        failed = run([*pools, *missing(first)], options.jobs) or run(missing(points), options.jobs, measuring.line)
-        wanted = measuring.cases(experiment, [*first, *points])
-        found = measuring.known(experiment)
-        print(report.write({case: found[case] for case in wanted if case in found}, options.folder))
-        print(f"tables and curves: {options.folder}")
+        failed = run([*_labelling(experiment), *_measuring(experiment, references)], options.jobs)
+        if not failed:
+            failed = run(_measuring(experiment, trained), options.jobs, measuring.line)
+        known = measuring.known(experiment)
+        found = {case: known[case] for case in measuring.cases(experiment, [*references, *trained]) if case in known}
+        print(report.write(found, options.folder))
+    print(f"tables and curves: {options.folder}")
     return 1 if failed else 0
+
+
+def _labelling(experiment: Experiment) -> list[Job]:
+    """The pools that are not whole yet."""
+    from benchmarks.label_efficiency.labels import WRITERS, make_pool, missing
+    from benchmarks.label_efficiency.work import Job
+
+    return [
+        Job(f"texts of the {writer}, labelled", make_pool, (experiment, writer), size=LABELLING)
+        for writer in WRITERS
+        if missing(experiment, writer)
+    ]
+
+
+def _measuring(experiment: Experiment, points: Sequence[Point]) -> list[Job]:
+    """The points of which something is missing, each with the cases that are."""
+    from benchmarks.label_efficiency import measuring
+    from benchmarks.label_efficiency.work import Job
+
+    known, jobs = measuring.known(experiment), []
+    for point in points:
+        if missing := [case for case in measuring.cases(experiment, [point]) if case not in known]:
+            steps = experiment.training(point).distil.steps if point.prompts else 0
+            after = frozenset({point.kd.name} if point.kd else ())
+            size = steps + MEASUREMENT * len(missing)
+            jobs.append(Job(point.name, measuring.measure, (experiment, missing), after, size))
+    return jobs
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -93,8 +107,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _list(kind: type) -> object:
-    return lambda text: [kind(part) for part in text.split(",")]
+def _list(kind: type) -> Callable[[str], list[Any]]:
+    """The type of options that take several values, by commas."""
+
+    def values(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return values
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ EPOCHS = 8
 @dataclass(frozen=True)
 class System:
     """What is trained: an objective, and what it takes from a `kd` model of the same labels. "model": that model is the
-    base of the selector. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM."""
+    base of the selector, whose candidates, prior and critical steps stay those of the SLM's labelled texts: new ones
+    would cost the teacher as much again. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM."""
 
     objective: str
     from_kd: Literal["model", "lora"] | None = None

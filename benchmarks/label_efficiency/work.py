@@ -59,7 +59,9 @@ def _here(jobs: Sequence[Job]) -> Iterator[tuple[Job, Future[Any]]]:
 
 def _spread(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Future[Any]]]:
     waiting, running = list(jobs), dict[Future[Any], Job]()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), use_threads, (1,)) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    # A process a job: what engines hold of its memory goes back with it.
+    with ProcessPoolExecutor(processes, spawn, use_threads, (1,), max_tasks_per_child=1) as pool:
         while waiting or running:
             unfinished = {job.name for job in (*waiting, *running.values())}
             ready = [job for job in waiting if not job.after & unfinished]
