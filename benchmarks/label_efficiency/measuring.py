@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Collection, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 
-from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point
+from benchmarks.label_efficiency.plan import REFERENCES, SYSTEMS, Experiment, Point
 from benchmarks.label_efficiency.training import Outcome, train
 from benchmarks.label_efficiency.work import Job
 from pipelines.benchmark.questions import load_items
@@ -104,8 +104,7 @@ def measure(experiment: Experiment, missing: Sequence[Case]) -> list[Measured]:
         outcome = train(experiment, point) if point.system in SYSTEMS else None
     except ValueError as error:
         raise UserError(f"{point.name} cannot be trained: {one_line(error)}") from error
-    texts = {case.task: one.ids or [] for case, one in known(experiment).items() if case.point == BASE}
-    return asyncio.run(_measure(experiment, missing, outcome, texts))
+    return asyncio.run(_measure(experiment, missing, outcome))
 
 
 def line(job: Job, measured: Sequence[Measured]) -> str:
@@ -114,41 +113,38 @@ def line(job: Job, measured: Sequence[Measured]) -> str:
     return f"{job.name}: {', '.join(said)}"
 
 
-async def _measure(
-    experiment: Experiment, missing: Sequence[Case], outcome: Outcome | None, texts: dict[str, list[list[int]]]
-) -> list[Measured]:
-    hosting, decode = _hosting(experiment, missing[0].point), loading.decoder(experiment.recipe.slm)
-    tokenizer, log = loading.load_tokenizer(hosting.tokenizer), RecordLog(experiment.folder / "points")
+async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Outcome | None) -> list[Measured]:
+    hosting = _hosting(experiment, missing[0].point)
+    asked = {task.name: (task, items) for task, items in questions(experiment)}
     policies = {case.policy: policy(case.policy, hosting) for case in missing}
     (trained,) = {engine for one in policies.values() for engine in one.needs}
+    tokenizer, log = loading.load_tokenizer(hosting.tokenizer), RecordLog(experiment.folder / "points")
+    before, drift = known(experiment), dict[str, float]()
     found: list[Measured] = []
-    with ExitStack() as closing:
-        running = _running(hosting, {trained, "slm"} if outcome else {trained}, closing)
-        engines = Engines(running, tokenizer.decode, tokenizer.encode)
-        for task, items in questions(experiment):
-            drift = None
+    with _running(hosting, {trained, "slm"} if outcome else {trained}) as engines:
+        for case in missing:
+            task, items = asked[case.task]
             prompts = [chat.prompt_ids(tokenizer, item.prompt) for item in items]
-            for case in (case for case in missing if case.task == task.name):
-                if outcome and drift is None:
-                    drift = await _drift(experiment, running["slm"], running[trained], prompts, texts[task.name])
-                requests = [Request(prompt, task.max_new_tokens) for prompt in prompts]
-                answers = await all_of(gather(policies[case.policy].decode(engines, one)) for one in requests)
-                graded = [
-                    task.grade(decode(answer.ids), item, answer.finish).verdict
-                    for answer, item in zip(answers, items, strict=True)
-                ]
-                one = Measured(
-                    case=case,
-                    correct=[verdict == "correct" for verdict in graded],
-                    truncated=graded.count("truncated"),
-                    triggered=sum(len(answer.decisions) for answer in answers)
-                    / sum(len(answer.ids) for answer in answers),
-                    drift=drift,
-                    outcome=outcome,
-                    ids=[answer.ids for answer in answers] if case.point == BASE else None,
-                )
-                log.append(asdict(one))
-                found.append(one)
+            if outcome and task.name not in drift:
+                texts = before[replace(case, point=BASE, policy=REFERENCES[BASE.system])].ids or []
+                drift[task.name] = await _drift(experiment, engines["slm"], engines[trained], prompts, texts)
+            requests = [Request(prompt, task.max_new_tokens) for prompt in prompts]
+            answers = await all_of(gather(policies[case.policy].decode(engines, one)) for one in requests)
+            verdicts = [
+                task.grade(engines.decode(answer.ids), item, answer.finish).verdict
+                for answer, item in zip(answers, items, strict=True)
+            ]
+            one = Measured(
+                case=case,
+                correct=[verdict == "correct" for verdict in verdicts],
+                truncated=verdicts.count("truncated"),
+                triggered=sum(len(answer.decisions) for answer in answers) / sum(len(answer.ids) for answer in answers),
+                drift=drift.get(task.name),
+                outcome=outcome,
+                ids=[answer.ids for answer in answers] if case.point == BASE else None,
+            )
+            log.append(asdict(one))
+            found.append(one)
     return found
 
 
@@ -162,12 +158,14 @@ def _hosting(experiment: Experiment, point: Point) -> Hosting:
     return host(recipe)
 
 
-def _running(hosting: Hosting, names: Collection[str], closing: ExitStack) -> dict[str, Engine]:
-    running = {}
-    for name in names:
-        running[name] = load(hosting.engines[name])
-        closing.callback(running[name].close)
-    return running
+@contextmanager
+def _running(hosting: Hosting, names: Collection[str]) -> Iterator[Engines]:
+    tokenizer, running = loading.load_tokenizer(hosting.tokenizer), {}
+    with ExitStack() as closing:
+        for name in names:
+            running[name] = load(hosting.engines[name])
+            closing.callback(running[name].close)
+        yield Engines(running, loading.decoder(hosting.tokenizer), tokenizer.encode)
 
 
 async def _drift(
