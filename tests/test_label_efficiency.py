@@ -60,7 +60,7 @@ def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     assert sum(tokens) - 120 < sum(by_teacher) <= sum(tokens)
     assert "selector @5%" in table
     assert f"{read:,}" in table
-    assert {path.name for path in tmp_path.glob("*.png")} >= {"accuracy-embedded.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy-embedded-at-5.png"}
 
     def again(*_: Any) -> None:
         raise AssertionError("asked again")
@@ -117,7 +117,11 @@ def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
     assert found["kd"]["teacher tokens"] == "2,511"
     assert (found["kd"]["KL to base"], found["kd"]["against kd"]) == ("1.5000", "")
     assert (found["selector @5%"]["triggered %"], found["kd"]["triggered %"]) == ("4.0", "")
-    assert {path.name for path in tmp_path.iterdir()} == {"accuracy-embedded.png", "kept-embedded.png", "table.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "accuracy-embedded-at-5.png",
+        "kept-embedded-at-5.png",
+        "table.md",
+    }
 
 
 @pytest.mark.parametrize(

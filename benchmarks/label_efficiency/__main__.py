@@ -12,7 +12,7 @@ distil.tsd_kd.learning_rate=...` sets another).
 
 Each point is a process of one thread, without Ray. What is measured is kept in the folder as soon as it is known, so
 the same command goes on where it was stopped, and with more --prompts, --systems, --seeds or --tasks it adds to what is
-there. It ends with table.md and a figure a task.
+there. It ends with table.md and two figures a task and budget.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ from benchmarks.label_efficiency.plan import KD, REFERENCES
 from pipelines.results import figures as draw
 from pipelines.results.statistics import accuracy, paired
 from pipelines.results.summary import markdown_table
-from s2t_models.hosting import LOCAL
 from s2t_models.storage import whole, write_text
 
 TABLE = "table.md"
@@ -32,11 +31,17 @@ items that the base solves. `triggered` is the share of tokens that were decided
 
 @dataclass(frozen=True)
 class Curve:
-    """What one system measured on a task at one number of prompts: a run a seed, by seed."""
+    """What was measured of one system on a task, at one number of prompts and one budget (None: it decodes without): a
+    run a seed, by seed."""
 
     system: str
     prompts: int
+    budget: float | None
     runs: Mapping[int, Measured]
+
+    @property
+    def label(self) -> str:
+        return self.system if self.budget is None else f"{self.system} @{100 * self.budget:g}%"
 
     @property
     def items(self) -> list[int]:
@@ -47,16 +52,13 @@ class Curve:
         return [right for run in self.runs.values() for right in run.correct]
 
     def at(self, seeds: Sequence[int]) -> Curve:
-        return Curve(self.system, self.prompts, {seed: self.runs[seed] for seed in seeds})
+        return replace(self, runs={seed: self.runs[seed] for seed in seeds})
 
     def kept(self, base: Measured) -> Curve:
         """On the items alone that the base solves."""
         solved = np.array(base.correct)
-        runs = {
-            seed: Measured(run.case, np.array(run.correct)[solved].tolist(), run.truncated, run.triggered)
-            for seed, run in self.runs.items()
-        }
-        return Curve(self.system, self.prompts, runs)
+        runs = {seed: replace(run, correct=np.array(run.correct)[solved].tolist()) for seed, run in self.runs.items()}
+        return replace(self, runs=runs)
 
 
 def write(found: Mapping[Case, Measured], folder: Path) -> str:
@@ -65,11 +67,13 @@ def write(found: Mapping[Case, Measured], folder: Path) -> str:
     for task in dict.fromkeys(case.task for case in found):
         references, curves = _curves(one for case, one in found.items() if case.task == task)
         parts.append(f"### {task}\n\n{_table(references, curves)}")
-        if curves:
-            _draw(curves, references, folder / f"accuracy-{task}.png", f"{task}: accuracy")
-        if curves and (base := references.get("base")):
-            kept = [curve.kept(base) for curve in curves]
-            _draw(kept, {}, folder / f"kept-{task}.png", f"{task}: accuracy where the base is right")
+        for budget in {curve.budget for curve in curves if curve.budget} or {None}:
+            shown = [curve for curve in curves if curve.budget in (None, budget)]
+            name = f"{task}-at-{100 * budget:g}" if budget else task
+            _draw(shown, references, folder / f"accuracy-{name}.png", f"{task}: accuracy")
+            if base := references.get("base"):
+                kept = [curve.kept(base) for curve in shown]
+                _draw(kept, {}, folder / f"kept-{name}.png", f"{task}: accuracy where the base is right")
     text = "\n\n".join([*parts, LEGEND]) + "\n"
     write_text(folder / TABLE, text)
     return text
@@ -78,37 +82,28 @@ def write(found: Mapping[Case, Measured], folder: Path) -> str:
 def _curves(found: Iterator[Measured]) -> tuple[dict[str, Measured], list[Curve]]:
     """The references by name, and what was trained, by prompts and system."""
     references: dict[str, Measured] = {}
-    runs: dict[tuple[int, str], dict[int, Measured]] = {}
+    runs: dict[tuple[str, int, float | None], dict[int, Measured]] = {}
     for one in found:
-        point = one.case.point
+        point, budget = one.case.point, one.case.policy.partition("@")[2]
         if point.system in REFERENCES:
             references[point.system] = one
         else:
-            runs.setdefault((point.prompts, _label(one.case)), {})[point.seed] = one
-    return references, [
-        Curve(system, prompts, runs[prompts, system]) for prompts, system in sorted(runs, key=lambda key: key[0])
-    ]
-
-
-def _label(case: Case) -> str:
-    """The system, and the budget where it decodes with one."""
-    budget = case.policy.partition("@")[2] if case.policy.startswith(LOCAL) else ""
-    return f"{case.point.system} @{100 * float(budget):g}%" if budget else case.point.system
+            runs.setdefault((point.system, point.prompts, float(budget) if budget else None), {})[point.seed] = one
+    curves = [Curve(*of, by_seed) for of, by_seed in runs.items()]
+    return references, sorted(curves, key=lambda curve: curve.prompts)
 
 
 def _table(references: Mapping[str, Measured], curves: Sequence[Curve]) -> str:
     base = references.get("base")
     controls = {curve.prompts: curve for curve in curves if curve.system == KD}
-    lines = [
-        ("", name, "", "", "", _percent(Curve(name, 0, {0: one})), "", "", "", "") for name, one in references.items()
-    ]
+    lines = [("", name, "", "", "", _percent(_reference(one)), "", "", "", "") for name, one in references.items()]
     for curve in curves:
         runs, control = list(curve.runs.values()), controls.get(curve.prompts)
         outcomes = [run.outcome for run in runs if run.outcome]
         lines.append(
             (
                 str(curve.prompts),
-                curve.system,
+                curve.label,
                 f"{np.mean([one.texts for one in outcomes]):.0f}",
                 f"{np.mean([one.steps for one in outcomes]):.0f}",
                 f"{np.mean([one.teacher_read + one.teacher_written for one in outcomes]):,.0f}",
@@ -116,10 +111,14 @@ def _table(references: Mapping[str, Measured], curves: Sequence[Curve]) -> str:
                 _against(curve, control) if control and curve.system != KD else "",
                 f"{np.mean([run.drift or 0.0 for run in runs]):.4f}",
                 _percent(curve.kept(base)) if base and any(base.correct) else "",
-                f"{100 * np.mean([run.triggered for run in runs]):.1f}" if "@" in curve.system else "",
+                f"{100 * np.mean([run.triggered for run in runs]):.1f}" if curve.budget else "",
             )
         )
     return markdown_table(HEADER, lines)
+
+
+def _reference(one: Measured) -> Curve:
+    return Curve(one.case.point.system, 0, None, {0: one})
 
 
 def _percent(curve: Curve) -> str:
@@ -141,9 +140,9 @@ def _draw(curves: Sequence[Curve], references: Mapping[str, Measured], path: Pat
     series: dict[str, list[draw.Point]] = {}
     for curve in curves:
         if curve.correct:
-            series.setdefault(curve.system, []).append(_point(curve, curve.prompts))
+            series.setdefault(curve.label, []).append(_point(curve, curve.prompts))
     for name, one in references.items():
-        series[name] = [_point(Curve(name, 0, {0: one}), size) for size in {curve.prompts for curve in curves}]
+        series[name] = [_point(_reference(one), size) for size in {curve.prompts for curve in curves}]
     if series:
         figure = draw.accuracy_over(series, "labelled prompts, or as much of the teacher", title, doubling_x=True)
         with whole(path) as part:
@@ -152,4 +151,4 @@ def _draw(curves: Sequence[Curve], references: Mapping[str, Measured], path: Pat
 
 def _point(curve: Curve, size: float) -> draw.Point:
     found = accuracy(curve.items, curve.correct)
-    return draw.Point(curve.system, found.accuracy, found.low, found.high, size)
+    return draw.Point(curve.label, found.accuracy, found.low, found.high, size)
