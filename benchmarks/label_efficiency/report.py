@@ -67,7 +67,8 @@ def write(found: Mapping[Case, Measured], folder: Path) -> str:
     for task in dict.fromkeys(case.task for case in found):
         references, curves = _curves(one for case, one in found.items() if case.task == task)
         parts.append(f"### {task}\n\n{_table(references, curves)}")
-        for budget in {curve.budget for curve in curves if curve.budget} or {None}:
+        budgets: set[float | None] = {curve.budget for curve in curves if curve.budget}
+        for budget in budgets or {None}:
             shown = [curve for curve in curves if curve.budget in (None, budget)]
             name = f"{task}-at-{100 * budget:g}" if budget else task
             _draw(shown, references, folder / f"accuracy-{name}.png", f"{task}: accuracy")

@@ -39,19 +39,20 @@ def train(experiment: Experiment, point: Point) -> Outcome:
     place = experiment.place(point)
     if (place / OUTCOME).is_file():
         return Outcome(**json.loads((place / OUTCOME).read_text()))
-    if point.kd and not (experiment.place(point.kd) / OUTCOME).is_file():
-        raise UserError(f"{point.name}: {point.kd.name}, which it takes up, is not trained")
+    kd, from_kd = point.kd, SYSTEMS[point.system].from_kd
+    if kd and not (experiment.place(kd) / OUTCOME).is_file():
+        raise UserError(f"{point.name}: {kd.name}, which it takes up, is not trained")
     shards, chosen = collection(experiment, point), experiment.objective(point)
     name, recipe = SYSTEMS[point.system].objective, experiment.training(point)
     settings = {"distil.steps": recipe.distil.steps}
     provenance = check_inputs(recipe, name, shards, None, {"training": recipe.seed}, settings, chosen.writer)
-    if SYSTEMS[point.system].from_kd == "model":
-        slm = recipe.slm.model_copy(update={"path": str(experiment.model(point.kd)), "revision": None})
+    if kd and from_kd == "model":
+        slm = recipe.slm.model_copy(update={"path": str(experiment.model(kd)), "revision": None})
         recipe = recipe.model_copy(update={"slm": slm})
     data = ShardTrajectories(shards)
     trainer = Trainer(recipe, name, data)
-    if SYSTEMS[point.system].from_kd == "lora":
-        begun = load_file(experiment.place(point.kd) / TENSORS)
+    if kd and from_kd == "lora":
+        begun = load_file(experiment.place(kd) / TENSORS)
         trainer.selector.load_trained(trainer.selector.trained() | begun)
     trained, figures = _best(trainer)
     texts, teacher = len(data), provenance.teacher or TeacherTokens()
