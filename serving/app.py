@@ -51,6 +51,7 @@ def build(hosting: Hosting, keys: Keys, board: Any = None, spare: bool = False) 
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
+    from serving.decode_routing import ROUTING
     from serving.engine_deployment import EngineDeployment
     from serving.gateway import Gateway
     from serving.lifecycle import GATEWAY
@@ -74,6 +75,7 @@ def build(hosting: Hosting, keys: Keys, board: Any = None, spare: bool = False) 
     handles = {}
     for name, engine in hosting.engines.items():
         options = replica_options(engine.settings)
+        options["request_router_config"] = ROUTING
         handles[name] = deployment(EngineDeployment, name, options, 100 if spare else 0).bind(engine, board)
     gateway = deployment(Gateway, GATEWAY, gateway_options(hosting.recipe.serving), 100)
     return gateway.bind(hosting, handles, keys)

@@ -70,14 +70,14 @@ async def choice(
     """Decode one choice; `top` asks for log-probabilities, of the token and of the `top` most probable ones."""
     text, output = TextStream(tokenizer, request.stop), list(request.prompt)
     done: base.Done | None = None
-    place = nullcontext() if policy.decodes_many else engines.place(policy.needs)
-    async with place, aclosing(policy.decode(engines, request)) as events:  # type: ignore[type-var]
+    place = nullcontext(engines) if policy.decodes_many else engines.place(policy.needs)
+    async with place as placed, aclosing(policy.decode(placed, request)) as events:  # type: ignore[type-var]
         async for event in events:
             if isinstance(event, base.Span):
                 certain, pieces = text.add(event.ids)
                 logprobs = []
                 if top is not None and event.support is not None and policy.scored_by is not None:
-                    logprobs = await _logprobs(engines[policy.scored_by], output, event.ids, event.support, top)
+                    logprobs = await _logprobs(placed[policy.scored_by], output, event.ids, event.support, top)
                 output += event.ids
                 tokens = [(piece, event.source) for piece in pieces]
                 yield Piece(number, certain, event.ids, tokens, logprobs=logprobs)

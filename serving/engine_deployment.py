@@ -1,12 +1,14 @@
 """An engine as a Serve deployment, and the engine contract over a deployment handle.
 
 `EngineDeployment` hosts one engine, `RemoteEngine` is what policies call. Calls carry their whole prefix, so any
-replica can serve any call. Neither knows of policies, text or HTTP.
+replica can serve any call; those of one decode go to one replica (`decode_routing`). Neither knows of policies, text or
+HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -38,6 +40,7 @@ from s2t_models.engines.telling import joined, told
 from s2t_models.hosting import Hosted
 from s2t_models.settings import MultiplexSettings, TahSettings
 from s2t_models.threads import use_threads
+from serving.decodes import Decode
 from serving.written import keep_posted
 
 #: A streamed draft is told of this often at the most, in seconds: a reader sees no difference, and a message a token of
@@ -103,15 +106,21 @@ class RemoteEngine:
         # Over gRPC: for the many small calls of collaborative decoding, Serve's way through Ray's actor calls costs
         # more than what they compute (Takeover took 1.4 times as long).
         self._handle = handle.options(_by_reference=False)
-        self._streaming = self._handle.options(stream=True)
         # Serve's gRPC would take an `http_proxy` of the environment to the next replica; Ray's own gRPC never does.
         os.environ["grpc_proxy"] = ""  # noqa: SIM112
-        self._card: ModelCard | None = None
+        self._cards: list[ModelCard] = []  # one, once it has been asked for
+        self._decode: Decode | None = None
+
+    def of(self, decode: Decode) -> RemoteEngine:
+        """The engine for the calls of one decode, which go to one replica."""
+        engine = copy.copy(self)
+        engine._decode = decode
+        return engine
 
     async def card(self) -> ModelCard:
-        if self._card is None:
-            self._card = await self._call("card")
-        return self._card
+        if not self._cards:
+            self._cards.append(await self._call("card"))
+        return self._cards[0]
 
     async def answering(self) -> ModelCard:
         """The card, asked anew of a replica. Raises EngineDied where its engine is not well, and waits while there is
@@ -190,7 +199,7 @@ class RemoteEngine:
 
     async def _stream(self, method: str, tell: Tell, *arguments: Any) -> Draft:
         answer: Any = None
-        parts: Any = self._streaming.stream.remote(method, arguments)
+        parts: Any = self._method("stream", stream=True).remote(method, arguments)
         try:
             async for part in parts:
                 if isinstance(part, Written):
@@ -204,13 +213,19 @@ class RemoteEngine:
     async def _call(self, method: str, *arguments: Any) -> Any:
         """A call carries all that it needs: where its replica ends under it, another one is asked."""
         try:
-            return _answered(await self._handle.call.remote(method, arguments))
+            return _answered(await self._method("call").remote(method, arguments))
         except LOST as error:
             await self._another(error)
-            return _answered(await self._handle.call.remote(method, arguments))
+            return _answered(await self._method("call").remote(method, arguments))
+
+    def _method(self, name: str, stream: bool = False) -> DeploymentHandle:
+        session = self._decode.id if self._decode else ""
+        return self._handle.options(method_name=name, session_id=session, stream=stream)
 
     async def _another(self, error: Exception) -> None:
         """Wait for a replica that answers; raise `error` where none does soon."""
+        if self._decode:
+            self._decode.lose(self._handle.deployment_name)
         try:
             async with asyncio.timeout(ANOTHER_WITHIN_S):
                 while True:

@@ -9,8 +9,8 @@ import dataclasses
 import secrets
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Collection
+from contextlib import aclosing, asynccontextmanager
 from functools import lru_cache, partial
 from http import HTTPStatus
 from typing import Any
@@ -33,6 +33,7 @@ from serving import openai_answers as answers
 from serving import openai_protocol as api
 from serving.admission import Admission
 from serving.answering import Job, answered, chunks, streamed
+from serving.decodes import Decode
 from serving.decoding import Ended, Piece, StepLogprobs
 from serving.engine_deployment import RemoteEngine
 from serving.errors import ApiError, failed
@@ -185,8 +186,8 @@ class Gateway(Operated):
         await self._limit(policy, len(prompt), 1, "prompt" if request.messages is None else "messages")
         identity = uuid.uuid4().hex
         state = base.Request(prompt, 1, max(request.seed or 0, 0))
-        async with self._admission.place(identity, policy.needs):
-            decision, triggered, usage = await policy.decide(self._engines(identity), state)
+        async with self._engines(identity).place(policy.needs) as engines:
+            decision, triggered, usage = await policy.decide(engines, state)
         return answers.ScoreResponse(
             id=f"score-{identity}",
             created=int(time.time()),
@@ -268,8 +269,8 @@ class Gateway(Operated):
         if echo is not None:
             logprobs: list[StepLogprobs] = []
             if top is not None and policy.scored_by is not None:
-                async with engines.place([policy.scored_by]):
-                    logprobs, usage = await decoding.prompt_logprobs(engines[policy.scored_by], request.prompt, top)
+                async with engines.place([policy.scored_by]) as placed:
+                    logprobs, usage = await decoding.prompt_logprobs(placed[policy.scored_by], request.prompt, top)
                 scored = {policy.scored_by: usage}
             text = echo if isinstance(echo, str) else str(self._tokenizer.decode(echo))
             yield Piece(number, text, logprobs=logprobs)
@@ -284,12 +285,18 @@ class Gateway(Operated):
 
     def _engines(self, request: str) -> base.Engines:
         """The engines for the request of that id."""
-        return base.Engines(
-            by_name={**self._remote},
-            decode=partial(chat.decode, self._tokenizer),
-            encode=partial(chat.encode, self._tokenizer),
-            place=partial(self._admission.place, request),
-        )
+        encode, decode = partial(chat.encode, self._tokenizer), partial(chat.decode, self._tokenizer)
+
+        @asynccontextmanager
+        async def placed(names: Collection[str]) -> AsyncGenerator[base.Engines]:
+            async with self._admission.place(request, names):
+                one = Decode()
+                try:
+                    yield base.Engines({name: engine.of(one) for name, engine in self._remote.items()}, decode, encode)
+                finally:
+                    one.end()
+
+        return base.Engines({**self._remote}, decode, encode, placed)
 
     def _let_in(self, name: str) -> base.Policy:
         """The policy of a request, where its engines are there and there is room for it. Raises ApiError (404, 503),

@@ -228,7 +228,7 @@ def test_engine_calls_go_past_the_proxy(construct: str, code: str) -> None:
     with grpc_server(grpc.StatusCode.ABORTED) as port:
         shown = subprocess.run(
             [sys.executable, "-c", ENGINE_CALL.format(construct=construct), ADDRESS.format(port)],
-            env={name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+            env={name: value for name, value in os.environ.items() if name.lower() not in ("no_proxy", "grpc_proxy")}
             | {"http_proxy": "http://127.0.0.1:9"},
             capture_output=True,
             text=True,

@@ -50,8 +50,8 @@ class Handle:
         self.call = SimpleNamespace(remote=lambda method, arguments: getattr(engine, method)(*arguments))
         self.answering = SimpleNamespace(remote=lambda: asyncio.ensure_future(self._answer(is_gone)))
 
-    def options(self, **_: Any) -> Handle:
-        return self
+    def options(self, method_name: str | None = None, **_: Any) -> Any:
+        return getattr(self, method_name) if method_name else self
 
     def _stream(self, method: str, arguments: tuple[Any, ...]) -> Breaking:
         self.calls += 1

@@ -85,18 +85,22 @@ Event = Span | Decision | Done
 class Engines:
     """The engines a policy may call by name. A missing one raises a KeyError that names it.
 
-    `encode` and `decode` are the pair's tokenizer; `encode` reads special tokens written in the text as such. A decode
-    runs inside `place`, with the names of the engines it calls: there it may have to wait for its turn."""
+    `encode` and `decode` are the pair's tokenizer; `encode` reads special tokens written in the text as such."""
 
     by_name: dict[str, Engine]
     decode: Callable[[list[int]], str]
     encode: Callable[[str], list[int]]
-    place: Callable[[Collection[str]], AbstractAsyncContextManager[None]] = lambda engines: nullcontext()
+    places: Callable[[Collection[str]], AbstractAsyncContextManager[Engines]] | None = None
 
     def __getitem__(self, name: str) -> Engine:
         if name not in self.by_name:
             raise KeyError(f"no engine named {name!r} is running; there are: {', '.join(sorted(self.by_name))}")
         return self.by_name[name]
+
+    def place(self, names: Collection[str]) -> AbstractAsyncContextManager[Engines]:
+        """A decode that calls the engines of these `names` runs inside, on the engines that it is given: it may have to
+        wait for its turn, and replicas that it calls again have its prefix."""
+        return nullcontext(self) if self.places is None else self.places(names)
 
 
 #: Engine name -> the capabilities that are called there, beyond the core.

@@ -36,14 +36,13 @@ class Majority(Policy):
         return {"slm": CORE}
 
     async def decode(self, engines: Engines, request: Request) -> AsyncIterator[Event]:
-        slm = engines["slm"]
         # Requests with neighbouring seeds share no sample.
         seeds = [request.seed * self.votes + i for i in range(self.votes)]
         asked = [sampling(self.sampler, request, request.max_tokens, seed) for seed in seeds]
 
         async def sample(one: Sampling) -> Draft:
-            async with engines.place(self.needs):
-                return await slm.generate(request.prompt, one)
+            async with engines.place(self.needs) as placed:
+                return await placed["slm"].generate(request.prompt, one)
 
         def elected(drafts: list[Draft]) -> Draft:
             return drafts[vote([engines.decode(draft.ids) for draft in drafts], request.options)]

@@ -1,0 +1,79 @@
+"""A decode's calls go to one replica of an engine, and decodes are spread evenly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve._private.common import DeploymentHandleSource, DeploymentID
+from ray.serve.request_router import ReplicaID
+
+from serving.decode_routing import DecodeRouter
+from serving.decodes import Decode
+
+
+def replicas(*numbers: int) -> list[Any]:
+    return [SimpleNamespace(replica_id=ReplicaID(str(number), DeploymentID("slm", "s2t"))) for number in numbers]
+
+
+@pytest.fixture
+def router() -> DecodeRouter:
+    async def made() -> DecodeRouter:
+        made = DecodeRouter(DeploymentID("slm", "s2t"), DeploymentHandleSource.REPLICA)
+        made.initialize_state()
+        return made
+
+    return asyncio.run(made())
+
+
+def asked(router: DecodeRouter, there: list[Any], session: str) -> list[str]:
+    """The ids of the replicas that a call of the session may go to."""
+    request: Any = SimpleNamespace(
+        metadata=SimpleNamespace(session_id=session), routing_context=SimpleNamespace(should_backoff=False)
+    )
+    ((*chosen,),) = asyncio.run(router.choose_replicas(there, request))
+    return [replica.replica_id.unique_id for replica in chosen]
+
+
+def test_a_decode_keeps_its_replica_and_decodes_are_spread(router: DecodeRouter):
+    there = replicas(1, 2, 3)
+    decodes = [Decode() for _ in range(12)]
+    first = [asked(router, there, decode.id) for decode in decodes]
+    assert set(Counter(chosen for (chosen,) in first).values()) == {4}
+    assert [asked(router, there[::-1], decode.id) for decode in decodes] == first
+
+
+def test_a_new_replica_takes_what_comes_next(router: DecodeRouter):
+    held = [Decode() for _ in range(4)]
+    for decode in held:
+        asked(router, replicas(1, 2), decode.id)
+    later = [Decode() for _ in range(2)]
+    assert [asked(router, replicas(1, 2, 3), decode.id) for decode in later] == [["3"], ["3"]]
+
+
+def test_decodes_that_ended_do_not_count(router: DecodeRouter):
+    there = replicas(1, 2)
+    (gone,) = asked(router, there, (ended := Decode()).id)
+    (kept,) = asked(router, there, (staying := Decode()).id)
+    assert {gone, kept} == {"1", "2"}
+    ended.end()
+    assert asked(router, there, (later := Decode()).id) == [gone]
+    assert staying.id != later.id
+
+
+def test_a_lost_replica_is_not_asked_again_while_there_is_another(router: DecodeRouter):
+    there, decode = replicas(1, 2), Decode()
+    (lost,) = asked(router, there, decode.id)
+    decode.lose("slm")
+    (other,) = asked(router, there, decode.id)
+    assert {lost, other} == {"1", "2"}
+    decode.lose("slm")
+    assert asked(router, there, decode.id)[0] in {"1", "2"}, "with no other one it is asked all the same"
+
+
+def test_a_call_of_no_decode_may_go_to_either_of_two(router: DecodeRouter):
+    assert len(set(asked(router, replicas(1, 2, 3), ""))) == 2
+    assert asked(router, replicas(7), "") == ["7"]
