@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import socket
 import subprocess
+import tempfile
 from contextlib import suppress
 from typing import Any
 
@@ -41,6 +43,7 @@ class Raylets:
 
         self._options: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": store_mib * MIB}
         self._wanted = nodes
+        self._folder = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")  # sockets have short paths
         self._nodes: list[Any] = []
         head: dict[str, Any] = {"num_cpus": 1, "object_store_memory": store_mib * MIB, "include_dashboard": dashboard}
         if dashboard:
@@ -60,7 +63,10 @@ class Raylets:
         """One more node."""
         from ray._private.services import wait_for_node
 
-        node = self._cluster.add_node(wait=False, **self._options)
+        # Each has a folder of its own, as machines have: nodes that shared one would delete each other's working
+        # directories of jobs.
+        own = tempfile.mkdtemp(prefix="ray-", dir=self._folder)
+        node = self._cluster.add_node(wait=False, temp_dir=own, **self._options)
         self._nodes.append(node)
         wait_for_node(node.gcs_address, node.plasma_store_socket_name, STARTS_WITHIN_S)
 
@@ -96,6 +102,7 @@ class Raylets:
 
     def close(self) -> None:
         self._cluster.shutdown()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _remove(self, node: Any) -> None:
         self._nodes.remove(node)
