@@ -36,18 +36,28 @@ class Parts:
 
 
 class Reciting:
-    """A deployment handle of an engine that writes its prompt again. `fault` is called first."""
+    """A deployment handle of an engine that writes its prompt again. `fault` is called first; `sessions` are those of
+    the drafts asked for."""
 
     def __init__(self, hosted: Hosted) -> None:
         tokenizer = loading.load_tokenizer(hosted.settings)
         self.fault: Fault | None = None
+        self.sessions: list[str] = []
+        self.deployment_name = hosted.name
         self._card = ModelCard(hosted.name, "w", "t", len(tokenizer), 1024, (tokenizer.eos_token_id,))
-        self.call = SimpleNamespace(remote=lambda method, arguments: self._call(method, *arguments))
-        self.stream = SimpleNamespace(remote=lambda method, arguments: Parts(self._call(method, *arguments)))
         self.answering = SimpleNamespace(remote=lambda: self._call("card"))
 
-    def options(self, **_: Any) -> Reciting:
-        return self
+    def options(self, method_name: str | None = None, session_id: str = "", **_: Any) -> Any:
+        if method_name is None:
+            return self
+
+        def remote(method: str, arguments: tuple[Any, ...]) -> asyncio.Task[Any] | Parts:
+            if method == "generate":
+                self.sessions.append(session_id)
+            asked = self._call(method, *arguments)
+            return Parts(asked) if method_name == "stream" else asked
+
+        return SimpleNamespace(remote=remote)
 
     def _call(self, method: str, *arguments: Any) -> asyncio.Task[Any]:
         return asyncio.ensure_future(self._answer(method, *arguments))

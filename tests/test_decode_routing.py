@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from asgi import ask
+from gateway_alone import Alone
+from ray.serve._private.build_app import build_app
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID
 from ray.serve.request_router import ReplicaID
 
+from s2t_models.hosting import host
+from s2t_models.recipe import load_recipe
+from serving.app import build
 from serving.decode_routing import DecodeRouter
 from serving.decodes import Decode
+from serving.keys import Keys
 
 
 def replicas(*numbers: int) -> list[Any]:
@@ -77,3 +85,21 @@ def test_a_lost_replica_is_not_asked_again_while_there_is_another(router: Decode
 def test_a_call_of_no_decode_may_go_to_either_of_two(router: DecodeRouter):
     assert len(set(asked(router, replicas(1, 2, 3), ""))) == 2
     assert asked(router, replicas(7), "") == ["7"]
+
+
+def test_each_decode_of_a_request_has_a_session_of_its_own(recipe_path: Path, monkeypatch: pytest.MonkeyPatch):
+    alone = Alone(host(load_recipe(recipe_path)), monkeypatch)
+    body = {"model": "maj@8", "messages": [{"role": "user", "content": "1+1?"}], "max_tokens": 4, "seed": 1}
+    assert ask(alone.app, json=body).status_code == 200
+    sessions = alone.handles["slm"].sessions
+    assert len(set(sessions)) == len(sessions) == 8
+    assert all(sessions)
+
+
+def test_engines_are_deployed_with_this_router(recipe_path: Path):
+    built = build_app(build(host(load_recipe(recipe_path)), Keys()), name="s2t", default_runtime_env={})
+    routers = {
+        deployment.name: deployment._deployment_config.request_router_config.get_request_router_class().__name__
+        for deployment in built.deployments
+    }
+    assert {name: routers[name] for name in ("slm", "teacher")} == {"slm": "DecodeRouter", "teacher": "DecodeRouter"}
