@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SIZES = "25,50,100,200,400,800,1600"
 SYSTEMS = "selector,kd,kd+selector,selector-from-kd,tsd-kd,distil"
-TASKS = "embedded,embedded-hard,embedded-held-out"
+TASKS = "embedded,embedded-hard"
 BUDGETS = "0.02,0.05,0.10"
 #: What a measurement takes, and what making the labels takes, in steps of a training.
 MEASUREMENT, LABELLING = 25, 300
