@@ -22,9 +22,13 @@ real: $(INSTALLED)
 	@$(BIN)/s2t loop --recipe qwen2.5-coder-0.5b-1.5b --output runs/real $(if $(DATA),--data $(DATA)) \
 		$(if $(MODELS),--set slm.path=$(MODELS)/qwen2.5-coder-0.5b --set teacher.path=$(MODELS)/qwen2.5-coder-1.5b)
 
-# Two at once: the tests of the Ray cluster, and the others.
+# Two at once: the tests of the Ray cluster, and the others, whose lines come at the end.
+DEFAULT_TESTS := not slow and not clients
 test: lint
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@others=$$(mktemp); trap 'rm -f $$others' EXIT; \
+	$(BIN)/python -m pytest -m 'not cluster and $(DEFAULT_TESTS)' >$$others 2>&1 & running=$$!; \
+	$(BIN)/python -m pytest -m 'cluster and $(DEFAULT_TESTS)'; status=$$?; \
+	wait $$running || status=1; echo "And the tests that need no cluster:"; cat $$others; exit $$status
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

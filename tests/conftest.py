@@ -18,8 +18,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-#: Fixtures that need the session's cluster: their tests share one worker of `pytest -n 2`, the rest goes to the other.
-#: A module that starts clusters or vLLM itself is marked `pytest.mark.xdist_group("cluster")`.
+#: Fixtures that need the session's cluster: what uses one is marked `cluster`. A module that starts clusters or vLLM
+#: itself has the mark already.
 OF_THE_CLUSTER = {"ray_cluster", "endpoint", "object_store"}
 
 
@@ -27,7 +27,7 @@ OF_THE_CLUSTER = {"ray_cluster", "endpoint", "object_store"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if OF_THE_CLUSTER & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+            item.add_marker(pytest.mark.cluster)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ from serving.app import build
 from serving.keys import Keys
 from serving.placement import GATEWAY_REQUESTS, actor_options, bundles, replica_options
 
-pytestmark = pytest.mark.xdist_group("cluster")  # starts a cluster of its own
+pytestmark = pytest.mark.cluster  # starts a cluster of its own
 
 
 def vllm(**settings: object) -> ModelSettings:

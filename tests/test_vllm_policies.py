@@ -24,7 +24,7 @@ from s2t_models.policies import offer
 from s2t_models.policies.base import Decoded, Engines, Request, gather
 from s2t_models.recipe import load_recipe
 
-pytestmark = pytest.mark.xdist_group("cluster")  # vLLM and the cluster together fill two cores
+pytestmark = pytest.mark.cluster  # vLLM and the cluster together fill two cores
 
 POLICIES = ("greedy", "sample", "takeover", "s2t", "s2t-entropy", "s2t-local", "s2t-local-kl")
 PROMPTS = (30, pytest.param(200, marks=pytest.mark.slow))
