@@ -12,16 +12,19 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serving.decodes import Decode, running
 
+if TYPE_CHECKING:
+    from ray.serve._private.common import RequestMetadata
 
-class DecodeRouter(RequestRouter):
+
+class DecodeRouter(FIFOMixin, RequestRouter):
     """Serve's router of an engine. A call whose `session_id` is a decode's goes to that decode's replica; another one
     goes to the less busy of two."""
 
@@ -48,6 +51,17 @@ class DecodeRouter(RequestRouter):
             for gone in self._held.keys() - there.keys():
                 del self._held[gone]
         return [[there[kept]]]
+
+    def _get_pending_request_matching_metadata(
+        self, request_metadata: RequestMetadata | None = None
+    ) -> PendingRequest | None:
+        """Which call takes the replica that was chosen for a call of that metadata: the first of the same decode that
+        still waits. Serve tells calls apart by the id of their request, which all calls of a request share."""
+        session = request_metadata.session_id if request_metadata is not None else None
+        for pending in self._pending_requests_to_fulfill:
+            if pending.metadata.session_id == session and not pending.future.done():
+                return pending
+        return None
 
     def _fewest(self, replicas: Collection[ReplicaID]) -> ReplicaID:
         return min(replicas, key=lambda replica: (self._running(replica), random.random()))
