@@ -205,7 +205,8 @@ def _results_loss(output: Location, undisturbed: Path) -> Loss:
         read_results(folder / RESULTS)[0].set_index("key").drop(columns=timing) for folder in (output, undisturbed)
     )
     both = frame.index.intersection(expected.index)
-    same = frame.loc[both].astype(str) == expected.loc[both].astype(str)
+    one, other = frame.loc[both].astype(str), expected.loc[both].astype(str)
+    same = (one == other) | (one.isna() & other.isna())  # what is missing stays so as text, and equals nothing
     twice = [key for key, count in Counter(frame.index).items() if count > 1]
     return Loss(len(expected.index.difference(frame.index)), int((~same.all(axis=1)).sum()) + len(twice))
 
