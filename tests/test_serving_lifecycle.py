@@ -23,6 +23,8 @@ from s2t_models.hosting import host
 from s2t_models.recipe import load_recipe
 from serving import app
 
+pytestmark = pytest.mark.cluster  # serves on clusters of its own
+
 KEY = "correct-horse-battery"
 
 
