@@ -462,3 +462,9 @@ def test_a_question_is_known_however_it_was_asked(recipe: Recipe, tmp_path: Path
     assert set(row["questions"]) & fingerprint([item]).keys()
     (own,) = rows(from_task("embedded", None, recipe)[:1], recipe)
     assert own["questions"]
+
+
+def test_a_task_with_fewer_prompts_than_asked_for_says_so(recipe_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = load_recipe(recipe_path, ["collect.prompts=100000"])
+    assert len(from_task("embedded-hard", None, recipe)) == 500
+    assert capsys.readouterr().err == "collect: embedded-hard has 500 prompts of the 100,000 asked for; all are taken\n"
