@@ -25,7 +25,7 @@ real: $(INSTALLED)
 # Two at once: the tests of the Ray cluster, and the others, whose lines come at the end.
 DEFAULT_TESTS := not slow and not clients
 test: lint
-	@others=$$(mktemp); trap 'rm -f $$others' EXIT; \
+	@others=$$(mktemp); trap 'kill $$running 2>/dev/null; rm -f $$others' EXIT; trap 'exit 130' INT TERM; \
 	$(BIN)/python -m pytest -m 'not cluster and $(DEFAULT_TESTS)' >$$others 2>&1 & running=$$!; \
 	$(BIN)/python -m pytest -m 'cluster and $(DEFAULT_TESTS)'; status=$$?; \
 	wait $$running || status=1; echo "And the tests that need no cluster:"; cat $$others; exit $$status
