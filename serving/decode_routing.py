@@ -10,15 +10,13 @@ handle, where it finds the `Decode` by its id. Serve takes a copy of this module
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from serving.decodes import Decode, running
+from serving.decodes import held, running
 
 if TYPE_CHECKING:
     from ray.serve._private.common import RequestMetadata
@@ -27,9 +25,6 @@ if TYPE_CHECKING:
 class DecodeRouter(FIFOMixin, RequestRouter):
     """Serve's router of an engine. A call whose `session_id` is a decode's goes to that decode's replica; another one
     goes to the less busy of two."""
-
-    def initialize_state(self, **_: Any) -> None:
-        self._held: defaultdict[ReplicaID, WeakSet[Decode]] = defaultdict(WeakSet)
 
     async def choose_replicas(
         self, candidate_replicas: Sequence[RunningReplica], pending_request: PendingRequest | None = None
@@ -45,11 +40,10 @@ class DecodeRouter(FIFOMixin, RequestRouter):
         deployment = self._deployment_id.name
         kept = decode.replicas.get(deployment)
         if kept not in there:
-            kept = self._fewest(there.keys() - decode.lost or there.keys())
+            decodes = held(deployment)
+            open_to_it = there.keys() - decode.lost or there.keys()
+            kept = min(open_to_it, key=lambda replica: (decodes[replica], random.random()))
             decode.replicas[deployment] = kept
-            self._held[kept].add(decode)
-            for gone in self._held.keys() - there.keys():
-                del self._held[gone]
         return [[there[kept]]]
 
     def _get_pending_request_matching_metadata(
@@ -62,13 +56,6 @@ class DecodeRouter(FIFOMixin, RequestRouter):
             if pending.metadata.session_id == session and not pending.future.done():
                 return pending
         return None
-
-    def _fewest(self, replicas: Collection[ReplicaID]) -> ReplicaID:
-        return min(replicas, key=lambda replica: (self._running(replica), random.random()))
-
-    def _running(self, replica: ReplicaID) -> int:
-        """How many decodes of this gateway the replica has."""
-        return sum(decode.replicas.get(self._deployment_id.name) == replica for decode in self._held[replica])
 
 
 # Serve types its arguments as dicts, whatever they are.

@@ -290,11 +290,8 @@ class Gateway(Operated):
         @asynccontextmanager
         async def placed(names: Collection[str]) -> AsyncGenerator[base.Engines]:
             async with self._admission.place(request, names):
-                one = Decode()
-                try:
+                with Decode() as one:
                     yield base.Engines({name: engine.of(one) for name, engine in self._remote.items()}, decode, encode)
-                finally:
-                    one.end()
 
         return base.Engines({**self._remote}, decode, encode, placed)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,11 +32,16 @@ def replicas(*numbers: int) -> list[Any]:
 @pytest.fixture
 def router() -> DecodeRouter:
     async def made() -> DecodeRouter:
-        made = DecodeRouter(DeploymentID("slm", "s2t"), DeploymentHandleSource.REPLICA)
-        made.initialize_state()
-        return made
+        return DecodeRouter(DeploymentID("slm", "s2t"), DeploymentHandleSource.REPLICA)
 
     return asyncio.run(made())
+
+
+@pytest.fixture
+def begin() -> Iterator[Callable[[], Decode]]:
+    """Begins a decode, which runs to the end of the test."""
+    with ExitStack() as running:
+        yield lambda: running.enter_context(Decode())
 
 
 def asked(router: DecodeRouter, there: list[Any], session: str) -> list[str]:
@@ -46,34 +53,30 @@ def asked(router: DecodeRouter, there: list[Any], session: str) -> list[str]:
     return [replica.replica_id.unique_id for replica in chosen]
 
 
-def test_a_decode_keeps_its_replica_and_decodes_are_spread(router: DecodeRouter):
+def test_a_decode_keeps_its_replica_and_decodes_are_spread(router: DecodeRouter, begin: Callable[[], Decode]):
     there = replicas(1, 2, 3)
-    decodes = [Decode() for _ in range(12)]
+    decodes = [begin() for _ in range(12)]
     first = [asked(router, there, decode.id) for decode in decodes]
     assert set(Counter(chosen for (chosen,) in first).values()) == {4}
     assert [asked(router, there[::-1], decode.id) for decode in decodes] == first
 
 
-def test_a_new_replica_takes_what_comes_next(router: DecodeRouter):
-    held = [Decode() for _ in range(4)]
-    for decode in held:
-        asked(router, replicas(1, 2), decode.id)
-    later = [Decode() for _ in range(2)]
+def test_a_new_replica_takes_what_comes_next(router: DecodeRouter, begin: Callable[[], Decode]):
+    for _ in range(4):
+        asked(router, replicas(1, 2), begin().id)
+    later = [begin() for _ in range(2)]
     assert [asked(router, replicas(1, 2, 3), decode.id) for decode in later] == [["3"], ["3"]]
 
 
-def test_decodes_that_ended_do_not_count(router: DecodeRouter):
-    there = replicas(1, 2)
-    (gone,) = asked(router, there, (ended := Decode()).id)
-    (kept,) = asked(router, there, (staying := Decode()).id)
-    assert {gone, kept} == {"1", "2"}
-    ended.end()
-    assert asked(router, there, (later := Decode()).id) == [gone]
-    assert staying.id != later.id
+def test_decodes_that_ended_do_not_count(router: DecodeRouter, begin: Callable[[], Decode]):
+    with Decode() as one, Decode() as other:
+        assert [asked(router, replicas(1), ended.id) for ended in (one, other)] == [["1"], ["1"]]
+        assert asked(router, replicas(2), begin().id) == ["2"]
+    assert asked(router, replicas(1, 2), begin().id) == ["1"]
 
 
-def test_a_lost_replica_is_not_asked_again_while_there_is_another(router: DecodeRouter):
-    there, decode = replicas(1, 2), Decode()
+def test_a_lost_replica_is_not_asked_again_while_there_is_another(router: DecodeRouter, begin: Callable[[], Decode]):
+    there, decode = replicas(1, 2), begin()
     (lost,) = asked(router, there, decode.id)
     decode.lose("slm")
     (other,) = asked(router, there, decode.id)
@@ -85,6 +88,21 @@ def test_a_lost_replica_is_not_asked_again_while_there_is_another(router: Decode
 def test_a_call_of_no_decode_may_go_to_either_of_two(router: DecodeRouter):
     assert len(set(asked(router, replicas(1, 2, 3), ""))) == 2
     assert asked(router, replicas(7), "") == ["7"]
+
+
+def test_a_replica_goes_to_a_call_of_the_decode_that_it_was_chosen_for(router: DecodeRouter):
+    """All calls of a request have its id: by that alone one would take the other's replica, and one wait for ever."""
+
+    async def matched() -> list[str]:
+        metadata = [SimpleNamespace(session_id=session, internal_request_id="same") for session in "ab"]
+        waiting: list[Any] = [SimpleNamespace(metadata=of, future=asyncio.Future()) for of in metadata]
+        router._pending_requests_to_fulfill.extend(waiting)
+        found: list[Any] = [router._get_pending_request_matching_metadata(of) for of in metadata]  # type: ignore[arg-type]
+        waiting[0].future.set_result(None)
+        assert router._get_pending_request_matching_metadata(metadata[0]) is None  # type: ignore[arg-type]
+        return [pending.metadata.session_id for pending in found]
+
+    assert asyncio.run(matched()) == ["a", "b"]
 
 
 def test_each_decode_of_a_request_has_a_session_of_its_own(recipe_path: Path, monkeypatch: pytest.MonkeyPatch):
