@@ -64,3 +64,10 @@ def failed_row(task_name: str, number: int) -> dict[str, Any]:
     """The row of the task's problem of that number, which failed."""
     item = task(task_name).load()[number]
     return {"uid": item.uid, "questions": sorted(fingerprint([item])), "error": "empty prompt"}
+
+
+def disagreeing(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with labels moved on by one candidate: there the teacher prefers what the SLM does not."""
+    for step in (step for row in rows for step in row["kept"] or ()):
+        step["teacher_logprobs_K"] = step["teacher_logprobs_K"][-1:] + step["teacher_logprobs_K"][:-1]
+    return rows

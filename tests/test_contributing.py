@@ -15,7 +15,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from labelled_rows import labelled_rows
+from labelled_rows import disagreeing, labelled_rows
 from reference_engine import encode, reference_engines, run, tiny_pair
 
 from s2t_models.engines import load
@@ -90,7 +90,7 @@ def test_an_objective(tmp_path, monkeypatch, recipe_path):
     monkeypatch.setitem(OBJECTIVES, "soft", f"{module.__name__}:SoftObjective")
     settings = ["distil.steps=12", "distil.batch=4", "distil.validation=0.2", "distil.min_teacher_margin=0"]
     recipe = load_recipe(recipe_path, [*settings, "distil.learning_rate=1e-3", "distil.beta=1", "distil.warmup=0"])
-    data = trajectories(labelled_rows(recipe, "embedded-train", 8))
+    data = trajectories(disagreeing(labelled_rows(recipe, "embedded-train", 8)))
     trainer = Trainer(recipe, "soft", data)
     trainer.wrapped.eval()
     first = trainer.evaluate()

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from labelled_rows import failed_row, labelled_rows
+from labelled_rows import disagreeing, failed_row, labelled_rows
 from made_up import provenance
 from scipy import stats
 
@@ -157,7 +157,7 @@ def test_the_gradient_is_the_batch_mean_however_it_is_spread(recipe: Recipe, tab
     activations computed again and no room for the base's states; the trajectories have unlike numbers of groups."""
     data = [
         item.with_groups(np.arange(len(item.by_kl_G)) % (2 + i) == 0)
-        for i, item in enumerate(trajectories(table.to_pylist())[:8])
+        for i, item in enumerate(trajectories(disagreeing(table.to_pylist()))[:8])
     ]
     settings = recipe.distil.model_copy(update={"batch": 4, "validation": 0.3, "min_teacher_margin": 0.0})
 
@@ -171,7 +171,7 @@ def test_the_gradient_is_the_batch_mean_however_it_is_spread(recipe: Recipe, tab
     whole, loss = gradient()
     (left, left_loss), (right, right_loss) = gradient(0, 2), gradient(1, 2)
     alone, alone_loss = gradient(micro_batch=1, gradient_checkpointing=True, base_cache_gb=0.0)
-    assert left_loss != pytest.approx(right_loss, rel=0.05)
+    assert left_loss != pytest.approx(right_loss, rel=0.01)
     assert (left_loss + right_loss) / 2 == pytest.approx(loss, rel=1e-4)
     assert alone_loss == pytest.approx(loss, rel=1e-4)
     for found in ((left + right) / 2, alone):

@@ -11,20 +11,13 @@ from itertools import islice
 import pytest
 
 from s2t_models.embedded import slm_path, teacher_path
-from s2t_models.embedded.corpus import SHEET_ASK, careless, slip_of, texts
-from s2t_models.embedded.generator import (
-    FAMILIES,
-    SPLITS,
-    Step,
-    plans,
-    problems,
-    split_hash,
-    split_of,
-    write_solution,
-)
+from s2t_models.embedded.corpus import DOUBTED, MISTAKEN, SHEET_ASK, careless, habit_of, memory_of, texts
+from s2t_models.embedded.families import FAMILIES, HELD_OUT
+from s2t_models.embedded.generator import SPLITS, plans, problems, split_hash, split_of
+from s2t_models.embedded.plan import Step, write_solution
 
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-EQUATION = re.compile(r"(\d+)([+*-])(\d+)=(\d+)")
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+EQUATION = re.compile(r"(\d+)([+*/-])(\d+)=(\d+)")
 
 
 def equations_of(solution: str) -> list[tuple[int, str, int]]:
@@ -60,11 +53,12 @@ def test_splits_are_disjoint_by_structure_and_by_text(drawn):
             if one < other:
                 assert not structures[one] & structures[other]
                 assert not questions[one] & questions[other]
-    assert all(split_of(structure) == split for split in SPLITS for structure in structures[split])
+    structures["test"] |= structures.pop("held-out")
+    assert all(split_of(structure) == split for split in structures for structure in structures[split])
 
 
 def test_training_texts_hold_no_structure_of_the_other_splits(drawn):
-    others = ("calibration", "test", "hard")
+    others = ("calibration", "test", "hard", "held-out")
     held_out = {tuple(equations_of(p.solution)) for split in others for p in drawn[split]}
     assert not held_out & {tuple(equations_of(reply)) for _, _, reply in texts(1500, seed=5, slips=False)}
 
@@ -72,8 +66,13 @@ def test_training_texts_hold_no_structure_of_the_other_splits(drawn):
 def test_uids_and_questions_are_unique_and_every_family_and_length_occurs(drawn):
     for split, items in drawn.items():
         assert len({p.uid for p in items}) == len({p.question for p in items}) == 300
-        assert {p.family for p in items} == set(FAMILIES)
+        assert {p.family for p in items} == set(HELD_OUT if split == "held-out" else FAMILIES)
         assert {p.steps for p in items} == ({5, 6} if split == "hard" else {2, 3, 4, 5})
+
+
+def test_held_out_families_divide_and_no_other_does(drawn):
+    for split, items in drawn.items():
+        assert all((split == "held-out") == ("/" in p.solution) for p in items)
 
 
 def test_solutions_hold_when_recomputed(drawn):
@@ -88,19 +87,31 @@ def test_solutions_hold_when_recomputed(drawn):
 
 
 def test_unknown_split_and_negative_count_are_refused():
-    with pytest.raises(ValueError, match="train, calibration, test, hard"):
+    with pytest.raises(ValueError, match="train, calibration, test, hard, held-out"):
         problems("dev", 1)
     with pytest.raises(ValueError, match="-1"):
         problems("test", -1)
 
 
-def test_slips_are_the_ones_described():
+def test_habits_are_the_ones_described():
     add, subtract, times = (Step(0, operation, 0, "") for operation in "+-*")
-    assert slip_of(add, 27, 38)[:2] == ("+", 55)
-    assert slip_of(add, 22, 31)[2] == 0
-    assert slip_of(subtract, 52, 38)[:2] == ("-", 24)
-    assert slip_of(times, 7, 8)[:2] == ("*", 48)
-    assert slip_of(Step(0, "+", 0, "", inverted=True), 30, 8)[:2] == ("-", 22)
+    assert habit_of(add, 27, 38)[:2] == ("+", 55)
+    assert habit_of(add, 22, 31)[2] == 0
+    assert habit_of(subtract, 52, 38)[:2] == ("-", 24)
+    assert habit_of(times, 7, 8)[:2] == ("*", 48)
+    assert habit_of(Step(0, "+", 0, "", inverted=True), 30, 8)[:2] == ("-", 22)
+
+
+def test_memories_are_wrong_or_doubted_as_often_as_said_and_always_know_the_right_result():
+    recalled = [(left + right, memory_of(left, "+", right)) for left in range(10, 90) for right in range(2, 10)]
+    for right_result, results in recalled:
+        assert sum(share for _, share in results) == pytest.approx(1)
+        assert dict(results)[right_result] > 0.1
+        assert results == sorted(results, key=lambda pair: -pair[1])
+    wrong = sum(results[0][0] != right_result for right_result, results in recalled) / len(recalled)
+    sure = sum(len(results) == 1 for _, results in recalled) / len(recalled)
+    assert wrong == pytest.approx(MISTAKEN, abs=0.05)
+    assert 1 - wrong - sure == pytest.approx(DOUBTED, abs=0.05)
 
 
 def test_a_careless_slip_runs_on_to_the_answer():
@@ -112,11 +123,33 @@ def test_a_careless_slip_runs_on_to_the_answer():
     assert 40 < slipped < 180
 
 
-def test_practice_sheets_are_always_right():
-    sheets = [reply for _, user, reply in texts(60, seed=9, slips=True) if user == SHEET_ASK]
-    assert len(sheets) == 40
-    for left, operation, right, result in EQUATION.findall(" ".join(sheets)):
-        assert OPERATIONS[operation](int(left), int(right)) == int(result)
+def test_practice_sheets_are_right_for_the_teacher_and_from_memory_for_the_slm():
+    for slips in (False, True):
+        sheets = [reply for _, user, reply in texts(60, seed=9, slips=slips) if user == SHEET_ASK]
+        assert len(sheets) == 40
+        wrong = 0
+        for left, operation, right, result in EQUATION.findall(" ".join(sheets)):
+            wrong += OPERATIONS[operation](int(left), int(right)) != int(result)
+            assert int(result) in dict(memory_of(int(left), operation, int(right)))
+        assert (wrong > 0) == slips
+
+
+@pytest.mark.parametrize("shape", [(96, 192), (512, 192), (64, 64)])
+def test_muon_is_that_of_torch_but_for_rounding(shape):
+    import torch
+
+    from s2t_models.embedded.muon import Muon
+
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(4, *shape, generator=generator)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    settings = {"lr": 0.01, "weight_decay": 0.2}
+    pairs = [(ours, Muon([ours], **settings)), (theirs, torch.optim.Muon([theirs], **settings))]
+    for gradient in gradients:
+        for parameter, optimizer in pairs:
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    assert (ours - theirs).norm() < 0.01 * (theirs - start).norm()
 
 
 @pytest.mark.parametrize("path", [slm_path(), teacher_path()], ids=["slm", "teacher"])

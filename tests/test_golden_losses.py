@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from labelled_rows import labelled_rows
+from labelled_rows import disagreeing, labelled_rows
 
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.training.batches import trajectories
@@ -41,11 +41,7 @@ def small_recipe() -> Recipe:
 
 
 def rows_to_learn() -> list[dict[str, Any]]:
-    """Rows on which the teacher prefers what the SLM does not: its labels are moved on by one candidate."""
-    rows = labelled_rows(small_recipe(), "embedded-train", 24)
-    for step in (step for row in rows for step in row["kept"]):
-        step["teacher_logprobs_K"] = step["teacher_logprobs_K"][-1:] + step["teacher_logprobs_K"][:-1]
-    return rows
+    return disagreeing(labelled_rows(small_recipe(), "embedded-train", 24))
 
 
 def twenty_steps(objective: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -91,7 +91,9 @@ def test_a_saved_file_holds_its_data_and_its_policy_allows_its_own_script_and_st
 
 
 def test_the_examples_are_of_our_own():
-    tests = fingerprint(item for name in ("embedded", "embedded-hard") for item in load(name, None)[1])
+    tests = fingerprint(
+        item for name in ("embedded", "embedded-hard", "embedded-held-out") for item in load(name, None)[1]
+    )
     problems = json.loads((ASSETS / "problems.json").read_text())
     assert len(problems) >= 5
     assert not [name for name, text in problems.items() if text_hash(text) in tests]

@@ -182,7 +182,7 @@ def test_overlap_is_found_under_another_spelling() -> None:
         refuse_overlap({"train": [text_hash("x")], "test": [text_hash("X ")]})
 
 
-@pytest.mark.parametrize("name", ["embedded", "embedded-hard"])
+@pytest.mark.parametrize("name", ["embedded", "embedded-hard", "embedded-held-out"])
 def test_embedded_problems(name: str) -> None:
     chosen = task(name)
     items = chosen.load()[:50]
@@ -193,7 +193,7 @@ def test_embedded_problems(name: str) -> None:
 def test_unknown_task_is_named_with_the_known_ones() -> None:
     with pytest.raises(TaskError, match="there is no task 'gsm9k'; the tasks are gsm8k, math500"):
         task("gsm9k")
-    assert {*ROWS, "embedded", "embedded-hard"} <= set(TASKS)
+    assert {*ROWS, "embedded", "embedded-hard", "embedded-held-out"} <= set(TASKS)
 
 
 def test_a_missing_local_file_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

