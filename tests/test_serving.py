@@ -194,14 +194,14 @@ def test_a_stop_string_ends_the_text(client):
 
 
 def test_penalties_change_the_text_and_the_repetition_penalty_is_transformers(client, tokenizer):
-    plain, prompt = text(ask(client, chat(QUESTIONS[1]))), prompt_ids(tokenizer, QUESTIONS[1])
+    plain, prompt = text(ask(client, chat(QUESTIONS[0]))), prompt_ids(tokenizer, QUESTIONS[0])
     for name in ("presence_penalty", "frequency_penalty"):
-        assert text(ask(client, chat(QUESTIONS[1], **{name: 1.5}))) != plain
-        assert text(ask(client, chat(QUESTIONS[1], **{name: 0}))) == plain
+        assert text(ask(client, chat(QUESTIONS[0], **{name: 1.5}))) != plain
+        assert text(ask(client, chat(QUESTIONS[0], **{name: 0}))) == plain
     expected = loading.load_model(SLM).generate(
         torch.tensor([prompt]), max_new_tokens=LONG, do_sample=False, repetition_penalty=1.3
     )[0, len(prompt) :]
-    answered = text(ask(client, chat(QUESTIONS[1], repetition_penalty=1.3)))
+    answered = text(ask(client, chat(QUESTIONS[0], repetition_penalty=1.3)))
     assert answered == tokenizer.decode(expected, skip_special_tokens=True) != plain
 
 
