@@ -5,7 +5,7 @@ no split that labels, trains or calibrates.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -126,17 +126,26 @@ def _work(rng: random.Random, steps: int) -> Plan:
     return writer.finish(wording.WORK_ASK, **words)
 
 
-def _change(writer: PlanWriter, held: Ref, steps: int, labels: Iterator[str], words: dict[str, Any]) -> None:
-    """Adds and takes away single digits, as the held-out families do once they have divided."""
-    more, less, more_step, less_step = (wording.FURTHER, wording.SHORTER, wording.FURTHER_STEP, wording.SHORTER_STEP)
-    if writer.family == "harvest":
-        more, less, more_step, less_step = wording.PUT_IN, wording.TAKE_OUT, wording.PUT_IN_STEP, wording.TAKE_OUT_STEP
+Wordings = tuple[Sequence[str], Sequence[str]]  # of a change: as the question tells it, and of its step
+
+
+def _change(
+    writer: PlanWriter,
+    held: Ref,
+    steps: int,
+    labels: Iterator[str],
+    words: dict[str, Any],
+    more: Wordings,
+    less: Wordings,
+) -> None:
+    """Adds and takes away single digits until there are `steps`, as the held-out families do once they have divided."""
     while len(writer.steps) < steps:
         words["nth"] = next(labels)
         up = writer.rises(held)
+        told, said = more if up else less
         amount = writer.rng.randint(2, 9)
-        writer.tell(more if up else less, k=amount, **words)
-        held = writer.step(held, "+" if up else "-", amount, more_step if up else less_step, k=amount, **words)
+        writer.tell(told, k=amount, **words)
+        held = writer.step(held, "+" if up else "-", amount, said, k=amount, **words)
 
 
 def _travel(rng: random.Random, steps: int) -> Plan:
@@ -152,7 +161,8 @@ def _travel(rng: random.Random, steps: int) -> Plan:
         hours = rng.randint(2, 9)
         writer.tell(wording.SAME_PACE, hours=hours, **words)
         held = writer.step(pace, "*", hours, wording.SAME_PACE_STEP, hours=hours, **words)
-    _change(writer, held, steps, labels, words)
+    more, less = (wording.FURTHER, wording.FURTHER_STEP), (wording.SHORTER, wording.SHORTER_STEP)
+    _change(writer, held, steps, labels, words, more, less)
     return writer.finish(wording.TRAVEL_ASK, **words)
 
 
@@ -172,7 +182,8 @@ def _harvest(rng: random.Random, steps: int) -> Plan:
     total = writer.step(rows, "*", trees, wording.PICK_STEP, **words)
     writer.tell(wording.SHARE, n=shares, **words)
     held = writer.step(total, "/", shares, wording.SHARE_STEP, **words)
-    _change(writer, held, steps, labels, words)
+    more, less = (wording.PUT_IN, wording.PUT_IN_STEP), (wording.TAKE_OUT, wording.TAKE_OUT_STEP)
+    _change(writer, held, steps, labels, words, more, less)
     return writer.finish(wording.HARVEST_ASK, **words)
 
 
