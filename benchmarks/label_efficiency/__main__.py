@@ -6,9 +6,8 @@ teacher cost.
 
 One collection is made once, and the points of a seed are trained on prefixes of a permutation of its prompts. A
 training of N prompts takes N steps with the recipe's batch of 8 (8 epochs), at least --least-steps and at most 320
-(--set distil.steps=...); `tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at the
-recipe's learning rate: the published rates of `distil` and `tsd-kd` are for models a thousand times as big (`--set
-distil.tsd_kd.learning_rate=...` sets another).
+(--set distil.steps=...); `tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at one
+learning rate: in the embedded recipe `distil` and `tsd-kd` have that of the others.
 
 Each point is a process of one thread, without Ray. What is measured is kept in the folder as soon as it is known, so
 the same command goes on where it was stopped, and with more --prompts, --systems, --seeds or --tasks it adds to what is

@@ -14,14 +14,8 @@ from s2t_models.errors import UserError
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.storage import write_json
 
-#: More prompts and longer trainings than the demo has; and the embedded recipe's rate, for the objectives that have one
-#: of their own.
-CHANGES = (
-    "collect.prompts=1600",
-    "distil.steps=320",
-    "distil.two_stage.learning_rate=0.002",
-    "distil.tsd_kd.learning_rate=0.002",
-)
+#: More prompts than the demo has.
+PROMPTS = "collect.prompts=1600"
 #: Prompts of the pool beyond those that are labelled at most, one in so many: the teacher's texts may be shorter.
 SPARE = 8
 #: The file that says whose points a folder holds.
@@ -35,7 +29,7 @@ class ExperimentError(UserError):
 def experiment_of(options: argparse.Namespace) -> Experiment:
     """Raises RecipeError, TaskError for an unknown task, QuestionError where a problem that is asked is trained on, and
     ExperimentError for any other option that cannot be had, or a folder that holds another experiment."""
-    recipe = load_recipe(options.recipe, [*CHANGES, *options.set])
+    recipe = load_recipe(options.recipe, [PROMPTS, *options.set])
     if unknown := [name for name in options.systems if name not in SYSTEMS]:
         raise ExperimentError(f"--systems: there is no {unknown[0]!r}; there are {', '.join(SYSTEMS)}")
     known = sorted({*BUDGETS, recipe.budget})
