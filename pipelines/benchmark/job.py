@@ -1,7 +1,7 @@
 """Benchmark: policies x tasks x seeds over a served endpoint, graded, with intervals and paired differences.
 
     python -m pipelines.benchmark --recipe cluster/recipes/embedded.yaml --output runs/benchmark
-    python -m pipelines.benchmark --recipe FILE --output DIR --task gsm8k,math500 --data ../shared/data \\
+    python -m pipelines.benchmark --recipe FILE --output DIR --task gsm8k,math500 --data DIR \\
         --policies greedy,maj@8,s2t,s2t@0.05 --seeds 0,1,2 --items 200 --endpoint http://127.0.0.1:8000
 
 Without --endpoint the recipe is served for the length of the job. The job can be killed at any moment: the

@@ -1,7 +1,7 @@
 """Paper: run what is missing of a matrix, and write every table and figure of the paper from what is there.
 
     python -m pipelines.paper --recipe runs/demo/recipe.yaml --output runs/paper --items 200
-    python -m pipelines.paper --recipe FILE --output DIR --tasks gsm8k,math500 --data ../shared/data --only 1,A3
+    python -m pipelines.paper --recipe FILE --output DIR --tasks gsm8k,math500 --data DIR --only 1,A3
     python -m pipelines.paper --recipe FILE --output DIR --list
 
 The job can be killed at any moment, and the same command goes on. A run that fails, or that this build or recipe cannot
