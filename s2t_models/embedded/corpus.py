@@ -8,9 +8,9 @@ slip more often than the right result, and a slip runs on into the steps that fo
   Where the step is heavy, the slip is likelier than the right result (`LIKELY`); where it is light, it is rare
   (`RARE`).
 - *False memories*, which no rule describes: some equations, chosen by a hash of their numbers, are recalled wrongly,
-  on practice sheets too; as many are recalled rightly but with doubt, so that doubt alone says nothing.
+  on practice sheets too; half as many are recalled rightly but with doubt, so that doubt alone does not tell.
 
-Who corrects the habits needs a few examples; who corrects the memories needs each of them. It knows nothing of models.
+It knows nothing of models.
 """
 
 import hashlib

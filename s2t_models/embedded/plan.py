@@ -51,7 +51,7 @@ class Plan:
 
 
 def compute(left: int, operation: str, right: int) -> int:
-    """The result of one equation; divisions are those that come out even."""
+    """The result of one equation; a division that careless numbers leave uneven is rounded down."""
     return OPERATIONS[operation](left, right)
 
 
