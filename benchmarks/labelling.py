@@ -59,7 +59,7 @@ def main() -> None:
     import torch
     from transformers import DynamicCache, PreTrainedModel
 
-    from pipelines.collect.actors import PROMPT
+    from pipelines.collect.schemas import PROMPT
     from s2t_models import loading
     from s2t_models.divergence import divergence
     from s2t_models.embedded.generator import problems

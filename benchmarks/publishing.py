@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipelines.collect.actors import LABELLED
+from pipelines.collect.schemas import LABELLED
 from pipelines.data.seal import sealed
 from s2t_models.recipe import Recipe, load_recipe
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
 
 _NO_ROOM = ("no space left on device", "disk quota exceeded", "database or disk is full")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class UserError(Exception):
@@ -28,8 +30,8 @@ class NothingDone(UserError):
 
 def one_line(error: BaseException | str, longest: int = 300) -> str:
     """What an error says, in one line of at most `longest` characters: the last line where the message holds a
-    traceback (as Ray's do), the error's type where it says nothing."""
-    text = str(error).strip()
+    traceback (as Ray's do), the error's type where it says nothing. Terminal colours, which Ray adds, are left out."""
+    text = _COLOUR.sub("", str(error)).strip()
     if "Traceback (most recent call last)" in text or text.startswith("ray::"):
         text = text.rsplit("\n", 1)[-1]
     return " ".join(text.split())[:longest] or (type(error).__name__ if isinstance(error, BaseException) else "")

@@ -142,10 +142,15 @@ def trained_folders(recipe: Recipe) -> dict[str, str]:
 
 def pair(recipe: Recipe) -> dict[str, Hosted]:
     """The SLM and the teacher alone, as collecting needs them. Raises RecipeError where they do not belong together."""
-    masked = masked_rows(recipe)
-    engines = {name: Hosted(name, loading.pinned(getattr(recipe, name)), masked) for name in ("slm", "teacher")}
+    recipe, masked = pinned(recipe), masked_rows(recipe)
+    engines = {name: Hosted(name, getattr(recipe, name), masked) for name in ("slm", "teacher")}
     _check_tokenizer(engines["teacher"], recipe)
     return engines
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """With the commits that the hub has now of the SLM and the teacher (see `loading.pinned`)."""
+    return recipe.model_copy(update={name: loading.pinned(getattr(recipe, name)) for name in ("slm", "teacher")})
 
 
 def _check_tokenizer(engine: Hosted, recipe: Recipe) -> None:

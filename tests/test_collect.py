@@ -21,9 +21,10 @@ from processes import ctrl_c, end, start, wait_until
 
 from pipelines.collect import publish
 from pipelines.collect.__main__ import main
-from pipelines.collect.actors import PROMPT, ROLLOUT, Labels, Rollouts, propose_steps
+from pipelines.collect.actors import Labels, Rollouts, propose_steps
 from pipelines.collect.job import collect
 from pipelines.collect.prompts import Prompt, PromptError, from_file, from_task, rows
+from pipelines.collect.schemas import PROMPT, ROLLOUT
 from pipelines.collect.sink import committed
 from pipelines.data.shards import read_shards
 from pipelines.tasks import task

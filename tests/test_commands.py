@@ -42,6 +42,11 @@ def test_a_command_ends_with_a_status_and_a_line(
         assert f"{tmp_path / LOG}; S2T_DEBUG=1" in said
 
 
+def test_ray_s_coloured_tracebacks_become_their_last_line() -> None:
+    said = "\x1b[36mray::_train()\x1b[39m (pid=7, ip=192.0.2.2)\n  File x, line 3\nValueError: too few steps"
+    assert one_line(said) == "ValueError: too few steps"
+
+
 def test_a_full_disk_is_said_in_one_line_wherever_it_was_met(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipelines.distil.curves import Curves, Follower
+from pipelines.distil.curves import Curves
+from pipelines.distil.follower import Follower
 from pipelines.distil.job import _noting
 from pipelines.runtime import tracking
 from serving.store import use_store

@@ -21,9 +21,10 @@ from made_up import provenance
 from tiny_families import FAMILIES, write_pair
 
 from pipelines.analyse.audit import judge
-from pipelines.collect.actors import PROMPT, Labels, Rollouts
+from pipelines.collect.actors import Labels, Rollouts
 from pipelines.collect.prompts import Prompt, rows
 from pipelines.collect.publish import publish
+from pipelines.collect.schemas import PROMPT
 from pipelines.data.seal import sealed
 from pipelines.data.shards import shard_metadata
 from pipelines.data.trajectories import ShardTrajectories

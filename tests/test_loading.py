@@ -16,7 +16,8 @@ import pytest
 from transformers import AutoTokenizer, BartConfig, Gemma3Config, T5Config
 
 from s2t_models import loading
-from s2t_models.recipe import RecipeError
+from s2t_models.hosting import pinned
+from s2t_models.recipe import RecipeError, load_recipe
 from s2t_models.settings import ModelSettings
 
 EMBEDDED = loading.resolve(ModelSettings(path="embedded:slm"))
@@ -143,6 +144,8 @@ def test_the_hubs_digests_and_commit_are_taken_as_they_are(tmp_path: Path, monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     settings = ModelSettings(path="someone/small")
     assert loading.pinned(settings).revision == commit
+    recipe = load_recipe("embedded", ["slm.path=someone/small"])
+    assert (pinned(recipe).slm.revision, pinned(recipe).teacher.revision) == (commit, None)
     assert loading.load_tokenizer(settings).get_vocab() == loading.load_tokenizer(embedded_settings()).get_vocab()
     with pytest.raises(RecipeError, match="someone/small: neither a folder here nor to be had from the hub"):
         loading.weights_hash(settings)  # the hub is not to be had in tests

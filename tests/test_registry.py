@@ -4,6 +4,7 @@ is."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from recorded import recorded_results, recorded_shards
 
 from pipelines.collect.runs import log_collection
 from pipelines.data.shards import shards_digest
-from pipelines.distil.curves import Follower
+from pipelines.distil.follower import Follower
 from pipelines.distil.runs import log_trained
 from pipelines.results.report import report
 from s2t_models import loading
@@ -280,8 +281,10 @@ def mlflow_server(store: str, tmp_path: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     command = f"-m mlflow server --backend-store-uri {store} --artifacts-destination {tmp_path}/kept"
     options = f"--host 127.0.0.1 --port {port} --workers 1"
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes that nothing here asks
     with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen([sys.executable, *command.split(), *options.split()], stdout=log, stderr=log)
+        arguments = [sys.executable, *command.split(), *options.split()]
+        process = subprocess.Popen(arguments, env=environment, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + 120
         while True:

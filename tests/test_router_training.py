@@ -52,6 +52,12 @@ def test_the_router_is_trained_from_shards_and_decodes(ray_cluster, recipe_path,
     assert f"{record.teacher.read:,} tokens read for it, {record.teacher.written:,} written" in said
     steps = int(said.split("labelled")[1].split()[0])
     assert record.teacher.written > steps, "the answers, and what goes on from the SLM's tokens"
+    few = [*arguments[:-1], str(tmp_path / "none"), "--set", "router.max_new_tokens=2"]
+    assert main([*few, "--objective", "router"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("distil: embedded: router: ")
+    assert said.endswith("label more prompts\n")
+    assert said.count("\n") == 1
     router = load_router(output)
     assert 0.0 < router.settings.threshold < 1.0
 

@@ -11,7 +11,8 @@ from recorded import recorded_results, recorded_shards
 
 from pipelines.analyse.__main__ import main as analyse
 from pipelines.data.shards import shards_digest
-from pipelines.distil.curves import CURVES, Curves, Follower
+from pipelines.distil.curves import CURVES, Curves
+from pipelines.distil.follower import Follower
 from pipelines.distil.runs import log_trained, open_run
 from pipelines.results.report import report
 from s2t_models.artifact import Artifact

@@ -18,8 +18,9 @@ from test_distil import write
 from test_golden_losses import rows_to_learn, small_recipe
 
 from pipelines.benchmark.training import teacher_tokens
-from pipelines.collect.actors import PROMPT, Labels, Rollouts
+from pipelines.collect.actors import Labels, Rollouts
 from pipelines.collect.prompts import Prompt, rows
+from pipelines.collect.schemas import PROMPT
 from pipelines.data.schema import SHARD
 from pipelines.data.shards import ShardError
 from pipelines.distil.inputs import check_inputs

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 
 from benchmarks.label_efficiency.plan import Experiment, Point
 from pipelines.collect import prompts as sources
-from pipelines.collect.actors import LABELLED, PROMPT, Labels, Rollouts
+from pipelines.collect.actors import Labels, Rollouts
 from pipelines.collect.publish import publish
+from pipelines.collect.schemas import LABELLED, PROMPT
 from pipelines.data.layout import COLLECTED
 from pipelines.data.seal import read_sealed, sealed
 from pipelines.data.shards import shard_metadata

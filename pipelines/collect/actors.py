@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.data.schema import SHARD
+from pipelines.collect.schemas import LABELLED, ROLLOUT
 from s2t_models import chat, loading
 from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
@@ -31,36 +31,6 @@ from s2t_models.noise import uniforms
 from s2t_models.recipe import Recipe
 from s2t_models.threads import use_threads
 from serving.written import keep_posted
-
-#: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
-#: good. `index` is the prompt's place among all.
-PROMPT = pa.schema(
-    [
-        ("index", pa.int64()),
-        ("uid", pa.string()),
-        ("messages", pa.string()),
-        SHARD.field("questions"),
-        ("seed", pa.int64()),
-        ("temperature", pa.float64()),
-    ]
-)
-
-#: Rolled out, not yet labelled: a shard row's first columns, and the writer's support with the steps laid end to
-#: end.
-ROLLOUT = pa.schema(
-    [
-        PROMPT.field("index"),
-        *(SHARD.field(name) for name in ("uid", "questions", "prompt", "prompt_ids", "output_ids")),
-        *(SHARD.field(name) for name in ("seed", "temperature", "finish")),
-        SHARD.field("entropy_T"),
-        SHARD.field("error"),
-        ("support_ids", pa.list_(pa.int32())),
-        ("support_logprobs", pa.list_(pa.float32())),
-    ]
-)
-
-#: Labelled, all steps with their candidates; the row's place in its shard is not settled yet.
-LABELLED = pa.schema([PROMPT.field("index"), *SHARD])
 
 Row = dict[str, Any]
 

@@ -27,9 +27,10 @@ from ray.data import ActorPoolStrategy
 from ray.data.checkpoint import CheckpointConfig
 
 from pipelines.collect import prompts as sources
-from pipelines.collect.actors import PROMPT, Labels, Rollouts
+from pipelines.collect.actors import Labels, Rollouts
 from pipelines.collect.publish import DamagedFiles, publish
 from pipelines.collect.runs import log_collection
+from pipelines.collect.schemas import PROMPT
 from pipelines.collect.sink import ArrowSink, CommittedRows, committed, filesystem_of, take_back
 from pipelines.data.layout import COLLECTED, RECORD
 from pipelines.data.shards import shard_metadata
@@ -195,10 +196,12 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
             delete_checkpoint_on_success=False,
             override_filesystem=checkpoint.file_system if isinstance(checkpoint, ObjectPath) else None,
         )
+        # Ray's newer reader starts a dozen processes to read the footers of what is one file.
+        newer_reader, context.use_datasource_v2 = context.use_datasource_v2, False
         context.checkpoint_config.checkpoint_actor_memory_bytes = 64 * 1024**2
         context.checkpoint_config.checkpoint_actor_pool_max_size = 1
         try:
-            dataset = ray.data.read_parquet(str(prompts), **filesystem_of(prompts))
+            dataset = ray.data.read_parquet(str(prompts), override_num_blocks=1, **filesystem_of(prompts))
             # A block is written, committed, and at most lost where something is killed, as one.
             dataset = dataset.repartition(target_num_rows_per_block=collect.pool(writer).batch)
             board = new_board()
@@ -215,7 +218,7 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
                 f"{recipe.name}: an actor failed: {one_line(error)}; the same command goes on from {work}"
             ) from error
         finally:
-            context.checkpoint_config = None
+            context.checkpoint_config, context.use_datasource_v2 = None, newer_reader
     return committed(labelled, checkpoint)
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as parquet
 from ray.data.block import BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink
 
-from pipelines.collect.actors import LABELLED
+from pipelines.collect.schemas import LABELLED
 from pipelines.data.seal import open_arrow, sealed
 from s2t_models.storage import Location, ObjectPath
 

@@ -25,13 +25,15 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.data.trajectories import ShardTrajectories
-from pipelines.distil.curves import CURVES, Curves, Follower
+from pipelines.distil.curves import CURVES, Curves
+from pipelines.distil.follower import Follower
 from pipelines.distil.inputs import DistilError, check_inputs, training_folder
 from pipelines.distil.runs import log_trained, open_run
 from pipelines.distil.worker import TEACHER_READ, read_state, train
 from pipelines.runtime.progress import Progress
 from s2t_models.artifact import read_provenance, refuse_foreign
 from s2t_models.errors import one_line
+from s2t_models.hosting import pinned
 from s2t_models.locks import locked
 from s2t_models.provenance import Provenance, TeacherTokens
 from s2t_models.recipe import Recipe, RecipeError
@@ -68,6 +70,7 @@ def distil(
 
     Raises RecipeError, ShardError, ClusterError, StoreError, ArtifactError or DistilError.
     """
+    recipe = pinned(recipe)
     settings = recipe.distil
     if (settings.min_workers or 1) > settings.workers:
         raise RecipeError(f"distil.min_workers = {settings.min_workers} exceeds distil.workers = {settings.workers}")

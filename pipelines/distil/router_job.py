@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 import ray
 
 from pipelines.data.shards import each_shard
-from pipelines.distil.curves import CURVES, Curves, Follower
+from pipelines.distil.curves import CURVES, Curves
+from pipelines.distil.follower import Follower
 from pipelines.distil.inputs import DistilError, check_inputs, training_folder
 from pipelines.distil.runs import log_trained, open_run
 from s2t_models import chat, loading
@@ -149,6 +150,8 @@ def _label_and_train(
     try:
         history, threshold = ray.get(train.remote(inputs_TF, labels_T, hidden, recipe, output, done))
     except ray.exceptions.RayError as error:
+        if isinstance(unfit := getattr(error, "cause", None), ValueError):  # these steps can train none
+            raise DistilError(f"{recipe.name}: {unfit}") from error
         raise DistilError(f"training the router failed: {one_line(error)}; the same command tries again") from error
     for metrics in history:
         curves.add(int(metrics["epoch"]), {f"router/{name}": value for name, value in metrics.items()})

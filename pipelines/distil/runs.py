@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from pipelines.data.shards import read_metadata
-from pipelines.distil.curves import Follower
+from pipelines.distil.follower import Follower
 from pipelines.runtime import tracking
 from s2t_models.node_cache import fetched
 from s2t_models.provenance import Provenance

@@ -29,7 +29,7 @@ def train_router(
     `device`, its threshold set to reach `settings.recall` on the validation steps.
 
     `report` gets each epoch's figures. The steps stay on the CPU but for the batch at hand. Raises ValueError where the
-    steps lack one of the two labels.
+    training steps lack one of the two labels, or no validation step is divergent.
     """
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(labels_T), generator=generator)
@@ -38,7 +38,12 @@ def train_router(
     check, train = order[:held_out], order[held_out:]
     positives = float(labels[train].sum())
     if not 0 < positives < len(train):
-        raise ValueError(f"router: {positives:.0f} of {len(train)} training steps are divergent; both kinds are needed")
+        raise ValueError(
+            f"router: {positives:.0f} of {len(train)} training steps are divergent; both kinds are needed, "
+            "label more prompts"
+        )
+    if not labels[check].any():
+        raise ValueError(f"router: none of {held_out} validation steps is divergent; label more prompts")
     weight = torch.tensor((len(train) - positives) / positives, device=device)
 
     def loss_sum(batch: torch.Tensor) -> torch.Tensor:
@@ -80,8 +85,6 @@ def train_router(
 
 def recall_threshold(probabilities_T: np.ndarray, labels_T: np.ndarray, recall: float) -> float:
     """The highest threshold, that is the lowest positive rate, at which `p >= threshold` still finds `recall` of the
-    positives. Raises ValueError where there are none."""
+    positives, of which there is one at least."""
     positives = np.sort(probabilities_T[labels_T.astype(bool)])
-    if not len(positives):
-        raise ValueError("router: the validation steps hold no divergent step; label more prompts")
     return float(positives[int(np.floor((1 - recall) * len(positives) + 1e-9))])
