@@ -20,8 +20,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .injections import FAULTS, OBJECT_STORE
+from .laboratory import Laboratory
 from .object_store import ObjectStore
-from .points import Laboratory, plan, record, recorded, table
+from .points import plan, record, recorded, table
 from .raylets import Raylets
 from .stages import REPOSITORY, STAGES, prepare
 
@@ -36,32 +37,33 @@ def main() -> int:
     journal = options.record or folder / "points.jsonl"
     known = {(point.stage, point.number): point for point in recorded(journal)}
     wanted = plan(options.stage, options.fault, options.points)
-    left = [(stage, fault, number) for stage, fault, number in wanted if (stage.name, number) not in known]
+    left = [t for t in wanted if any((t.stage.name, number) not in known for number in t.numbers)]
     if not find_spec("moto"):
-        left = [point for point in left if point[1].name != OBJECT_STORE]
+        left = [trial for trial in left if trial.faults[0].name != OBJECT_STORE]
         print("object store away: left out, the S3 server (moto) is not installed", file=sys.stderr)
     if not can_mount(folder):
-        left = [point for point in left if point[1].name != "disk full"]
+        left = [trial for trial in left if trial.faults[0].name != "disk full"]
         print("disk full: left out, a tmpfs cannot be mounted here", file=sys.stderr)
     began = time.monotonic()
     if left:
         prepare(folder / "inputs")
-        objects = ObjectStore() if any(fault.name == OBJECT_STORE for _, fault, _ in left) else None
-        raylets = Raylets() if any(stage.on_ray for stage, _, _ in left) else None
+        objects = ObjectStore() if any(trial.faults[0].name == OBJECT_STORE for trial in left) else None
+        raylets = Raylets() if any(trial.stage.on_ray for trial in left) else None
         try:
             laboratory, longest = Laboratory(folder, raylets, objects), 0.0
-            for stage, fault, number in left:
+            for trial in left:
+                started = time.monotonic()
                 if options.seconds and time.monotonic() - began + longest > options.seconds:
                     break
-                point = laboratory.run(stage, fault, number, options.seed)
-                longest = max(longest, point.seconds)
-                record(point, journal)
-                known[stage.name, number] = point
-                print(point, flush=True)
+                for point in laboratory.run(trial, options.seed):
+                    record(point, journal)
+                    known[point.stage, point.number] = point
+                    print(point, flush=True)
+                longest = max(longest, time.monotonic() - started)
         finally:
-            for started in (raylets, objects):
-                if started is not None:
-                    started.close()
+            for service in (raylets, objects):
+                if service is not None:
+                    service.close()
     print(f"\n{table(list(known.values()))}")
     return 1 if any(point.lost or point.differing or point.unclear for point in known.values()) else 0
 

@@ -71,15 +71,18 @@ def _nothing(scene: Scene) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """`has_moment` says whether it strikes at a random moment of the run; `again` that the command is run again though
-    it ended well, `then` with what further arguments; `says` is what the command's line must hold where it ends with an
-    error."""
+    """`has_moment` says whether it strikes at a random moment of the run, `by_progress` that something must be done by
+    then, `alone` that no other fault can strike the same run; `after`, which may be called more than once, puts right
+    what it left; `again` says that the command is run again though it ended well, `then` with what further arguments;
+    `says` is what the command's line must hold where it ends with an error."""
 
     name: str
     before: Callable[[Scene], None] = _nothing
     strike: Callable[[Scene], None] = _nothing
     after: Callable[[Scene], None] = _nothing
     has_moment: bool = True
+    by_progress: bool = False
+    alone: bool = False
     again: bool = False
     then: tuple[str, ...] = ()
     says: str = ""
@@ -247,17 +250,18 @@ FAULTS = {
         Fault("node left", strike=lambda scene: scene.cluster.leave(scene.draw)),
         Fault("node joined", strike=lambda scene: scene.cluster.join()),
         Fault("object store full", before=_fill_the_object_stores, has_moment=False),
-        Fault("disk full", before=_small_disk, after=_make_room, has_moment=False, says="the disk is full"),
-        Fault(OBJECT_STORE, strike=_lose_the_object_store, after=_find_the_object_store),
+        Fault("disk full", before=_small_disk, after=_make_room, has_moment=False, alone=True, says="the disk is full"),
+        Fault(OBJECT_STORE, strike=_lose_the_object_store, after=_find_the_object_store, alone=True),
         Fault("MLflow down", before=_track, strike=_kill_tracking, after=_track_again, again=True),
-        Fault("file of a killed run torn", strike=lambda scene: _kill_and_damage(scene, tear=True)),
-        Fault("file of a killed run changed", strike=lambda scene: _kill_and_damage(scene, tear=False)),
+        Fault("file of a killed run torn", strike=partial(_kill_and_damage, tear=True), by_progress=True),
+        Fault("file of a killed run changed", strike=partial(_kill_and_damage, tear=False), by_progress=True),
         *(
             Fault(
                 f"shard {name}",
                 before=partial(_damage_a_shard, damage=damage),
                 after=_put_back,
                 has_moment=False,
+                alone=True,
                 says=".arrow: ",
             )
             for name, damage in (("torn", _tear), ("changed", _flip), ("of version 0", _of_version_0))

@@ -29,8 +29,8 @@ SETTINGS = {
 }
 MIB = 1024**2
 STARTS_WITHIN_S = 120
-#: Children of a raylet that are none of a job's workers.
-NO_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+#: Children of a raylet that are none of the workers of the job that is tried.
+NO_WORKERS = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::Filler")
 
 
 class Raylets:
@@ -41,6 +41,7 @@ class Raylets:
         os.environ.update(SETTINGS)
         from ray.cluster_utils import Cluster
 
+        self.store_mib = store_mib
         self._options: dict[str, Any] = {"num_cpus": cpus, "object_store_memory": store_mib * MIB}
         self._wanted = nodes
         self._folder = tempfile.mkdtemp(prefix="nodes-", dir="/tmp")  # sockets have short paths
@@ -71,16 +72,18 @@ class Raylets:
         wait_for_node(node.gcs_address, node.plasma_store_socket_name, STARTS_WITHIN_S)
 
     def leave(self, draw: random.Random) -> None:
-        """A node goes for good, with all that runs on it."""
-        self._remove(draw.choice(self._nodes))
+        """A node goes for good, with all that runs on it. Where it is the last, another comes first."""
+        if len(self._alive()) == 1:
+            self.join()
+        self._remove(draw.choice(self._alive()))
 
     def kill_raylet(self, draw: random.Random) -> None:
         """SIGKILL a node's raylet; its workers notice and end."""
-        self._raylet(draw.choice(self._nodes)).kill()
+        self._raylet(draw.choice(self._alive())).kill()
 
     def restore(self) -> None:
         """The nodes there were in the beginning, with those that died replaced."""
-        for node in [node for node in self._nodes if self._raylet(node).poll() is not None]:
+        for node in [node for node in self._nodes if node not in self._alive()]:
             self._remove(node)
         while len(self._nodes) > self._wanted:
             self._remove(self._nodes[-1])
@@ -103,6 +106,9 @@ class Raylets:
     def close(self) -> None:
         self._cluster.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _alive(self) -> list[Any]:
+        return [node for node in self._nodes if self._raylet(node).poll() is None]
 
     def _remove(self, node: Any) -> None:
         self._nodes.remove(node)

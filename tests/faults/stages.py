@@ -138,7 +138,7 @@ def _router(inputs: Path, output: Path) -> list[str]:
         "collect.label.num_cpus": 0.5,
         "collect.label.batch": 4,
         "collect.label.actors": 2,
-        "router.max_new_tokens": 60,
+        "router.max_new_tokens": 120,
         "router.width": 32,
         "router.blocks": 1,
         "router.epochs": 3,

@@ -18,8 +18,9 @@ import pytest
 
 from pipelines.collect import job
 from pipelines.collect import prompts as sources
-from pipelines.collect.actors import LABELLED, PROMPT, Labels, Rollouts
+from pipelines.collect.actors import Labels, Rollouts
 from pipelines.collect.publish import DamagedFiles, publish
+from pipelines.collect.schemas import LABELLED, PROMPT
 from pipelines.collect.sink import committed, take_back
 from pipelines.data.seal import sealed
 from pipelines.data.shards import read_shards, shard_metadata
@@ -136,15 +137,23 @@ def test_a_collection_makes_the_rows_of_damaged_files_again(
 
 
 def test_each_fault_of_a_stage_has_its_turn() -> None:
-    counts = Counter((stage.name, fault.name) for stage, fault, _ in plan(list(STAGES), [], 50))
+    trials = plan(list(STAGES), [], 50)
+    counts = Counter((trial.stage.name, fault.name) for trial in trials for fault in trial.faults)
     assert {name for name, _ in counts} == set(STAGES)
     assert min(counts.values()) >= 3
-    assert [fault.name for _, fault, _ in plan(["collect"], ["disk full"], 2)] == ["disk full"] * 2
+    for name in STAGES:
+        numbers = [number for trial in trials if trial.stage.name == name for number in trial.numbers]
+        assert sorted(numbers) == list(range(50))
+    assert all(len(trial.faults) == 1 for trial in trials if any(fault.alone for fault in trial.faults))
+    (killed, full) = plan(["collect"], ["actor killed", "driver killed", "disk full"], 3)
+    assert [fault.name for fault in killed.faults] == ["actor killed", "driver killed"]
+    assert [fault.name for fault in full.faults] == ["disk full"]
+    assert (killed.numbers, full.numbers) == ((0, 1), (2,))
 
 
 def test_the_table_adds_up_what_was_recorded(tmp_path: Path) -> None:
-    lost = Point("collect", "disk full", 1, "its place", "8 KiB", 2, 1, 0, 1, 20.0, "collect: the disk is full")
-    well = Point("collect", "disk full", 2, "its place", "9 KiB", 0, 0, 0, 2, 20.0, "")
+    lost = Point("collect", "disk full", 1, 1, "its place", "8 KiB", 2, 1, 0, 1, 20.0, "collect: the disk is full")
+    well = Point("collect", "disk full", 2, 2, "its place", "9 KiB", 0, 0, 0, 2, 20.0, "")
     late = replace(well, number=3, moment=MISSED)
     for point in (lost, well):
         record(point, tmp_path / "points.jsonl")
