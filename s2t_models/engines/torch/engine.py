@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import threading
 import time
 from collections import deque
@@ -47,6 +48,7 @@ from s2t_models.engines.torch.calls import Feed, Output, Procedure, Step
 from s2t_models.engines.torch.free_slots import FreeSlots
 from s2t_models.engines.torch.second_passes import SecondPasses
 from s2t_models.engines.torch.slots import Query
+from s2t_models.errors import one_line
 from s2t_models.noise import uniforms
 from s2t_models.settings import MultiplexSettings, TahSettings
 
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
 TOKENS_A_FORWARD = 2048
 #: Seconds after which a forward will not end any more: TOKENS_A_FORWARD tokens on two cores take one minute.
 STUCK_S = 300.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,8 +81,9 @@ class TorchEngine:
     S2T-Local artifact, `router` R2R's router, and `second_pass` Think-at-Hard's decider and LoRA. `decode` is the
     tokenizer's, for stop texts.
 
-    It can be called from any event loop: its work is done in a thread of its own. Raises UnsupportedModel where the
-    model, or the card's context, cannot be served exactly."""
+    It can be called from any event loop: its work is done in a thread of its own. A forward that fails fails its calls;
+    where the device fails, all calls raise EngineDied from then on. Raises UnsupportedModel where the model, or the
+    card's context, cannot be served exactly."""
 
     def __init__(
         self,
@@ -109,10 +114,11 @@ class TorchEngine:
         self._running: list[_Call] = []
         self._wake = threading.Condition()
         self._closed = False
+        self._died: str | None = None  # why, once it has
         self._turned = time.monotonic()
         self._written = self._read = self._cached = 0
         gc.freeze()  # models are here to stay: walking them in collections costs one decode step in twenty
-        self._thread = threading.Thread(target=self._loop, name=f"engine-{card.name}", daemon=True)
+        self._thread = threading.Thread(target=self._live, name=f"engine-{card.name}", daemon=True)
         self._thread.start()
 
     async def card(self) -> ModelCard:
@@ -199,8 +205,8 @@ class TorchEngine:
     async def check_health(self) -> None:
         """Raise EngineDied where the thread has ended, or has not come round for STUCK_S while calls wait for it."""
         # Without the lock, which a thread that is stuck may hold.
-        if not (self._thread.is_alive() or self._closed):
-            raise EngineDied(f"{self._card.name}: the engine's thread has ended; it is started again")
+        if self._died is not None:
+            raise EngineDied(self._died)
         still = time.monotonic() - self._turned
         if still > STUCK_S and (self._waiting or self._running):
             raise EngineDied(f"{self._card.name}: calls wait and no forward has ended for {still:.0f} s")
@@ -217,6 +223,8 @@ class TorchEngine:
         with self._wake:
             if self._closed:
                 raise RuntimeError(f"engine {self._card.name} is closed")
+            if self._died is not None:
+                raise EngineDied(self._died)
             if not (self._waiting or self._running):
                 self._turned = time.monotonic()
             self._waiting.append(call)
@@ -224,6 +232,22 @@ class TorchEngine:
         return await asyncio.wrap_future(call.future)
 
     # What follows runs in the engine's thread.
+
+    def _live(self) -> None:
+        """The thread's life. What escapes the loop ends it, and no call waits for what will not come."""
+        try:
+            self._loop()
+        except BaseException as error:
+            cause = f"{type(error).__name__}: {one_line(error)}"
+            died = f"{self._card.name}: the engine's thread has ended ({cause}); it is started again"
+            log.error(died, exc_info=error)  # first: who is told may end the process
+            with self._wake:
+                self._died = died
+                for call in [*self._running, *self._waiting]:
+                    if call.future.set_running_or_notify_cancel():
+                        call.future.set_exception(EngineDied(died))
+                self._running.clear()
+                self._waiting.clear()
 
     @torch.inference_mode()
     def _loop(self) -> None:
@@ -244,6 +268,8 @@ class TorchEngine:
             try:
                 outcomes = self._forward(taken)
             except Exception as error:  # a failing forward fails its calls, not the engine
+                if _is_of_device(error):
+                    raise
                 for call in taken:
                     self._finish(call, error=error)
                 continue
@@ -254,22 +280,24 @@ class TorchEngine:
         """Give the free slots to calls in their order; one whose prefix another call is about to read waits for
         that."""
         postponed: list[_Call] = []
-        while self._waiting and self._free:
-            call = self._waiting.popleft()
-            if self._free.is_about_to_be_read(call.tokens, (running.tokens for running in self._running)):
-                postponed.append(call)
-            else:
-                self._admit(call)
-        self._waiting.extendleft(reversed(postponed))
+        try:
+            while self._waiting and self._free:
+                call = self._waiting.popleft()
+                if self._free.is_about_to_be_read(call.tokens, (running.tokens for running in self._running)):
+                    postponed.append(call)
+                else:
+                    self._admit(call)
+        finally:
+            self._waiting.extendleft(reversed(postponed))
 
     def _admit(self, call: _Call) -> None:
         if call.future.cancelled():
             return
+        self._running.append(call)  # first: where the device fails now, it is one of those that are told
         call.slot, cached = self._free.take(call.tokens)
         self._cached += cached
         self._read += len(call.tokens) - cached
         call.procedure = call.begin(cached)
-        self._running.append(call)
         self._advance(call, None)
 
     def _drop_cancelled(self) -> None:
@@ -296,6 +324,8 @@ class TorchEngine:
         except StopIteration as stop:
             self._finish(call, stop.value)
         except Exception as error:
+            if _is_of_device(error):
+                raise
             self._finish(call, error=error)
 
     def _finish(self, call: _Call, result: Any = None, error: Exception | None = None) -> None:
@@ -389,6 +419,12 @@ class TorchEngine:
 
     def _embed(self, ids: list[int]) -> torch.Tensor:
         return self._model.get_input_embeddings()(torch.tensor(ids, device=self._model.device))
+
+
+def _is_of_device(error: Exception) -> bool:
+    """Whether the device failed under the process: after an illegal access, or a fault of the hardware, every further
+    call of it fails too. Where it had no room for one call, it has for others."""
+    return isinstance(error, torch.AcceleratorError) and "out of memory" not in str(error)
 
 
 def context_setting(name: str) -> str:
