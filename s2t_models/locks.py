@@ -44,8 +44,8 @@ class FolderError(StorageError):
 @contextmanager
 def locked(folder: Location) -> Iterator[None]:
     """Hold `folder`, making it where it is missing: two jobs in one folder would undo or repeat each other's work.
-    Raises FolderError where it cannot be made or another process holds it, and StorageError where the store cannot be
-    reached."""
+    Raises FolderError where it cannot be made, another process holds it or its file system has no locks, and
+    StorageError where the store cannot be reached."""
     with _leased(folder) if isinstance(folder, ObjectPath) else _flocked(folder):
         yield
 
@@ -63,6 +63,11 @@ def _flocked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise FolderError(
                 f"{folder}: another job is at work there; wait for it or choose another --output"
+            ) from None
+        except OSError as error:  # Lustre without `-o flock`, some NFS
+            raise FolderError(
+                f"{folder}: its file system has no locks (flock: {error.strerror}); mount it with them, or choose "
+                "another --output"
             ) from None
         yield
 

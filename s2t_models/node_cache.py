@@ -101,9 +101,16 @@ def _fetch(place: ObjectPath, names: list[str], folder: Path) -> None:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Hold a lock of this machine; wait for it where another process has it."""
+    """Hold a lock of this machine; wait for it where another process has it. Raises StorageError where there are no
+    locks."""
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise StorageError(
+                f"{lock.parent}: its file system has no locks (flock: {error.strerror}); set S2T_CACHE to a folder of "
+                "this machine"
+            ) from None
         yield
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from processes import end, start, wait_until
 
+from s2t_models import node_cache
 from s2t_models.locks import FolderError, locked
-from s2t_models.storage import whole
+from s2t_models.storage import StorageError, whole
 
 
 def test_a_file_that_is_interrupted_leaves_the_one_before(tmp_path: Path) -> None:
@@ -69,3 +72,17 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FolderError, match="not a folder to write to"), locked(tmp_path / "file"):
         pass
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Lustre is without `-o flock`."""
+
+    def refused(*arguments: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    why = r"its file system has no locks \(flock: Function not implemented\)"
+    with pytest.raises(FolderError, match=f"{tmp_path}: {why}; mount it with them, or choose another --output"):
+        locked(tmp_path).__enter__()
+    with pytest.raises(StorageError, match=f"{tmp_path}: {why}; set S2T_CACHE to a folder of this machine"):
+        node_cache._alone(tmp_path / "lock").__enter__()
