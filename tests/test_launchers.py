@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from command_lines import known_command, ray_start
+from processes import wait_until
 
 from serving.proxy import ENVIRONMENT
 
@@ -51,6 +53,8 @@ def test_ray_up_starts_ray_as_the_manifests_do():
     assert {key: given.get(key) for key in ENVIRONMENT} == ENVIRONMENT
     assert "~/.ray/auth_token" in config["file_mounts"], "where Ray looks for it"
     assert config["max_workers"] == sum(kind.get("max_workers", 0) for kind in config["available_node_types"].values())
+    for kind in config["available_node_types"].values():
+        assert kind["node_config"]["ImageId"].startswith("ami-"), "the one that Ray takes is too old for H100s"
     for command in [*config["head_start_ray_commands"], *config["worker_start_ray_commands"]]:
         for words in map(shlex.split, command.split(";")):
             if words[:2] == ["ray", "start"]:
@@ -62,20 +66,33 @@ def test_ray_up_starts_ray_as_the_manifests_do():
 
 @pytest.fixture
 def allocation(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job on two nodes, with stubs of Slurm's commands; `srun` writes its arguments, and what it
-    sees of the token, to srun.json, and ends with 7."""
+    """The environment of a job on two nodes, with stubs of Slurm's commands and of the stage. `srun` writes its
+    arguments, and what it sees of the token, to srun.json, and ends with 0, as Ray does in it: after the stage, or
+    without where RAY_STARTS is 0. The stage ends with STAGE_ENDS; with "requeued" when the job is back in the queue,
+    which Slurm ends it for."""
     bin_folder, venv = tmp_path / "bin", tmp_path / "venv"
     srun = (
-        "import json, os, stat, sys\n"
+        "import json, os, stat, subprocess, sys\n"
         "path = os.environ['RAY_AUTH_TOKEN_PATH']\n"
         "seen = {'words': sys.argv[1:], 'mode': stat.S_IMODE(os.stat(path).st_mode), 'token': open(path).read()}\n"
         "seen['environment'] = {key: os.environ[key] for key in os.environ if key.startswith('RAY_')}\n"
         "json.dump(seen, open('srun.json', 'w'))\n"
-        "sys.exit(7)\n"
+        "if os.environ['RAY_STARTS'] == '1':\n"
+        "    subprocess.run(sys.argv[sys.argv.index('--') + 1:])\n"
+    )
+    scontrol = (
+        '[[ "$*" == "show hostnames node[1-2]" ]] && printf "node1\\nnode2\\n"\n'
+        '[[ "$*" == "requeue 42" ]] && touch requeued; true\n'
+    )
+    stage = (
+        'printf "%s\\n" "$RAY_ADDRESS" "$@" > stage\n'
+        '[[ $STAGE_ENDS == requeued ]] || exit "$STAGE_ENDS"\n'
+        "for _ in {1..200}; do [[ -e requeued ]] && exit 143; sleep 0.1; done\n"
     )
     for name, text in (
         ("srun", f"#!{sys.executable}\n{srun}"),
-        ("scontrol", '#!/bin/bash\n[[ "$*" == "show hostnames node[1-2]" ]] && printf "node1\\nnode2\\n"\n'),
+        ("scontrol", f"#!/bin/bash\n{scontrol}"),
+        ("s2t", f"#!/bin/bash\n{stage}"),
     ):
         bin_folder.mkdir(exist_ok=True)
         (bin_folder / name).write_text(text)
@@ -84,7 +101,8 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     (venv / "bin" / "activate").touch()
     slurm = {"JOB_ID": "42", "JOB_NODELIST": "node[1-2]", "CPUS_PER_TASK": "96", "SUBMIT_DIR": str(tmp_path)}
     path = f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {"PATH": path, "HOME": str(tmp_path), "S2T_VENV": str(venv)} | {f"SLURM_{k}": v for k, v in slurm.items()}
+    given = {"PATH": path, "HOME": str(tmp_path), "S2T_VENV": str(venv), "RAY_STARTS": "1", "STAGE_ENDS": "7"}
+    return given | {f"SLURM_{k}": v for k, v in slurm.items()}
 
 
 def test_slurm_runs_a_stage_on_all_nodes(allocation, tmp_path):
@@ -106,11 +124,44 @@ def test_slurm_runs_a_stage_on_all_nodes(allocation, tmp_path):
     assert "--num-cpus" in ray_arguments
     asked = dict(zip(words[start + 1 : end : 2], words[start + 2 : end : 2], strict=True))
     assert (asked["--address"], asked["--min-nodes"]) == ("node1:6379", "2")
-    assert words[end + 1 :] == ["env", "RAY_ADDRESS=node1:6379", *stage]
+    assert (tmp_path / "stage").read_text().splitlines() == ["node1:6379", *stage[1:]]
     assert seen["environment"]["RAY_AUTH_MODE"] == "token"
     assert len(seen["token"].strip()) == 64
     assert stat.filemode(seen["mode"]) == "?rw-------"
-    assert not Path(seen["environment"]["RAY_AUTH_TOKEN_PATH"]).exists(), "it ends with the job"
+    assert not list((tmp_path / ".ray").iterdir()), "the token ends with the job, and so does what the stage left"
+
+
+@pytest.mark.parametrize("left_before", [False, True])
+def test_a_job_whose_ray_did_not_start_has_failed(allocation, tmp_path, left_before: bool):
+    if left_before:  # by a run of the same job that was killed
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "s2t-42.status").write_text("0\n")
+    done = subprocess.run(
+        ["bash", str(SLURM), "s2t", "collect"],
+        env=allocation | {"RAY_STARTS": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("slurm.sh: the stage left no exit status: Ray did not start")
+
+
+def test_a_job_near_its_time_limit_goes_back_into_the_queue(allocation, tmp_path):
+    (signal_option,) = re.findall(r"^#SBATCH --signal=B:(\w+)@300$", SLURM.read_text(), re.MULTILINE)
+    job = subprocess.Popen(
+        ["bash", str(SLURM), "s2t", "collect"],
+        env=allocation | {"STAGE_ENDS": "requeued"},
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: (tmp_path / "stage").exists(), job, 60)
+    job.send_signal(getattr(signal, f"SIG{signal_option}"))
+    _, said = job.communicate(timeout=60)
+    assert (job.returncode, said) == (143, "slurm.sh: the time limit is near: back into the queue\n")
+    assert (tmp_path / "requeued").exists()
 
 
 def test_slurm_says_how_it_is_called(allocation, tmp_path):
@@ -150,3 +201,19 @@ def test_the_image_takes_what_is_there_and_all_of_the_project():
     assert {entry.split("/")[0] for entry in let_in} == set(copied)
     assert re.findall(r"^USER (\d+)", text, re.MULTILINE) == ["1000"]
     assert ":latest" not in text
+
+
+def test_a_login_shell_of_the_image_finds_its_commands(tmp_path):
+    """`ray up` runs `bash --login`, and the profile of Debian sets PATH anew before it reads what is in profile.d."""
+    text = (CLUSTER / "Dockerfile").read_text()
+    (line,) = re.findall(r"^RUN (.+) > /etc/profile\.d/s2t\.sh$", text, re.MULTILINE)
+    (folder,) = re.findall(r"^ENV PATH=(\S+):\$PATH \\$", text, re.MULTILINE)
+    subprocess.run(["sh", "-c", f"{line} > {tmp_path}/s2t.sh"], check=True)
+    shown = subprocess.run(
+        ["/bin/sh", "-c", f". {tmp_path}/s2t.sh; echo $PATH"],
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout == f"{folder}:/usr/bin:/bin\n"

@@ -114,6 +114,20 @@ def test_a_manifest_is_kuberays(schemas, name):
     assert complaints(schemas[MANIFESTS[name]], manifest(name)) == []
 
 
+def test_the_block_for_a_head_that_may_end_is_kuberays(schemas):
+    """Commented out, since it takes a Redis."""
+    text, taken = re.subn(
+        r"^    # (gcsFaultToleranceOptions:(?:\n    #   .+)+)",
+        lambda found: "    " + found[1].replace("\n    # ", "\n    "),
+        (KUBERAY / "serve.yaml").read_text(),
+        flags=re.MULTILINE,
+    )
+    assert taken == 1
+    service = yaml.safe_load(text)
+    assert service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisAddress"]
+    assert complaints(schemas["RayService"], service) == []
+
+
 @pytest.mark.parametrize(
     ("where", "key", "value"),
     [
