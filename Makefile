@@ -11,10 +11,13 @@ export OMP_NUM_THREADS ?= 1
 # Threads that wait leave their core to the next process.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo real test lint test-slow test-faults test-clients docs pair bench mlflow clean
+.PHONY: install demo real test lint test-slow test-faults test-clients docs pair bench mlflow clean
 
 demo: $(INSTALLED)
 	@$(BIN)/s2t demo
+
+# The environment alone.
+install: $(INSTALLED)
 
 # A real pretrained pair on two cores, in hours; killed, it goes on where it was.  MODELS: a folder that holds the two
 # models (without it they come from the hub).  DATA: a folder of benchmark data.
