@@ -124,8 +124,8 @@ def run_here(stage: str, nodes: int, rows: int, tokens: int, speed: float, folde
 
     from pipelines.benchmark.job import Options, benchmark
     from pipelines.collect.job import collect
-    from pipelines.collect.sink import CommittedRows
     from pipelines.data.layout import ANSWERS
+    from pipelines.data.sink import CommittedRows
 
     asked = recipe(nodes, rows, tokens)
     sleeping.register()

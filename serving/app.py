@@ -24,7 +24,7 @@ from s2t_models.recipe import Recipe, RecipeError, load_recipe
 from s2t_models.settings import ServingSettings
 from serving import cluster, http, port
 from serving.keys import VARIABLE, Keys, is_readable_by_others, read_keys
-from serving.placement import gateway_options, replica_options
+from serving.placement import actor_bundles, gateway_options, replica_options
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -110,7 +110,7 @@ def run(hosting: Hosting, blocking: bool = True) -> str:
     until what is in flight is answered.
 
     Deployed again, a changed recipe replaces the one that was served. Raises RecipeError where the port is taken, the
-    cluster too small, or an engine does not start, and KeysError.
+    cluster too small, or an engine does not start, ClusterError where it does not grow in time, and KeysError.
     """
     import ray
     from ray import serve
@@ -207,7 +207,8 @@ def _check_engines(hosting: Hosting) -> None:
 
 
 def _join(hosting: Hosting) -> bool:
-    """Join the cluster, or start one here; returns whether it was started. Raises RecipeError where it is too small."""
+    """Join the cluster, or start one here; returns whether it was started. One that is too small and grows by itself is
+    waited for. Raises RecipeError or ClusterError where it is, or stays, too small."""
     import ray
 
     demand = _demand(hosting.engines)
@@ -218,7 +219,9 @@ def _join(hosting: Hosting) -> bool:
     except RecipeError:
         if started:
             ray.shutdown()
-        raise
+        if not cluster.grows():
+            raise
+        cluster.require(_bundles(hosting.engines), f"{hosting.recipe.name}: the endpoint's engines")
     return started
 
 
@@ -284,11 +287,14 @@ def _screen(hosting: Hosting, url: str) -> str:
 
 def _demand(engines: Mapping[str, Hosted]) -> dict[str, float]:
     """What the engines take of the cluster, all replicas together."""
+    return {kind: sum(bundle.get(kind, 0.0) for bundle in _bundles(engines)) for kind in ("CPU", "GPU")}
+
+
+def _bundles(engines: Mapping[str, Hosted]) -> list[dict[str, float]]:
     models = [engine.settings for engine in engines.values()]
-    return {
-        "CPU": sum(model.num_replicas * model.num_cpus for model in models),
-        "GPU": sum(model.num_replicas * model.gpus for model in models),
-    }
+    return [
+        bundle for model in models for bundle in model.num_replicas * actor_bundles(model, model.num_cpus, model.gpus)
+    ]
 
 
 def _check_resources(demand: Mapping[str, float], cluster: Mapping[str, float]) -> None:

@@ -7,13 +7,15 @@ one on this machine otherwise. It knows nothing of what will run there.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from s2t_models.commands import debugging
@@ -25,8 +27,18 @@ LOCAL_CPUS = 8
 #: Actors of Ray Data that may fail in a row while they start; each is replaced. By itself Ray Data ends at the first.
 #: Processes that are killed are not among them: Ray starts these again.
 FAILED_STARTS = 1
+#: How many seconds `require` waits at most, where the environment has it.
+WAIT = "S2T_WAIT_S"
+#: What an autoscaler has for its machines: a cloud may be minutes about one, and a large image has to come to it.
+GROWS_WITHIN_S = 1800.0
 _PATIENCE_S = 60.0
 _PROBE_S = 10.0
+_REPORTS_WITHIN_S = 10.0
+_GIVEN_BACK_S = 10.0
+_LOOKS_EVERY_S = 0.5
+_SAYS_EVERY_S = 30.0
+#: What an autoscaler that only looks on calls the kinds of nodes.
+_NO_KIND = re.compile(r"node_[0-9a-f]{16,}")
 
 
 class ClusterError(UserError):
@@ -164,24 +176,112 @@ def _quieten() -> None:
     context.print_on_execution_start = False
 
 
-def require(cpus: float, gpus: float, what: str) -> None:
-    """Fail with one line where the cluster has not got `cpus` and `gpus` for `what`.
+def require(bundles: Sequence[Mapping[str, float]], what: str) -> None:
+    """Return when the cluster has free what `what` needs: a bundle of CPUs and GPUs for each of its actors.
 
-    What another job holds may come free: that is waited for, a minute at most. Raises ClusterError.
+    What another job holds may come free: that is waited for, a minute at most. Where an autoscaler adds nodes it is
+    asked for them, and has GROWS_WITHIN_S. S2T_WAIT_S says another time for either. Lines on stderr say what is waited
+    for. Raises ClusterError where the cluster is too small and does not grow, or the time is over.
     """
+    needs = {kind: sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU")}
+    if _is_free(needs):
+        return
+    growing, has = grows(), _resources(needs, "cluster_resources")
+    for kind, count in needs.items():
+        if count > has[kind] and not growing:
+            raise ClusterError(f"{what} needs {count:g} {kind}s and the cluster has {has[kind]:g}")
+    patience = _patience(GROWS_WITHIN_S if growing else _PATIENCE_S)
+    with _placed(bundles) if growing else contextlib.nullcontext(lambda: _is_free(needs)) as is_there:
+        _wait(is_there, needs, what, patience, growing)
+    deadline = time.monotonic() + _GIVEN_BACK_S  # what the group held is free a moment after its end
+    while growing and not _is_free(needs) and time.monotonic() < deadline:
+        time.sleep(_LOOKS_EVERY_S)
+
+
+def grows() -> bool:
+    """Whether an autoscaler may add nodes to the cluster that RAY_ADDRESS names.
+
+    Ray does not say so in one place. Version 2 of its autoscaler is turned on where there is one. Version 1 runs on
+    every head, and its report names types of nodes; where it only looks on, each node is a type of its own.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address or address.startswith("ray://"):  # a cluster of this machine; and Ray's client has no such questions
+        return False
+    from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    if is_autoscaler_v2(fetch_from_server=True):
+        return True
+    deadline, report = time.monotonic() + _REPORTS_WITHIN_S, None
+    while report is None and time.monotonic() < deadline:
+        report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or b"{}").get("autoscaler_report")
+        if report is None:  # the head has just started
+            time.sleep(_LOOKS_EVERY_S)
+    kinds = (report or {}).get("node_type_mapping") or {}
+    return any(not _NO_KIND.fullmatch(kind) for kind in kinds.values())
+
+
+@contextlib.contextmanager
+def _placed(bundles: Sequence[Mapping[str, float]]) -> Iterator[Callable[[], bool]]:
+    """Ask the autoscaler for room for `bundles` beside all other work; yields what says whether it is there.
+
+    It is a placement group, and not `request_resources`: that counts what others use as room, the cluster has one such
+    request which every job writes over, and a driver that is killed leaves it behind.
+    """
+    from ray.util import placement_group, remove_placement_group
+
+    wanted = [{kind: count for kind, count in bundle.items() if count} for bundle in bundles]
+    group = placement_group([bundle for bundle in wanted if bundle], strategy="PACK")
+    try:
+        yield lambda: group.wait(_LOOKS_EVERY_S)
+    finally:
+        remove_placement_group(group)
+
+
+def _wait(is_there: Callable[[], bool], needs: Mapping[str, float], what: str, patience: float, growing: bool) -> None:
+    began, said, when = time.monotonic(), "", 0.0
+    for_what = "an autoscaler's nodes" if growing else "other work to end"
+    while not is_there():
+        now = time.monotonic()
+        free, has = (_resources(needs, of) for of in ("available_resources", "cluster_resources"))
+        if now - began > patience:
+            asked = f"{what} needs {needs['CPU']:g} CPUs and {needs['GPU']:g} GPUs"
+            if growing:
+                raise ClusterError(
+                    f"{asked}; after {patience:g} s the cluster has {has['CPU']:g} and {has['GPU']:g}, {free['CPU']:g} "
+                    f"and {free['GPU']:g} of them free: raise the autoscaler's limits, or {WAIT}, or ask for fewer "
+                    "actors"
+                )
+            raise ClusterError(
+                f"{asked}; other work leaves {free['CPU']:g} and {free['GPU']:g} free: stop it or ask for fewer actors"
+            )
+        text = ", ".join(f"{free[kind]:g} of {count:g} {kind}s are free" for kind, count in needs.items() if count)
+        if text != said or now - when >= _SAYS_EVERY_S:
+            said, when = text, now
+            line = f"{what}: waiting for {for_what}: {text}, {now - began:.0f} of {patience:g} s"
+            print(line, file=sys.stderr, flush=True)
+        time.sleep(_LOOKS_EVERY_S)
+
+
+def _is_free(needs: Mapping[str, float]) -> bool:
+    free = _resources(needs, "available_resources")
+    return all(count <= free[kind] for kind, count in needs.items())
+
+
+def _resources(needs: Mapping[str, float], question: str) -> dict[str, float]:
     import ray
 
-    needs = {"CPU": cpus, "GPU": gpus}
-    has = ray.cluster_resources()
-    for kind, count in needs.items():
-        if count > has.get(kind, 0.0):
-            raise ClusterError(f"{what} needs {count:g} {kind}s and the cluster has {has.get(kind, 0.0):g}")
-    deadline = time.monotonic() + _PATIENCE_S
-    while any(count > ray.available_resources().get(kind, 0.0) for kind, count in needs.items()):
-        if time.monotonic() > deadline:
-            free = ray.available_resources()
-            raise ClusterError(
-                f"{what} needs {cpus:g} CPUs and {gpus:g} GPUs; other work leaves {free.get('CPU', 0.0):g} "
-                f"and {free.get('GPU', 0.0):g} free: stop it or ask for fewer actors"
-            )
-        time.sleep(0.5)
+    found = getattr(ray, question)()
+    return {kind: found.get(kind, 0.0) for kind in needs}
+
+
+def _patience(otherwise: float) -> float:
+    given = os.environ.get(WAIT)
+    try:
+        seconds = otherwise if given is None else float(given)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise ClusterError(f"{WAIT}={given}: not a number of seconds; set for example {WAIT}=3600")
+    return seconds

@@ -6,7 +6,9 @@ an actor with a placement group, a bundle a GPU: vLLM starts its workers in the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from s2t_models.settings import ModelSettings, ServingSettings
@@ -67,25 +69,54 @@ def places(model: ModelSettings) -> int:
     return held * (model.max_replicas or model.num_replicas)
 
 
-def actor_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> dict[str, Any]:
-    """Arguments of `map_batches` for actors that hold an engine, `num_gpus` each where it is not vLLM's."""
+@contextmanager
+def actor_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> Iterator[dict[str, Any]]:
+    """Arguments of `map_batches` for actors that hold an engine, `num_gpus` each where it is not vLLM's.
+
+    Their placement groups are removed at the end: each would live as long as the driver, whose next stage needs the
+    GPUs."""
     group = bundles(model, num_cpus)
     if group is None:
-        return {"num_cpus": num_cpus, "num_gpus": gpus(model, num_gpus)}
-    return {"num_cpus": num_cpus, "ray_remote_args_fn": _in_a_group_of_its_own(group)}
+        yield {"num_cpus": num_cpus, "num_gpus": gpus(model, num_gpus)}
+        return
+    made: dict[str, Any] = {}
+    try:
+        yield {"num_cpus": num_cpus, "ray_remote_args_fn": _in_a_group_of_its_own(group, made)}
+    finally:
+        _give_back(made, set(made))
 
 
-def _in_a_group_of_its_own(group: list[dict[str, float]]) -> Callable[[], dict[str, Any]]:
+def _in_a_group_of_its_own(group: list[dict[str, float]], made: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """What Ray Data calls for each actor before it starts it, in the driver. `made` are the groups there are, by the
+    name of the actor that each is for."""
+
     def options() -> dict[str, Any]:
-        from ray.util import placement_group
+        from ray.util import list_named_actors, placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        placed = placement_group(group, strategy=STRATEGY)
+        # This one may replace an actor that died as it started, whose group holds the GPUs that it needs. Names of dead
+        # actors are not listed; `ray.get_actor` finds them while there is a handle.
+        _give_back(made, made.keys() - set(list_named_actors()))
+        name = f"engine-{uuid.uuid4().hex}"
+        made[name] = placed = placement_group(group, strategy=STRATEGY)
         return {
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(placed, placement_group_capture_child_tasks=True)
+            "name": name,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(placed, placement_group_capture_child_tasks=True),
         }
 
     return options
+
+
+def _give_back(made: dict[str, Any], names: set[str]) -> None:
+    from ray.util import remove_placement_group
+
+    for name in names:
+        remove_placement_group(made.pop(name))
+
+
+def actor_bundles(model: ModelSettings, num_cpus: float, num_gpus: float) -> list[dict[str, float]]:
+    """What one actor with an engine takes of the cluster, `num_gpus` where it is not vLLM's."""
+    return bundles(model, num_cpus) or [{"CPU": num_cpus, "GPU": gpus(model, num_gpus)}]
 
 
 def gpus(model: ModelSettings, num_gpus: float) -> float:

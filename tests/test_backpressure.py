@@ -24,7 +24,7 @@ from ray._private import internal_api
 from benchmarks import sleeping
 from pipelines.collect import job
 from pipelines.collect.actors import Rollouts
-from pipelines.collect.sink import ArrowSink, CommittedRows
+from pipelines.data.sink import ArrowSink, CommittedRows
 from s2t_models.recipe import load_recipe
 
 ROWS, STORE = 1600, 80 * 2**20

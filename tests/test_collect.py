@@ -25,8 +25,8 @@ from pipelines.collect.actors import Labels, Rollouts, propose_steps
 from pipelines.collect.job import collect
 from pipelines.collect.prompts import Prompt, PromptError, from_file, from_task, rows
 from pipelines.collect.schemas import PROMPT, ROLLOUT
-from pipelines.collect.sink import committed
 from pipelines.data.shards import read_shards
+from pipelines.data.sink import committed
 from pipelines.tasks import task
 from pipelines.tasks.splits import fingerprint
 from s2t_models import loading
@@ -191,9 +191,9 @@ def test_killed_and_started_again_gives_the_same_rows(
 
     used: list[Path] = []
 
-    def spy(files: list[Path], *arguments: Any) -> dict[str, Any]:
+    def spy(files: list[Path], *arguments: Any, **named: Any) -> dict[str, Any]:
         used.extend(files)
-        return original(files, *arguments)
+        return original(files, *arguments, **named)
 
     original = publish.publish
     monkeypatch.setattr("pipelines.collect.job.publish", spy)

@@ -16,9 +16,9 @@ from stub_endpoint import Stub
 from pipelines.analyse.__main__ import main as analyse_main
 from pipelines.collect.__main__ import main as collect_main
 from pipelines.collect.job import collect
-from pipelines.collect.sink import committed
 from pipelines.data.layout import COLLECTED, RESULTS
 from pipelines.data.shards import read_shards, shards_digest
+from pipelines.data.sink import committed
 from pipelines.distil.inputs import training_folder
 from pipelines.distil.job import distil
 from pipelines.results.summary import read_results

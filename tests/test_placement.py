@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.serve._private.build_app import build_app
@@ -44,7 +46,8 @@ def test_a_parallel_engine_asks_for_a_bundle_a_gpu():
 def test_an_engine_on_one_gpu_or_none_is_one_actor(model, gpus):
     assert bundles(model, 1) is None
     assert replica_options(model)["ray_actor_options"]["num_gpus"] == gpus
-    assert actor_options(model, 1.0, model.num_gpus)["num_gpus"] == gpus
+    with actor_options(model, 1.0, model.num_gpus) as options:
+        assert options["num_gpus"] == gpus
 
 
 def test_replicas_scale_with_the_load_where_the_recipe_says_so():
@@ -66,11 +69,12 @@ def test_resources_that_contradict_each_other_are_refused(recipe_path, settings,
         load_recipe(recipe_path, settings)
 
 
-def test_serve_and_data_get_the_placement_groups_on_a_cluster_of_pretended_gpus():
-    """In a process and on a cluster of its own. The actors stand in for engines; Ray and its groups are real."""
-    script = textwrap.dedent("""
-        import json, ray
-        from ray import serve
+def on_pretended_gpus(script: str) -> Any:
+    """What the script prints, in a process and on a cluster of its own with 8 GPUs. The actors stand in for engines of
+    `model`, which takes 4; Ray and its groups are real."""
+    begin = textwrap.dedent("""
+        import json, sys, time, ray
+        from pathlib import Path
         from ray.data import ActorPoolStrategy
         from ray.util import get_current_placement_group
         from ray.util.placement_group import placement_group_table
@@ -85,6 +89,16 @@ def test_serve_and_data_get_the_placement_groups_on_a_cluster_of_pretended_gpus(
         def group():
             table = placement_group_table(get_current_placement_group())
             return sorted(bundle.get("GPU", 0) for bundle in table["bundles"].values()), table["state"]
+    """)
+    command = [sys.executable, "-W", "ignore", "-c", begin + textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def test_serve_and_data_get_the_placement_groups():
+    served, free, actor = on_pretended_gpus("""
+        from ray import serve
 
         @serve.deployment(**replica_options(model))
         class Replica:
@@ -98,16 +112,55 @@ def test_serve_and_data_get_the_placement_groups_on_a_cluster_of_pretended_gpus(
         served = serve.run(Replica.bind()).remote().result()
         free = ray.available_resources().get("GPU", 0)
         serve.shutdown()
-        rows = ray.data.range(1).map_batches(
-            Actor, compute=ActorPoolStrategy(size=1), batch_size=1, **actor_options(model, 1.0, 0.0)
-        ).take_all()
+        with actor_options(model, 1.0, 0.0) as options:
+            rows = ray.data.range(1).map_batches(
+                Actor, compute=ActorPoolStrategy(size=1), batch_size=1, **options
+            ).take_all()
         print(json.dumps([served, free, json.loads(rows[0]["group"])]))
     """)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    served, free, actor = json.loads(done.stdout.strip().splitlines()[-1])
     assert served == actor == [[1, 1, 1, 1], "CREATED"]
     assert free == 4
+
+
+def test_pools_give_back_their_gpus_and_those_of_actors_that_died_as_they_started(tmp_path: Path):
+    """Each of two pools takes all GPUs, and one actor of the first has to be replaced."""
+    used = on_pretended_gpus(f"""
+        folder = Path({str(tmp_path)!r})
+
+        class Actor:
+            def __init__(self):
+                try:
+                    (folder / "one has died").touch(exist_ok=False)
+                except FileExistsError:
+                    return
+                raise RuntimeError("a model that does not load at once")
+
+            def __call__(self, batch):
+                (folder / ray.get_runtime_context().get_actor_id()).touch()
+                deadline = time.monotonic() + 60
+                while len(list(folder.iterdir())) < 3 and time.monotonic() < deadline:  # until both have come
+                    time.sleep(0.1)
+                return batch
+
+        def free():
+            deadline = time.monotonic() + 30
+            while (gpus := ray.available_resources().get("GPU", 0)) < 8 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return gpus
+
+        ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = 1
+        used = []
+        for _ in range(2):
+            with actor_options(model, 1.0, 0.0) as options:
+                data = ray.data.range(4, override_num_blocks=4).map_batches(
+                    Actor, compute=ActorPoolStrategy(size=2), batch_size=1, **options
+                )
+                rows = data.count()
+            used.append([rows, len(list(folder.iterdir())) - 1, free()])
+        print(json.dumps(used))
+    """)
+    assert used[0] == [4, 2, 8]
+    assert used[1][::2] == [4, 8]
 
 
 def test_the_gateway_and_the_teacher_scale_with_the_load_where_the_recipe_says_so(recipe_path):

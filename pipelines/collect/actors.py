@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.collect.schemas import LABELLED, ROLLOUT
+from pipelines.collect.schemas import FAILED, LABELLED, ROLLOUT
 from s2t_models import chat, loading
 from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
@@ -167,7 +167,7 @@ async def _each(rows: list[Row], work: Callable[[Row], Awaitable[Row]]) -> list[
         except EngineDied:
             os._exit(1)  # as if it had died with its engine: Ray starts the actor again, and the batch with it
         except Exception as error:  # one row's fault is one row's error, counted and named at the end
-            reason = f"failed: {type(error).__name__}: {' '.join(str(error).split())}"
+            reason = f"{FAILED}: {type(error).__name__}: {' '.join(str(error).split())}"
         return row | {"entropy_T": None, "error": reason}
 
     return list(await asyncio.gather(*(one(row) for row in rows)))

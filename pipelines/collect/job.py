@@ -16,24 +16,31 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as parquet
 import ray
 from ray.data import ActorPoolStrategy
-from ray.data.checkpoint import CheckpointConfig
 
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import Labels, Rollouts
-from pipelines.collect.publish import DamagedFiles, publish
+from pipelines.collect.publish import FailedRows, publish
 from pipelines.collect.runs import log_collection
-from pipelines.collect.schemas import PROMPT
-from pipelines.collect.sink import ArrowSink, CommittedRows, committed, filesystem_of, take_back
+from pipelines.collect.schemas import LABELLED, PROMPT
 from pipelines.data.layout import COLLECTED, RECORD
 from pipelines.data.shards import shard_metadata
+from pipelines.data.sink import (
+    ArrowSink,
+    CommittedRows,
+    committed,
+    on_record,
+    rows_left,
+    take_back,
+    with_whole_files,
+)
 from pipelines.runtime import tracking
 from pipelines.runtime.progress import Progress
 from s2t_models import loading
@@ -43,12 +50,9 @@ from s2t_models.hosting import Hosted, pair
 from s2t_models.locks import locked
 from s2t_models.recipe import Recipe
 from s2t_models.settings import Writer
-from s2t_models.storage import Location, ObjectPath, remove, whole, write_json
+from s2t_models.storage import Location, remove, write_json
 from serving import cluster, placement
 from serving.written import new_board, total
-
-#: How often files are damaged before the collection gives up.
-TRIES = 3
 
 
 class CollectError(UserError):
@@ -91,21 +95,24 @@ def _make(
     rows: list[dict[str, Any]],
     metadata: dict[str, str],
 ) -> None:
-    """Roll out, label and publish; the rows of files that turn out to be damaged are made again."""
+    """Roll out, label and publish. The rows of files that turn out to be damaged are made again, and once those of
+    files that hold rows whose calls failed: it may have been the machine's fault, and what is published stays so."""
     work = output / "work"
-    for left in reversed(range(TRIES)):
+    checkpoint = work / "checkpoint"
+
+    def make(takes_failed: bool) -> None:
+        publish(_run(recipe, engines, work, rows), len(rows), output, metadata, recipe, takes_failed=takes_failed)
+
+    try:
         try:
-            publish(_run(recipe, engines, work, rows), len(rows), output, metadata, recipe)
-            return
-        except NothingDone as error:
-            raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
-        except DamagedFiles as error:
-            for path, reason in error.files:
-                print(f"collect: {path}: {reason}; its rows are made again", file=sys.stderr)
-                take_back(path, work / "checkpoint")
-            if not left:
-                path, reason = error.files[0]
-                raise CollectError(f"{path}: {reason}, for the {TRIES}th time; see to the disk") from None
+            with_whole_files("collect", checkpoint, lambda: make(takes_failed=False), CollectError)
+        except FailedRows as error:
+            print(f"collect: {error}; these are asked again", file=sys.stderr)
+            for path in error.files:
+                take_back(path, checkpoint)
+            with_whole_files("collect", checkpoint, lambda: make(takes_failed=True), CollectError)
+    except NothingDone as error:
+        raise NothingDone(f"{error}; put it right and delete {work} to collect again") from None
 
 
 def report(summary: dict[str, Any], output: Location) -> str:
@@ -177,58 +184,40 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
         pools = [collect.rollout, collect.label]
         models = [recipe.slm, recipe.teacher]
         writer, reader = collect.writer, collect.reader
-        cpus = sum(pool.num_cpus * pool.actors for pool in pools)
-        gpus = sum(
-            placement.gpus(model, pool.num_gpus) * pool.actors for pool, model in zip(pools, models, strict=True)
-        )
+        actors = [
+            bundle
+            for pool, model in zip(pools, models, strict=True)
+            for bundle in pool.actors * placement.actor_bundles(model, pool.num_cpus, pool.num_gpus)
+        ]
         cluster.require(
-            cpus + 2,
-            gpus,
+            [*actors, {"CPU": 1}, {"CPU": 1}],
             f"{recipe.name}: collect with {pools[0].actors} rollout and {pools[1].actors} labelling actors",
         )
-        prompts = work / "prompts.parquet"
-        with whole(prompts) as part:
-            parquet.write_table(pa.Table.from_pylist(rows, PROMPT), part)
-        context = ray.data.DataContext.get_current()
-        context.checkpoint_config = CheckpointConfig(
-            "uid",
-            str(checkpoint),
-            delete_checkpoint_on_success=False,
-            override_filesystem=checkpoint.file_system if isinstance(checkpoint, ObjectPath) else None,
-        )
-        # Ray's newer reader starts a dozen processes to read the footers of what is one file.
-        newer_reader, context.use_datasource_v2 = context.use_datasource_v2, False
-        context.checkpoint_config.checkpoint_actor_memory_bytes = 64 * 1024**2
-        context.checkpoint_config.checkpoint_actor_pool_max_size = 1
         try:
-            dataset = ray.data.read_parquet(str(prompts), override_num_blocks=1, **filesystem_of(prompts))
-            # A block is written, committed, and at most lost where something is killed, as one.
-            dataset = dataset.repartition(target_num_rows_per_block=collect.pool(writer).batch)
-            board = new_board()
-            dataset = dataset.map_batches(
-                Rollouts, fn_constructor_args=(recipe, engines[writer], board), **_pool(recipe, writer)
-            )
-            dataset = dataset.map_batches(
-                Labels, fn_constructor_args=(recipe, engines[reader]), **_pool(recipe, reader)
-            )
-            with Progress("collect", "rows", len(rows), rows_done, lambda: total(board)):
-                dataset.write_datasink(ArrowSink(labelled))
+            with on_record(checkpoint), _pool(recipe, writer) as writing, _pool(recipe, reader) as reading:
+                asked = pa.Table.from_pylist(rows, PROMPT)
+                dataset = rows_left(asked, work / "prompts.parquet", collect.pool(writer).batch)
+                board = new_board()
+                dataset = dataset.map_batches(Rollouts, fn_constructor_args=(recipe, engines[writer], board), **writing)
+                dataset = dataset.map_batches(Labels, fn_constructor_args=(recipe, engines[reader]), **reading)
+                with Progress("collect", "rows", len(rows), rows_done, lambda: total(board)):
+                    dataset.write_datasink(ArrowSink(labelled, LABELLED))
         except ray.exceptions.RayError as error:
             raise CollectError(
                 f"{recipe.name}: an actor failed: {one_line(error)}; the same command goes on from {work}"
             ) from error
-        finally:
-            context.checkpoint_config, context.use_datasource_v2 = None, newer_reader
     return committed(labelled, checkpoint)
 
 
-def _pool(recipe: Recipe, role: Writer) -> dict[str, Any]:
-    """Arguments of `map_batches` for the pool of actors that hold an engine of this model."""
+@contextmanager
+def _pool(recipe: Recipe, role: Writer) -> Iterator[dict[str, Any]]:
+    """Arguments of `map_batches` for the pool of actors that hold an engine of this model, while it is used."""
     stage, model = recipe.collect.pool(role), recipe.slm if role == "slm" else recipe.teacher
-    return {
-        "compute": ActorPoolStrategy(size=stage.actors),
-        "batch_size": stage.batch,
-        "batch_format": "pyarrow",
-        "udf_modifying_row_count": False,
-        **placement.actor_options(model, stage.num_cpus, stage.num_gpus),
-    }
+    with placement.actor_options(model, stage.num_cpus, stage.num_gpus) as options:
+        yield {
+            "compute": ActorPoolStrategy(size=stage.actors),
+            "batch_size": stage.batch,
+            "batch_format": "pyarrow",
+            "udf_modifying_row_count": False,
+            **options,
+        }

@@ -23,10 +23,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipelines.collect import ranks
+from pipelines.collect.schemas import FAILED
 from pipelines.data.layout import COLLECTED, SHARDS
 from pipelines.data.schema import SHARD
 from pipelines.data.seal import Damaged, read_sealed
 from pipelines.data.shards import ShardError, questions, shard_name, write_shard
+from pipelines.data.sink import DamagedFiles
 from s2t_models.calibration import BUDGETS, THRESHOLDS, Calibration
 from s2t_models.errors import NothingDone, one_line
 from s2t_models.noise import uniforms
@@ -44,18 +46,18 @@ FILES_A_TASK, SHARDS_A_TASK, AT_ONCE = 64, 2, 64
 Result = TypeVar("Result")
 
 
-class DamagedFiles(Exception):
-    """Files of labelled rows that are not what was written, each with what is wrong."""
+class FailedRows(Exception):
+    """Files that hold rows whose calls failed; the message says how many, and the first one's error."""
 
-    def __init__(self, files: Sequence[tuple[Location, str]]) -> None:
-        super().__init__(f"{len(files)} damaged files")
+    def __init__(self, files: Sequence[Location], message: str) -> None:
+        super().__init__(message)
         self.files = list(files)
 
 
 @dataclass
 class Survey:
     """What some files hold: each row's place (its number among the prompts, its file's number, its row there), and
-    counts; and which of them are damaged, and how."""
+    counts; which of them are damaged, and how; and which hold rows whose calls failed."""
 
     index: np.ndarray
     file: np.ndarray
@@ -69,6 +71,8 @@ class Survey:
     finish: Counter[str] = field(default_factory=Counter)
     first_error: tuple[int, str] | None = None
     damaged: list[tuple[Location, str]] = field(default_factory=list)
+    failed: list[Location] = field(default_factory=list)
+    first_failed: tuple[int, str] | None = None
 
     def add(self, other: Survey) -> None:
         """Count the other's too; places are kept apart by whoever adds."""
@@ -80,7 +84,9 @@ class Survey:
         self.errors += other.errors
         self.finish += other.finish
         self.damaged += other.damaged
+        self.failed += other.failed
         self.first_error = min(filter(None, (self.first_error, other.first_error)), default=None)
+        self.first_failed = min(filter(None, (self.first_failed, other.first_failed)), default=None)
 
 
 @dataclass
@@ -107,13 +113,17 @@ def publish(
     metadata: dict[str, str],
     recipe: Recipe,
     rows_a_shard: int = ROWS_A_SHARD,
+    takes_failed: bool = True,
 ) -> dict[str, Any]:
     """Write `output`'s shards, thresholds and summary from the `rows` rows in `files`; returns the summary.
 
     The summary appears last, and with it the collection. Raises DamagedFiles, ShardError where a row is missing,
-    NothingDone where every row errored.
+    FailedRows where a row's call failed and it is not `takes_failed`, NothingDone where every row errored.
     """
     survey, file_of, row_of = _survey_all(files, rows)
+    if survey.first_failed and not takes_failed:
+        first = one_line(survey.first_failed[1])
+        raise FailedRows(survey.failed, f"{survey.errors[FAILED]} of {rows} rows failed (the first: {first})")
     if not survey.steps:
         first = survey.first_error[1] if survey.first_error else "no token was written"
         raise NothingDone(f"all {rows} rows errored, and there is nothing to publish (the first: {one_line(first)})")
@@ -215,6 +225,7 @@ def _survey(files: Sequence[Location], first: int) -> Survey:
         index = table["index"].to_numpy()
         places.append((index, np.full(len(index), number), np.arange(len(index))))
         errors = [(int(at), text) for at, text in zip(index, table["error"].to_pylist(), strict=True) if text]
+        failed = [error for error in errors if _kind(error[1]) == FAILED]
         rank_S = _flat(table, "teacher_rank_T")
         survey.add(
             Survey(
@@ -224,14 +235,20 @@ def _survey(files: Sequence[Location], first: int) -> Survey:
                 agreed=int((rank_S == 0).sum()),
                 prompt_tokens=len(_flat(table, "prompt_ids")),
                 output_tokens=len(_flat(table, "output_ids")),
-                errors=Counter(text.partition(":")[0] for _, text in errors),
+                errors=Counter(_kind(text) for _, text in errors),
                 finish=Counter(reason for reason in table["finish"].to_pylist() if reason),
                 first_error=min(errors, default=None),
+                failed=[path] if failed else [],
+                first_failed=min(failed, default=None),
             )
         )
     if places:
         survey.index, survey.file, survey.row = (np.concatenate(column) for column in zip(*places, strict=True))
     return survey
+
+
+def _kind(error: str) -> str:
+    return error.partition(":")[0]
 
 
 def _values(files: Sequence[Location], survey: Survey, recipe: Recipe) -> dict[str, dict[int, float]]:

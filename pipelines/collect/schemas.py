@@ -9,6 +9,9 @@ import pyarrow as pa
 
 from pipelines.data.schema import SHARD
 
+#: How the error of a row begins whose call failed, for a reason that may not be the prompt's own.
+FAILED = "failed"
+
 #: What one actor is asked for. `messages` is JSON; both halves of a collection are seeded here, once for
 #: good. `index` is the prompt's place among all.
 PROMPT = pa.schema(

@@ -95,8 +95,7 @@ def distil(
         return known
     cluster.start()
     cluster.require(
-        settings.fewest_workers * settings.num_cpus,
-        settings.fewest_workers * settings.num_gpus,
+        settings.fewest_workers * [{"CPU": settings.num_cpus, "GPU": settings.num_gpus}],
         f"{recipe.name}: distil with {settings.fewest_workers} workers",
     )
     has_begun = state.is_dir()
