@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .injections import OBJECT_STORE, Fault, Scene
 from .object_store import ObjectStore
 from .points import MISSED, Point, Trial
 from .raylets import Raylets
-from .stages import INTERVAL, Loss, Stage
+from .stages import MADE_AGAIN, Loss, Stage
 
 #: Longest run, and how often the command is run again for each fault.
 PATIENCE_S = 600.0
@@ -26,6 +27,8 @@ RERUNS = 3
 UNANSWERED = "the same command asks again"
 #: A fault that waits for some progress comes after this many times the undisturbed run's seconds all the same.
 SLACK = 2.0
+#: How often a run is looked at.
+EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,17 +83,15 @@ class Laboratory:
         draw.shuffle(order)
         order.sort(key=lambda pair: pair[0].has_moment)  # what is there from the beginning comes first
         shares = sorted(draw.uniform(0.02, 0.98) for _ in order)
-        points, seen, loss = list[Point](), list[int](), Loss(0, 0)
+        points, loss = list[Point](), Loss(0, 0)
         try:
             for fault, _ in order:
                 fault.before(scene)
             command = Command(self, scene, len(order))
             for (fault, number), share in zip(order, shares, strict=True):
-                moment, done = command.strike(fault, share, expected.seconds, len(order))
-                if fault.has_moment and moment != MISSED:
-                    seen.append(done)
+                moment = command.strike(fault, share, expected.seconds, len(order))
                 if number == order[-1][1]:
-                    loss = self._loss(scene, expected, command.end(), seen)
+                    loss = self._loss(scene, expected, command.end(), command.repeated)
                 reruns, unclear, seconds, line = command.account()
                 points.append(
                     Point(
@@ -127,53 +128,50 @@ class Laboratory:
         lines = [line for line in self.said.read_text(errors="replace").splitlines() if line.strip()]
         return lines[-1] if lines else ""
 
-    def _loss(self, scene: Scene, expected: Undisturbed, status: int | None, seen: list[int]) -> Loss:
+    @staticmethod
+    def _loss(scene: Scene, expected: Undisturbed, status: int | None, repeated: int) -> Loss:
         if status != 0:
             return Loss(scene.stage.total, 0)
         loss = scene.stage.loss(scene.output, expected.output)
-        if scene.stage.begun is not None:
-            # The nth time that a training began again was for the nth fault or a later one, which came at that step or
-            # after it.
-            begun = scene.stage.begun(scene.output)[1:]
-            repeated = sum(max(step - again - INTERVAL, 0) for step, again in zip(seen, begun, strict=False))
-            loss = Loss(loss.lost + repeated, loss.differing)
-        if scene.tracking is not None and not scene.tracking.finished_runs():
-            loss = Loss(loss.lost + 1, loss.differing)
-        return loss
+        is_logged = scene.tracking is None or scene.tracking.finished_runs() > 0
+        return Loss(loss.lost + max(repeated - MADE_AGAIN, 0) + (not is_logged), loss.differing)
 
 
 class Command:
     """A stage's command under faults: where it ends before its time it is run again, after what the faults left is put
-    right. `faults` are those that have had their moment."""
+    right. `faults` are those that have had their moment, `repeated` the most steps that a training made again at one
+    time."""
 
     def __init__(self, laboratory: Laboratory, scene: Scene, count: int) -> None:
         self.faults: list[Fault] = []
+        self.repeated = 0
         self._laboratory, self._scene = laboratory, scene
         self._reruns_left = RERUNS * count
         self._driver = scene.driver = self._started()
         self._forget()
 
-    def strike(self, fault: Fault, share: float, seconds: float, count: int) -> tuple[str, int]:
+    def strike(self, fault: Fault, share: float, seconds: float, count: int) -> str:
         """Wait for the moment and let the fault strike; says when that was, and how much was done by then. The moment
         is the share of the stage's progress, or a random one of the next `seconds / count`."""
         scene, stage = self._scene, self._scene.stage
         if not fault.has_moment:
             self.faults.append(fault)
-            return "its place", 0
+            return "its place"
         scene.struck, scene.was_missed = "", False
         by_progress, patience = scene.draw.random() < 0.5, scene.draw.uniform(0.02, 0.98) * seconds / count
         by_progress |= fault.by_progress
         began = time.monotonic()
         while self._is_running():
-            passed, done = time.monotonic() - began, _progress(stage, scene.output)
+            passed, done = time.monotonic() - began, _seen(stage.progress, scene.output)
+            self.repeated = max(self.repeated, _seen(stage.repeated, scene.output))
             is_moment = done >= max(share * stage.total, 1) if by_progress else passed >= patience
             if is_moment or passed > SLACK * seconds:
                 self.faults.append(fault)
                 fault.strike(scene)
-                return MISSED if scene.was_missed else f"{passed:.1f} s, {done} of {stage.total}", done
-            time.sleep(0.02)
+                return MISSED if scene.was_missed else f"{passed:.1f} s, {done} of {stage.total}"
+            time.sleep(EVERY_S)
         self.faults.append(fault)
-        return MISSED, 0
+        return MISSED
 
     def end(self) -> int | None:
         """Let it come to its end, run again where that takes it; returns its status, None where it does not end."""
@@ -210,12 +208,13 @@ class Command:
         return True
 
     def _wait(self) -> int | None:
-        try:
-            status: int | None = self._driver.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
+        deadline = time.monotonic() + PATIENCE_S
+        while (status := self._driver.poll()) is None and time.monotonic() < deadline:
+            self.repeated = max(self.repeated, _seen(self._scene.stage.repeated, self._scene.output))
+            time.sleep(EVERY_S)
+        if status is None:
             self._driver.kill()
             self._driver.wait()
-            status = None
         if status not in (0, -9):
             line = self._laboratory.last_line()
             self._line = f"does not end; {line}" if status is None else line
@@ -233,10 +232,10 @@ class Command:
         return self._laboratory.start(scene.stage, scene.inputs, scene.output, scene.environment, then)
 
 
-def _progress(stage: Stage, output: Location) -> int:
+def _seen(look: Callable[[Location], int], output: Location) -> int:
     """0 where files come and go under the look."""
     try:
-        return stage.progress(output)
+        return look(output)
     except (OSError, ValueError, StorageError):
         return 0
 

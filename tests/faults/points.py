@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,14 +65,17 @@ def plan(stages: list[str], faults: list[str], count: int) -> list[Trial]:
 
 
 def table(points: list[Point]) -> str:
-    """The points by stage and fault, as Markdown; those whose run had ended before the fault came are left out."""
+    """How many points of each fault each stage had, and what was lost by them, as Markdown; points whose run had ended
+    before the fault came are left out."""
     points = [point for point in points if point.moment != MISSED]
-    columns = ("stage", "fault", "points", "lost rows", "differing rows", "unclear errors", "reruns")
-    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * 5]
-    for stage, fault in sorted({(point.stage, point.fault) for point in points}):
-        own = [point for point in points if (point.stage, point.fault) == (stage, fault)]
-        sums = (sum(getattr(point, name) for point in own) for name in ("lost", "differing", "unclear", "reruns"))
-        lines.append(f"| {' | '.join(map(str, (stage, fault, len(own), *sums)))} |")
+    stages = [name for name in STAGES if any(point.stage == name for point in points)]
+    sums = {"lost rows": "lost", "differing rows": "differing", "unclear errors": "unclear", "reruns": "reruns"}
+    lines = [f"| {' | '.join(('fault', *stages, *sums))} |", f"|---|{'---:|' * (len(stages) + len(sums))}"]
+    for fault in (*sorted({point.fault for point in points}), "all"):
+        own = [point for point in points if fault in ("all", point.fault)]
+        counts = Counter(point.stage for point in own)
+        totals = (sum(getattr(point, name) for point in own) for name in sums.values())
+        lines.append(f"| {' | '.join(map(str, (fault, *(counts[name] or '' for name in stages), *totals)))} |")
     return "\n".join(lines)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,25 @@ from typing import Any
 
 import numpy as np
 
-from s2t_models.storage import Location
+from s2t_models.storage import Location, ObjectPath
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-#: A training evaluates and keeps a checkpoint each INTERVAL of its STEPS.
+#: A training evaluates and keeps a checkpoint each INTERVAL of its STEPS. Ray's controller looks for new ones every two
+#: seconds, in which a worker may make one more; it does not begin a third before they are known.
 STEPS, INTERVAL = 40, 4
+MADE_AGAIN = 2 * INTERVAL
 #: One worker a node, and one alone where a node is lost.
 ELASTIC = {"num_cpus": 3, "min_workers": 1}
 #: Figures of two trainings that only rounding tells apart.
 NEAR = 0.02
+#: Share of what a router's teacher reads that it reads again where actors, and their caches with them, were lost.
+READ_AGAIN = 0.1
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a run's output lost against an undisturbed one: rows that are missing (of a training, steps beyond one
-    interval that were made again), and rows or figures that differ."""
+    """What a run's output lost against an undisturbed one: rows that are missing (of a training, steps made again that
+    need not have been), and rows or figures that differ."""
 
     lost: int
     differing: int
@@ -36,8 +39,8 @@ class Loss:
 @dataclass(frozen=True)
 class Stage:
     """`arguments(inputs, output)` is its command, `progress(output)` how much of `total` is done, `loss(output,
-    undisturbed)` compares two outputs. `actors` are the titles of the Ray actors that do its work, `begun(output)` the
-    steps at which a training's worker groups began."""
+    undisturbed)` compares two outputs. `actors` are the titles of the Ray actors that do its work, `repeated(output)`
+    the most steps that a training which runs has made again at once."""
 
     name: str
     arguments: Callable[[Path, Any], list[str]]
@@ -45,7 +48,7 @@ class Stage:
     total: int
     loss: Callable[[Any, Path], Loss]
     actors: tuple[str, ...] = ()
-    begun: Callable[[Path], tuple[int, ...]] | None = None
+    repeated: Callable[[Any], int] = lambda output: 0
     on_ray: bool = True
 
     def command(self, inputs: Path, output: Location) -> list[str]:
@@ -94,7 +97,7 @@ def _collect(inputs: Path, output: Location) -> list[str]:
 
 
 def _rows_committed(output: Location) -> int:
-    from pipelines.collect.sink import CommittedRows
+    from pipelines.data.sink import CommittedRows
 
     return CommittedRows(output / "work" / "labelled", output / "work" / "checkpoint")()
 
@@ -111,8 +114,8 @@ def _collection_loss(output: Location, undisturbed: Path) -> Loss:
     return Loss(len(expected.keys() - rows.keys()), len(differing) + len(extra) + (not _is_near(*figures, 1e-3)))
 
 
-def _distil(objective: str, **changes: Any) -> Callable[[Path, Path], list[str]]:
-    def arguments(inputs: Path, output: Path) -> list[str]:
+def _distil(objective: str, **changes: Any) -> Callable[[Path, Location], list[str]]:
+    def arguments(inputs: Path, output: Location) -> list[str]:
         settings = {
             "distil.workers": 2,
             "distil.steps": STEPS,
@@ -133,7 +136,7 @@ def _distil(objective: str, **changes: Any) -> Callable[[Path, Path], list[str]]
     return arguments
 
 
-def _router(inputs: Path, output: Path) -> list[str]:
+def _router(inputs: Path, output: Location) -> list[str]:
     settings = {
         "collect.label.num_cpus": 0.5,
         "collect.label.batch": 4,
@@ -147,29 +150,60 @@ def _router(inputs: Path, output: Path) -> list[str]:
     return ["pipelines.distil", "--recipe", "embedded", *trained, *_set(settings)]
 
 
-def _router_loss(output: Path, undisturbed: Path) -> Loss:
+def _prompts_labelled(output: Location) -> int:
+    from pipelines.data.sink import CommittedRows
+    from pipelines.distil.inputs import training_folder
+
+    states = training_folder(output).glob("router-*")
+    return sum(CommittedRows(state / "labelled", state / "checkpoint")() for state in states)
+
+
+def _router_loss(output: Location, undisturbed: Path) -> Loss:
+    from s2t_models.artifact import read_provenance
     from s2t_models.router import load_router
 
+    tokens = []
+    for folder in (output, undisturbed):
+        provenance = read_provenance(folder)
+        assert provenance is not None
+        assert provenance.teacher is not None
+        tokens.append(provenance.teacher)
+    done, expected = tokens
+    asked = done.written == expected.written and _is_near(float(done.read), float(expected.read), READ_AGAIN)
     one, other = (load_router(folder) for folder in (output, undisturbed))
-    differs = not _is_near(one.settings.threshold, other.settings.threshold, NEAR)
-    return Loss(0, int(differs))
+    weights = other.state_dict()
+    near = [np.allclose(part, weights[name], NEAR, NEAR / 10) for name, part in one.state_dict().items()]
+    threshold = _is_near(one.settings.threshold, other.settings.threshold, NEAR)
+    return Loss(0, (not asked) + (not threshold) + near.count(False))
 
 
-def _steps(output: Path) -> int:
-    paths = output.parent.glob("*.training/*/curves/*.jsonl")
+def _training_log(output: Location) -> list[dict[str, Any]]:
+    """What the worker groups of a training have written, one group after the other."""
+    from pipelines.distil.inputs import training_folder
+
+    training = training_folder(output)
+    if isinstance(training, ObjectPath):
+        paths: list[Any] = [training / name for name in training.files() if name.endswith(".jsonl")]
+    else:
+        paths = sorted(training.glob("*/curves/*.jsonl"))
     lines = [line for path in paths for line in path.read_text().splitlines()]
-    return max((json.loads(line).get("step", 0) for line in lines if line.endswith("}")), default=0)
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def _begun(output: Path) -> tuple[int, ...]:
-    from s2t_models.artifact import read_provenance
-
-    provenance = read_provenance(output)
-    assert provenance is not None
-    return provenance.begun_at_steps
+def _steps(output: Location) -> int:
+    return max((record.get("step", 0) for record in _training_log(output)), default=0)
 
 
-def _training_loss(output: Path, undisturbed: Path) -> Loss:
+def _repeated(output: Location) -> int:
+    most = step = 0
+    for record in _training_log(output):
+        if "begun" in record:
+            most = max(most, step - record["begun"])
+        step = max(step, record.get("step", 0))
+    return most
+
+
+def _training_loss(output: Location, undisturbed: Path) -> Loss:
     from s2t_models.artifact import read_provenance
 
     done, expected = read_provenance(output), read_provenance(undisturbed)
@@ -204,11 +238,12 @@ def _results_loss(output: Location, undisturbed: Path) -> Loss:
     frame, expected = (
         read_results(folder / RESULTS)[0].set_index("key").drop(columns=timing) for folder in (output, undisturbed)
     )
+    twice = frame.index.duplicated()
+    frame = frame[~twice]
     both = frame.index.intersection(expected.index)
     one, other = frame.loc[both].astype(str), expected.loc[both].astype(str)
     same = (one == other) | (one.isna() & other.isna())  # what is missing stays so as text, and equals nothing
-    twice = [key for key, count in Counter(frame.index).items() if count > 1]
-    return Loss(len(expected.index.difference(frame.index)), int((~same.all(axis=1)).sum()) + len(twice))
+    return Loss(len(expected.index.difference(frame.index)), int((~same.all(axis=1)).sum()) + int(twice.sum()))
 
 
 def _analyse(inputs: Path, output: Location) -> list[str]:
@@ -231,10 +266,10 @@ STAGES = {
     stage.name: stage
     for stage in (
         Stage("collect", _collect, _rows_committed, 48, _collection_loss, ("MapWorker",)),
-        Stage("distil", _distil("selector"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _begun),
-        Stage("distil kd", _distil("kd"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _begun),
-        Stage("distil elastic", _distil("selector", **ELASTIC), _steps, STEPS, _training_loss, (), _begun),
-        Stage("distil router", _router, lambda output: 0, 1, _router_loss, ("MapWorker",)),
+        Stage("distil", _distil("selector"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _repeated),
+        Stage("distil kd", _distil("kd"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _repeated),
+        Stage("distil elastic", _distil("selector", **ELASTIC), _steps, STEPS, _training_loss, (), _repeated),
+        Stage("distil router", _router, _prompts_labelled, 24, _router_loss, ("MapWorker",)),
         Stage("benchmark", _benchmark, _answers, 144, _results_loss, ("ServeReplica", "MapWorker")),
         Stage("analyse", _analyse, _tables, 4, _tables_loss, on_ray=False),
     )

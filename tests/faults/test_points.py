@@ -19,11 +19,11 @@ import pytest
 from pipelines.collect import job
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import Labels, Rollouts
-from pipelines.collect.publish import DamagedFiles, publish
+from pipelines.collect.publish import publish
 from pipelines.collect.schemas import LABELLED, PROMPT
-from pipelines.collect.sink import committed, take_back
 from pipelines.data.seal import sealed
 from pipelines.data.shards import read_shards, shard_metadata
+from pipelines.data.sink import DamagedFiles, committed, take_back
 from s2t_models.hosting import pair
 from s2t_models.recipe import load_recipe
 
@@ -159,5 +159,12 @@ def test_the_table_adds_up_what_was_recorded(tmp_path: Path) -> None:
         record(point, tmp_path / "points.jsonl")
     assert recorded(tmp_path / "points.jsonl") == [lost, well]
     assert recorded(tmp_path / "none.jsonl") == []
-    assert table([lost, well, late]).splitlines()[-1] == "| collect | disk full | 2 | 2 | 1 | 0 | 3 |"
+    other = replace(well, stage="benchmark", fault="node left", reruns=0)
+    head, _, *rows = table([other, lost, well, late]).splitlines()
+    assert head == "| fault | collect | benchmark | lost rows | differing rows | unclear errors | reruns |"
+    assert rows == [
+        "| disk full | 2 |  | 2 | 1 | 0 | 3 |",
+        "| node left |  | 1 | 0 | 0 | 0 | 0 |",
+        "| all | 2 | 1 | 2 | 1 | 0 | 3 |",
+    ]
     assert str(lost).endswith("lost 2, differing 1, reruns 1, 20 s: collect: the disk is full")
