@@ -66,6 +66,15 @@ def test_a_few_steps_lower_the_loss(learnable: list[dict[str, Any]], name: str, 
     assert (trainer.evaluate()["kl_to_base"] == pytest.approx(0, abs=1e-8)) == (name == "head-only")
 
 
+def test_distil_takes_up_the_teachers_best_tokens_in_its_second_half(learnable: list[dict[str, Any]]):
+    recipe = small_recipe()
+    two_stage = recipe.distil.two_stage.model_copy(update={"supervised": 0.5})
+    changes = {"batch": 4, "steps": 4, "two_stage": two_stage}
+    recipe = recipe.model_copy(update={"distil": recipe.distil.model_copy(update=changes)})
+    trainer = Trainer(recipe, "distil", trajectories(learnable))
+    assert ["forward_kl_loss" in trainer.advance() for _ in range(4)] == [False, False, True, True]
+
+
 def test_the_baselines_train_at_rates_of_their_own(recipe_path: Path, learnable: list[dict[str, Any]]):
     recipe = load_recipe(recipe_path, ["distil.steps=10", "distil.learning_rate=0.5", "distil.warmup=0.7"])
     chosen = {name: objective(name, recipe.distil) for name in ("distil", "tsd-kd", "listmle")}
