@@ -23,6 +23,9 @@ MADE_AGAIN = 2 * INTERVAL
 ELASTIC = {"num_cpus": 3, "min_workers": 1}
 #: Figures of two trainings that only rounding tells apart.
 NEAR = 0.02
+#: Those that are compared where the number of workers changes. Rounding is another then from the first step on, and
+#: grows: by the size of micro-batches alone, KL to the base after 12 steps was 0.027 or 0.021 nats.
+LEARNED = ("agree_at_1", "agree_at_1_random", "selection_loss")
 #: Share of what a router's teacher reads that it reads again where actors, and their caches with them, were lost.
 READ_AGAIN = 0.1
 
@@ -203,6 +206,16 @@ def _repeated(output: Location) -> int:
     return most
 
 
+def _elastic_loss(output: Location, undisturbed: Path) -> Loss:
+    from s2t_models.artifact import read_provenance
+
+    done, expected = read_provenance(output), read_provenance(undisturbed)
+    assert done is not None
+    assert expected is not None
+    learned = [_is_near(done.validation[name], expected.validation[name], NEAR) for name in LEARNED]
+    return Loss(0, learned.count(False))
+
+
 def _training_loss(output: Location, undisturbed: Path) -> Loss:
     from s2t_models.artifact import read_provenance
 
@@ -268,7 +281,7 @@ STAGES = {
         Stage("collect", _collect, _rows_committed, 48, _collection_loss, ("MapWorker",)),
         Stage("distil", _distil("selector"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _repeated),
         Stage("distil kd", _distil("kd"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _repeated),
-        Stage("distil elastic", _distil("selector", **ELASTIC), _steps, STEPS, _training_loss, (), _repeated),
+        Stage("distil elastic", _distil("selector", **ELASTIC), _steps, STEPS, _elastic_loss, (), _repeated),
         Stage("distil router", _router, _prompts_labelled, 24, _router_loss, ("MapWorker",)),
         Stage("benchmark", _benchmark, _answers, 144, _results_loss, ("ServeReplica", "MapWorker")),
         Stage("analyse", _analyse, _tables, 4, _tables_loss, on_ray=False),
