@@ -33,6 +33,7 @@ from pipelines.collect.schemas import LABELLED, PROMPT
 from pipelines.data.layout import COLLECTED, RECORD
 from pipelines.data.shards import shard_metadata
 from pipelines.data.sink import (
+    OWN_TASKS,
     ArrowSink,
     CommittedRows,
     committed,
@@ -180,7 +181,6 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
         for hosted in engines.values():
             check(hosted)
         collect = recipe.collect
-        # One CPU more reads and writes, and one filters out what an earlier run has done.
         pools = [collect.rollout, collect.label]
         models = [recipe.slm, recipe.teacher]
         writer, reader = collect.writer, collect.reader
@@ -190,7 +190,7 @@ def _run(recipe: Recipe, engines: Mapping[str, Hosted], work: Location, rows: li
             for bundle in pool.actors * placement.actor_bundles(model, pool.num_cpus, pool.num_gpus)
         ]
         cluster.require(
-            [*actors, {"CPU": 1}, {"CPU": 1}],
+            [*actors, *OWN_TASKS],
             f"{recipe.name}: collect with {pools[0].actors} rollout and {pools[1].actors} labelling actors",
         )
         try:

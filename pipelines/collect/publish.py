@@ -5,7 +5,7 @@ each trajectory or of an estimate. Rows go into shards in the order of their pro
 the same shards however often the collecting was interrupted.
 
 The rows stay where the files are. Tasks on the cluster read them three times: to survey what is there, to refine the
-ranks that thresholds and quantiles are (`ranks`), and to write shards. What comes back to the driver is counts, and 12
+ranks that thresholds and quantiles are (`ranks`), and to write shards. What the driver keeps is counts, and 8
 bytes a row that say where it lies. A small collection is one task, which runs here.
 
 Axes: _S all steps of some rows, _B bin of `ranks`.

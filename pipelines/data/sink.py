@@ -54,6 +54,11 @@ class ArrowSink(BlockBasedFileDatasink):
         file.write(sealed(block.to_arrow().select(self._schema.names).cast(self._schema)))
 
 
+#: What Ray Data takes beside the actors inside `on_record`: one CPU reads and writes, and one filters out what an
+#: earlier run has done.
+OWN_TASKS = ({"CPU": 1.0}, {"CPU": 1.0})
+
+
 @contextmanager
 def on_record(checkpoint: Location) -> Iterator[None]:
     """While the block runs, Ray Data leaves out the rows that `checkpoint` has as written, and records there those that

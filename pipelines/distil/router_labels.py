@@ -22,7 +22,7 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from pipelines.data.seal import Damaged, read_sealed
-from pipelines.data.sink import ArrowSink, CommittedRows, DamagedFiles, committed, on_record, rows_left
+from pipelines.data.sink import OWN_TASKS, ArrowSink, CommittedRows, DamagedFiles, committed, on_record, rows_left
 from pipelines.distil.inputs import DistilError
 from pipelines.runtime.progress import Progress
 from s2t_models import chat, loading
@@ -109,8 +109,7 @@ def label_prompts(recipe: Recipe, prompts: pa.Table, state: Location) -> list[Lo
         # A teacher on several GPUs asks for a placement group of its own, beside what the actor takes for the SLM.
         group = [{"GPU": bundle["GPU"]} for bundle in placement.bundles(recipe.teacher, stage.num_cpus) or []]
         actor = {"CPU": stage.num_cpus, "GPU": stage.num_gpus}
-        # One CPU more reads and writes, and one filters out what an earlier run has done.
-        cluster.require([*stage.actors * [actor, *group], {"CPU": 1}, {"CPU": 1}], f"{recipe.name}: router labels")
+        cluster.require([*stage.actors * [actor, *group], *OWN_TASKS], f"{recipe.name}: router labels")
         batch = min(stage.batch, -(-len(prompts) // stage.actors))  # so that there is one for each actor
         try:
             with on_record(checkpoint):

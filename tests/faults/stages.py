@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from s2t_models.provenance import Provenance
 from s2t_models.storage import Location, ObjectPath
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -162,16 +163,11 @@ def _prompts_labelled(output: Location) -> int:
 
 
 def _router_loss(output: Location, undisturbed: Path) -> Loss:
-    from s2t_models.artifact import read_provenance
     from s2t_models.router import load_router
 
-    tokens = []
-    for folder in (output, undisturbed):
-        provenance = read_provenance(folder)
-        assert provenance is not None
-        assert provenance.teacher is not None
-        tokens.append(provenance.teacher)
-    done, expected = tokens
+    done, expected = (provenance.teacher for provenance in _provenances(output, undisturbed))
+    assert done is not None
+    assert expected is not None
     asked = done.written == expected.written and _is_near(float(done.read), float(expected.read), READ_AGAIN)
     one, other = (load_router(folder) for folder in (output, undisturbed))
     weights = other.state_dict()
@@ -206,22 +202,22 @@ def _repeated(output: Location) -> int:
     return most
 
 
-def _elastic_loss(output: Location, undisturbed: Path) -> Loss:
+def _provenances(*folders: Location) -> list[Provenance]:
     from s2t_models.artifact import read_provenance
 
-    done, expected = read_provenance(output), read_provenance(undisturbed)
-    assert done is not None
-    assert expected is not None
+    found = [read_provenance(folder) for folder in folders]
+    assert None not in found
+    return [provenance for provenance in found if provenance is not None]
+
+
+def _elastic_loss(output: Location, undisturbed: Path) -> Loss:
+    done, expected = _provenances(output, undisturbed)
     learned = [_is_near(done.validation[name], expected.validation[name], NEAR) for name in LEARNED]
     return Loss(0, learned.count(False))
 
 
 def _training_loss(output: Location, undisturbed: Path) -> Loss:
-    from s2t_models.artifact import read_provenance
-
-    done, expected = read_provenance(output), read_provenance(undisturbed)
-    assert done is not None
-    assert expected is not None
+    done, expected = _provenances(output, undisturbed)
     has_rows = done.rows == expected.rows and done.shards == expected.shards
     figures = _is_near(done.validation, expected.validation, NEAR)
     return Loss(0 if has_rows else 1, (not figures) + (not _is_near(done.trigger_head, expected.trigger_head, NEAR)))
