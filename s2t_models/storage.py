@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from s2t_models.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    from pyarrow import NativeFile
     from pyarrow.fs import FileInfo, FileSystem
 
 SCHEMES = ("s3", "gs")
@@ -132,6 +133,12 @@ class ObjectPath:
     def read_bytes(self) -> bytes:
         with self._said(), self.file_system.open_input_stream(self.key) as stream:
             return stream.read()
+
+    @contextmanager
+    def open_file(self) -> Iterator[NativeFile]:
+        """It as Arrow reads parts of it."""
+        with self._said(), self.file_system.open_input_file(self.key) as file:
+            yield file
 
     def read_text(self) -> str:
         return self.read_bytes().decode()

@@ -18,6 +18,8 @@ from pipelines.data.shards import (
     read_shards,
     shard_metadata,
     shard_name,
+    shard_paths,
+    shards_digest,
     write_shard,
 )
 from s2t_models.recipe import Recipe, load_recipe
@@ -181,3 +183,18 @@ def test_the_checksum_goes_by_the_file_whatever_its_rows_hold(tmp_path: Path) ->
     read = read_sealed(tmp_path / "a")
     assert read.equals(table)
     assert read.schema.metadata == {b"key": b"value"}
+
+
+def test_a_collection_is_known_by_its_rows_and_its_footers_say_which(collection: Path, recipe: Recipe) -> None:
+    first = shards_digest(collection)
+    shard = shard_paths(collection)[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 1
+    shard.write_bytes(content)
+    assert shards_digest(collection) == first, "the rows are not read"
+    assert "a part of it has changed" in _refused(collection)
+    _write(collection, 0, 2, [_row("other")], _metadata(recipe))
+    assert shards_digest(collection) != first
+    shard.write_bytes(content[:-100])
+    with pytest.raises(ShardError, match="not a whole shard: not an Arrow IPC file"):
+        shards_digest(collection)

@@ -40,6 +40,16 @@ def open_arrow(path: Location) -> pa.NativeFile:
     return pa.BufferReader(path.read_bytes()) if isinstance(path, ObjectPath) else pa.memory_map(str(path))
 
 
+def seal_of(path: Location) -> str:
+    """The checksum that a file carries, from its footer alone; not checked. Raises Damaged."""
+    try:
+        with path.open_file() if isinstance(path, ObjectPath) else open_arrow(path) as file:
+            metadata = pa.ipc.open_file(file).schema.metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise Damaged(f"not an Arrow IPC file: {one_line(error)}") from None
+    return _stated(metadata).decode(errors="replace")
+
+
 def read_sealed(path: Location, check: bool = True) -> pa.Table:
     """The rows of a file, and its metadata but for the seal, which is checked unless that was done before. Raises
     Damaged."""
@@ -49,12 +59,17 @@ def read_sealed(path: Location, check: bool = True) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise Damaged(f"not an Arrow IPC file: {one_line(error)}") from None
     metadata = dict(table.schema.metadata or {})
-    seal = metadata.pop(_KEY, None)
-    if seal is None:
-        raise Damaged("an Arrow IPC file without a checksum")
+    seal = _stated(metadata)
+    del metadata[_KEY]
     if check and _digest(content, seal) != seal.decode(errors="replace"):
         raise Damaged("its checksum is another: a part of it has changed")
     return table.replace_schema_metadata(metadata)
+
+
+def _stated(metadata: Mapping[bytes, bytes]) -> bytes:
+    if _KEY not in metadata:
+        raise Damaged("an Arrow IPC file without a checksum")
+    return metadata[_KEY]
 
 
 def _digest(content: pa.Buffer, seal: bytes) -> str:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 
 from pipelines.data.layout import COLLECTED, RECORD, SHARDS
 from pipelines.data.schema import METADATA, SHARD, VERSION
-from pipelines.data.seal import Damaged, read_sealed, sealed
+from pipelines.data.seal import Damaged, read_sealed, seal_of, sealed
 from s2t_models.errors import UserError
-from s2t_models.node_cache import fetched, recorded_digests, sha256_of
+from s2t_models.node_cache import fetched, sha256_of
 from s2t_models.recipe import Recipe
-from s2t_models.storage import Location, ObjectPath, location, whole
+from s2t_models.storage import TRANSFERS, Location, location, whole
 
 
 class ShardError(UserError):
@@ -102,14 +103,11 @@ def shard_paths(collection: str | Location) -> list[Location]:
 
 
 def shards_digest(collection: Location) -> str:
-    """The sha256 of a collection's shard files, which is what a collection is known by."""
+    """What a collection is known by: the sha256 of the checksums that its shards carry, in their order. Only their
+    footers are read."""
     paths = shard_paths(collection)
-    recorded = recorded_digests(paths[0].parent) if isinstance(paths[0], ObjectPath) else {}
-    digest = hashlib.sha256()
-    for path in paths:
-        known = recorded.get(path.name) or sha256_of(fetched(path.parent) / path.name)
-        digest.update(bytes.fromhex(known))
-    return digest.hexdigest()
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        return hashlib.sha256("".join(pool.map(_seal_of, paths)).encode()).hexdigest()
 
 
 def questions(table: pa.Table) -> list[str]:
@@ -133,11 +131,22 @@ def shard_name(index: int, count: int) -> str:
     return f"{index:05d}-of-{count:05d}.arrow"
 
 
+def _seal_of(path: Location) -> str:
+    try:
+        return seal_of(path)
+    except Damaged as error:
+        raise ShardError(_not_whole(path, error)) from None
+
+
+def _not_whole(path: Location, error: Damaged) -> str:
+    return f"{path}: not a whole shard: {error}; restore the file or collect again"
+
+
 def _read(path: Location, check: bool = True) -> pa.Table:
     try:
         table = read_sealed(path, check)
     except Damaged as error:
-        raise ShardError(f"{path}: not a whole shard: {error}; restore the file or collect again") from None
+        raise ShardError(_not_whole(path, error)) from None
     version = metadata_of(table).get("s2t.version")
     if version is None:
         raise ShardError(f"{path}: an Arrow file, but not a shard of this project")
