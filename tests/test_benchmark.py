@@ -258,6 +258,7 @@ def test_rows_that_anything_of_the_recipe_was_made_with_are_refused(recipe_path:
             check_splits(recipe, load_items(recipe, None), None)
 
 
+@pytest.mark.slow
 def test_a_job_serves_beside_what_is_served_already(
     endpoint: str, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -367,6 +367,7 @@ def test_two_workers_survive_a_killed_one_and_leave_an_artifact(
     assert version.tags["s2t.calibration"] == provenance.shards["calibration"]
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_the_job_failed(
     ray_cluster: None,
     command: list[str],

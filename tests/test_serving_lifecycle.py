@@ -98,6 +98,7 @@ def until(is_so: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_what_breaks_is_told_and_mended_and_what_is_in_flight_is_answered_at_the_end(served: Served):
     """One story, for a cluster takes long to start: an engine hangs, a gateway dies, the endpoint ends under load."""
     assert served.chat().status_code == 200
