@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,11 +122,15 @@ class ObjectPath:
         return {name: names[name] for name in sorted(names) if names[name].type.name == "File" or not recursive}
 
     def iterdir(self) -> Iterator[ObjectPath]:
-        return (self / name for name in self.files(recursive=False))
+        """What is in it, in the order of names."""
+        # pyarrow leaves folders out of a listing of GCS that is not recursive.
+        names = self.files(recursive=self.uri.startswith("gs:"))
+        return (self / name for name in dict.fromkeys(name.partition("/")[0] for name in names))
 
     def glob(self, pattern: str) -> Iterator[ObjectPath]:
         """Those of its own files whose name fits the pattern."""
-        return (found for found in self.iterdir() if fnmatch.fnmatchcase(found.name, pattern))
+        names = self.files(recursive=False)
+        return (self / name for name in names if fnmatch.fnmatchcase(name, pattern))
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a folder comes with its first file."""
@@ -229,7 +234,10 @@ def remove(place: Location) -> None:
             place.unlink(missing_ok=True)
     elif place.is_dir():
         with place._said():
-            place.file_system.delete_dir(place.key)
+            if place.uri.startswith("gs:"):  # pyarrow finds no folder there that was not made as one
+                place.file_system.delete_dir_contents(place.key, missing_dir_ok=True)
+            else:
+                place.file_system.delete_dir(place.key)
     else:
         place.unlink(missing_ok=True)
 
@@ -331,7 +339,8 @@ def _file_system(scheme: str, bucket: str, endpoint: str | None) -> FileSystem:
     if scheme == "s3":
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or fs.resolve_s3_region(bucket)
         return fs.S3FileSystem(region=region, connect_timeout=_CONNECT_S, request_timeout=_REQUEST_S)
-    return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
+    emulated = "CLOUD_STORAGE_EMULATOR_ENDPOINT" in os.environ  # which has no credentials
+    return fs.GcsFileSystem(anonymous=emulated, retry_time_limit=timedelta(seconds=_REQUEST_S))
 
 
 def _reason(error: Exception) -> str:

@@ -93,6 +93,29 @@ def object_store(store_address: str) -> Iterator[str]:
         server.wait()
 
 
+@pytest.fixture(scope="session")
+def google_store() -> Iterator[str]:
+    """A bucket of a server that speaks as Google Cloud Storage does, as a URI."""
+    import subprocess
+    import sys
+
+    from processes import free_port, wait_until
+
+    pytest.importorskip("gcp_storage_emulator", reason="the server comes with the extra `dev`")
+    port = free_port()
+    run = "import sys; from gcp_storage_emulator.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", run, "start", "--port", str(port), "--in-memory", "--default-bucket", "runs"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    try:
+        wait_until(lambda: _answers(port), server)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", f"http://127.0.0.1:{port}")
+            yield "gs://runs"
+    finally:
+        server.kill()
+        server.wait()
+
+
 def _answers(port: int) -> bool:
     import socket
 

@@ -1,4 +1,4 @@
-"""Places by path and by URI, against a real S3 server: whole files and folders, leases, and what a node keeps."""
+"""Places by path and by URI, against real servers that speak S3 and GCS: whole files and folders, leases, and what a node keeps."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from s2t_models.storage import (
 )
 
 
-@pytest.fixture
-def place(object_store: str, request: pytest.FixtureRequest) -> ObjectPath:
-    """A folder of the store for one test."""
-    return ObjectPath(f"{object_store}/{request.node.name}")
+@pytest.fixture(params=["object_store", "google_store"])
+def place(request: pytest.FixtureRequest) -> ObjectPath:
+    """A folder of a store for one test."""
+    return ObjectPath(f"{request.getfixturevalue(request.param)}/{request.node.originalname}")
 
 
 def test_a_path_and_a_uri_are_told_apart() -> None:
