@@ -4,8 +4,9 @@
 
 Each stage is the pipeline of its name, as a user would run it. What is there already, made with the same settings, is
 not made again, so a loop that was killed goes on where it was. The output folder ends with `recipe.yaml` (the recipe
-with its artifact, control and chosen budget, ready to serve), `summary.json` (the figures of the table; of several
-tasks by their names, under `tasks`) and `stages.json` (the seconds each stage has taken).
+with its artifact, control and chosen budget, ready to serve), `summary.json` (the figures of the table, and where wrong
+answers first go wrong; of several tasks by their names, under `tasks`) and `stages.json` (the seconds each stage has
+taken).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 from pipelines.data.layout import COLLECTED, RESULTS, SERVABLE_RECIPE, STAGES, SUMMARY
 from pipelines.runtime.arguments import add_recipe, here, place
 from s2t_models.commands import run_command
+from s2t_models.errors import UserError, one_line
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.storage import Location
 
@@ -63,7 +65,10 @@ def loop(recipe: Recipe, output: Location, data: Path | None = None) -> Recipe:
     servable = output / SERVABLE_RECIPE
     servable.write_text(f"# Written by `s2t loop`:  s2t serve --recipe {servable}\n{recipe.as_yaml()}")
     with _stage(output, "benchmark"):
-        seen = _compare(recipe, calibration, output, data)
+        tables, seen = _benchmark(recipe, output / "benchmark", data)
+    with _stage(output, "read wrong answers"):
+        _read(recipe, output / "benchmark", data)
+    _summarise(recipe, calibration, output, tables)
     _analyse(calibration, output)
     tools = os.path.relpath(Path(sys.executable).parent)
     print(
@@ -125,26 +130,59 @@ def _choose_budget(recipe: Recipe, task: str, folder: Location, data: Path | Non
     return smallest
 
 
-def _compare(recipe: Recipe, calibration: Location, output: Location, data: Path | None) -> str:
-    """Benchmark, and write and print the summary; returns where MLflow shows the runs."""
+def _benchmark(recipe: Recipe, folder: Location, data: Path | None) -> tuple[str, str]:
+    """Returns the tables, and where MLflow shows the runs."""
     from pipelines.benchmark.job import Options, benchmark
-    from pipelines.results.summary import loop_summary, read_results
 
     policies, tasks = ", ".join(recipe.benchmark.policies), ", ".join(recipe.benchmark.task)
     _say(f"benchmark {policies} on {recipe.benchmark.items or 'all'} problems of {tasks} through the endpoint")
-    folder = output / "benchmark"
-    tables, seen = benchmark(recipe, folder, Options(data=data))
-    frame, metadata = read_results(folder / RESULTS)
+    return benchmark(recipe, folder, Options(data=data))
+
+
+def _read(recipe: Recipe, folder: Location, data: Path | None) -> None:
+    """Let the teacher read the wrong answers. Where it cannot, the loop has its figures all the same."""
+    from pipelines.analyse.reading import read_wrong
+
+    _say("read the wrong answers of the policies with a trigger with the teacher, for where they first go wrong")
+    try:
+        print(f"{read_wrong(folder, recipe, data)} read")
+    except UserError as error:
+        print(
+            f"loop: {one_line(error)}; the other figures are whole, and the same command tries again", file=sys.stderr
+        )
+
+
+def _summarise(recipe: Recipe, calibration: Location, output: Location, tables: str) -> None:
+    """Write the summary, and print it with the tables of the benchmark."""
+    from pipelines.analyse.errors import first_wrong_rows
+    from pipelines.results.summary import SUMMARY_NAMES, loop_summary, markdown_table, read_results
+
+    frame, metadata = read_results(_answers(output / "benchmark"))
     hits = {int(k): hit for k, hit in json.loads((calibration / COLLECTED).read_text())["hit"].items()}
     splits = json.loads(metadata["s2t.splits"])
     summaries = {
         task: loop_summary(rows, hits, recipe.budget, splits) for task, rows in frame.groupby("task", sort=False)
     }
+    wrong = first_wrong_rows(frame)
+    for row in wrong:
+        places = {key: value for key, value in row.items() if key not in ("task", "policy")}
+        name = SUMMARY_NAMES.get(row["policy"], row["policy"])
+        summaries[row["task"]].setdefault("first_wrong", {})[name] = places
     whole = {"tasks": summaries} if len(summaries) > 1 else next(iter(summaries.values()))
     (output / SUMMARY).write_text(json.dumps(whole, indent=2) + "\n")
     against = "\n".join(_against(task, summary) for task, summary in summaries.items())
     print(f"\n{tables}\n{against}\n")
-    return seen
+    if wrong:
+        header = [key.replace("_", " ") for key in wrong[0]]
+        table = markdown_table(header, [[str(value) for value in row.values()] for row in wrong])
+        print(f"where wrong answers first go wrong:\n{table}\n")
+
+
+def _answers(folder: Location) -> Location:
+    """The results of a benchmark, with what the teacher said of its wrong answers where it has read them."""
+    from pipelines.analyse.kept import READ, is_kept
+
+    return folder / (READ if is_kept(folder, READ) else RESULTS)
 
 
 def _against(task: str, summary: dict[str, Any]) -> str:
@@ -161,7 +199,7 @@ def _analyse(calibration: Location, output: Location) -> None:
     from pipelines.analyse.job import analyse
 
     _say(f"analyse: Hit@K, accuracy against budget and the error split, as tables and figures in {output / 'analysis'}")
-    results = [output / stage / RESULTS for stage in ("benchmark", "validation")]
+    results = [_answers(output / "benchmark"), output / "validation" / RESULTS]
     analyse([calibration, *(path for path in results if path.is_file())], output / "analysis")
 
 

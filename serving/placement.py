@@ -1,4 +1,4 @@
-"""What one engine takes of a Ray cluster: the same for a Serve replica and an actor of a collection.
+"""What one engine takes of a Ray cluster: the same for a Serve replica, an actor of a collection and a task.
 
 An engine on one GPU or none is one actor with its resources. One on several GPUs (vLLM, tensor or pipeline parallel) is
 an actor with a placement group, a bundle a GPU: vLLM starts its workers in the group that its actor is in.
@@ -84,6 +84,25 @@ def actor_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> Ite
         yield {"num_cpus": num_cpus, "ray_remote_args_fn": _in_a_group_of_its_own(group, made)}
     finally:
         _give_back(made, set(made))
+
+
+@contextmanager
+def task_options(model: ModelSettings) -> Iterator[dict[str, Any]]:
+    """Arguments of `ray.remote` for a task that holds one engine, with what a replica of it takes. A placement group is
+    removed at the end."""
+    from ray.util import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = bundles(model, model.num_cpus)
+    if group is None:
+        yield {"num_cpus": model.num_cpus, "num_gpus": model.gpus}
+        return
+    placed = placement_group(group, strategy=STRATEGY)
+    try:
+        where = PlacementGroupSchedulingStrategy(placed, placement_group_capture_child_tasks=True)
+        yield {"num_cpus": model.num_cpus, "scheduling_strategy": where}
+    finally:
+        remove_placement_group(placed)
 
 
 def _in_a_group_of_its_own(group: list[dict[str, float]], made: dict[str, Any]) -> Callable[[], dict[str, Any]]:

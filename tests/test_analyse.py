@@ -15,9 +15,9 @@ import pytest
 from recorded import ITEMS, RECIPE, recorded_results, recorded_shards
 
 from pipelines.analyse.__main__ import main
-from pipelines.analyse.audit import TEACHER_ARGMAX, audit, judge
+from pipelines.analyse.audit import TEACHER_ARGMAX, TEACHER_ON_WRITTEN, audit, judge, prompts_of, read, readable
 from pipelines.analyse.decisions import scores_by_rank, selected_ranks, tables
-from pipelines.analyse.errors import cumulated, step_errors
+from pipelines.analyse.errors import cumulated, first_wrong_rows, step_errors
 from pipelines.analyse.shard_tables import hits, read_steps
 from pipelines.data.shards import read_shards
 from pipelines.results.summary import read_results, write_results
@@ -247,7 +247,7 @@ def test_the_audit_reads_the_recorded_ids_and_not_the_text() -> None:
     }
     row = {"task": "embedded", "item": item.uid, "policy": "s2t-local", "output": "There are"}
     rows = [row | {"decisions": json.dumps([decision]), "output_ids": known} for known in (ids, None)]
-    whole = audit(pd.DataFrame(rows), recipe, None)
+    whole = audit(pd.DataFrame(rows), recipe, prompts_of(pd.DataFrame(rows), recipe, None))
     audited = [json.loads(text)[0] for text in whole["decisions"]]
     assert len(audited[0]["teacher_K"]) == 2
     assert audited[0]["argmax"] is not None
@@ -303,7 +303,24 @@ def test_wrong_answers_are_counted_by_where_they_first_go_wrong(store: str, tmp_
     assert run.data.metrics["first_wrong_at_triggered/embedded/s2t-local at 0.05"] == 2
     assert run.data.metrics["first_wrong_elsewhere/embedded/r2r"] == 1
 
-    assert tables([read_results(tmp_path / "results.parquet")])["first_wrong"] == [], "the teacher was not asked"
+    frame, _ = read_results(tmp_path / "results.parquet")
+    assert first_wrong_rows(frame) == [], "the teacher was not asked"
+    wrong = readable(frame)
+    assert wrong["policy"].tolist() == [local] * 6 + [routed], "of policies with a trigger, and with their ids"
+    views = pd.Series(read(wrong, recipe, prompts_of(wrong, recipe, None)), index=wrong.index)
+    split = {row["policy"]: row for row in first_wrong_rows(frame.assign(**{TEACHER_ON_WRITTEN: views}))}
+    for policy, row in split.items():
+        assert {key: row[key] for key in table.columns} == table.loc[policy].to_dict(), (
+            "as an audit of all answers says"
+        )
+    assert set(split) == {local, routed}
+
+
+def test_a_policy_without_wrong_answers_has_none_that_go_wrong(tmp_path: Path) -> None:
+    frame, _ = read_results(recorded_results(tmp_path / "results.parquet"))
+    frame = frame[frame["policy"].isin(["s2t", "takeover"])].assign(verdict="correct", **{TEACHER_ON_WRITTEN: None})
+    counts = {"wrong": 0, "read": 0, "at_triggered": 0, "elsewhere": 0, "nowhere": 0}
+    assert first_wrong_rows(frame) == [{"task": "embedded", "policy": name} | counts for name in ("s2t", "takeover")]
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

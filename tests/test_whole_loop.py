@@ -29,6 +29,10 @@ def test_the_demo_reaches_its_figures(tmp_path):
     assert abs(accuracy["s2t"] - accuracy["takeover"]) <= 0.02
     assert summary["hit"]["8"] >= 0.75
     assert summary["hit"]["1"] < 0.30
+    for split in summary["first_wrong"].values():
+        assert split["read"] == split["wrong"] == split["at_triggered"] + split["elsewhere"] + split["nowhere"]
+    split = summary["first_wrong"]["s2t-local"]
+    assert split["at_triggered"] + split["elsewhere"] > 0.9 * split["wrong"], "the teacher sees where it goes wrong"
 
 
 @pytest.mark.slow

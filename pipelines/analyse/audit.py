@@ -3,13 +3,15 @@
 written.
 
 One teacher forward an answer, over the token ids that were recorded with it; answers without them (several turns,
-another endpoint) are left as they were. It knows nothing of Ray or HTTP: the teacher runs in this process.
+another endpoint) are left as they were. It knows nothing of Ray or HTTP: the teacher runs in this process. `audit` asks
+about all that a trigger had a part in, `read` about single answers, which is what the split of wrong answers needs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from s2t_models.policies.variants import variant
 from s2t_models.recipe import Recipe
 
 Decision = dict[str, Any]
+#: The messages that were asked, by item.
+Prompts = Mapping[str, list[dict[str, str]]]
 #: The column of an audited frame with the teacher's own token at every step; null where it was not asked.
 TEACHER_ARGMAX = "teacher_argmax_T"
 #: The column beside it with the teacher's probability of every token that was written.
@@ -44,13 +48,45 @@ class TeacherView:
     on_written_T: np.ndarray
 
 
-def audit(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> pd.DataFrame:
+def prompts_of(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> Prompts:
+    """What was asked in these rows, by their item. Raises TaskError where a task's rows are missing."""
+    asked = set(frame["item"])
+    every = (item for name in frame["task"].unique() for item in load(name, data, recipe.prompts)[1])
+    return {item.uid: item.prompt for item in every if item.uid in asked}
+
+
+def audit(frame: pd.DataFrame, recipe: Recipe, prompts: Prompts) -> pd.DataFrame:
     """The rows, with the teacher's token (`argmax`) and probabilities of the candidates (`teacher_K`) in the decisions
     that were taken without it, and its view of every step (TEACHER_ARGMAX, TEACHER_ON_WRITTEN) of the answers of greedy
-    decoding and of policies with a trigger. Raises TaskError where a task's rows are missing."""
+    decoding and of policies with a trigger."""
+    decisions, views = _asked(frame, {BASELINE, *triggering(frame)}, recipe, prompts)
+    return frame.assign(
+        **{
+            "decisions": decisions,
+            TEACHER_ARGMAX: [view and view.argmax_T.tolist() for view in views],
+            TEACHER_ON_WRITTEN: [view and view.on_written_T.tolist() for view in views],
+        }
+    )
+
+
+def readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that `read` reads: wrong answers of policies with a trigger, where their token ids are known."""
+    return frame[(frame["verdict"] == "wrong") & frame["policy"].isin(triggering(frame)) & frame["output_ids"].notna()]
+
+
+def read(rows: pd.DataFrame, recipe: Recipe, prompts: Prompts) -> list[list[float] | None]:
+    """The teacher's probability of every token that was written (TEACHER_ON_WRITTEN) of each row: what says where an
+    answer first goes wrong. Choices are not judged: of wrong answers alone these would say nothing."""
+    _, views = _asked(rows, set(rows["policy"]), recipe, prompts)
+    return [None if view is None else view.on_written_T.tolist() for view in views]
+
+
+def _asked(
+    frame: pd.DataFrame, compared: set[str], recipe: Recipe, prompts: Prompts
+) -> tuple[list[str], list[TeacherView | None]]:
+    """For each row its decisions with the teacher's view of them, and that of its steps; the rows of policies that are
+    not `compared` stay as they are."""
     tokenizer = load_tokenizer(recipe.slm)
-    items = {item.uid: item for name in frame["task"].unique() for item in load(name, data, recipe.prompts)[1]}
-    compared = {BASELINE, *triggering(frame)}
     engine = load_engine(pair(recipe)["teacher"])
 
     async def whole() -> list[tuple[str, TeacherView | None]]:
@@ -60,21 +96,15 @@ def audit(frame: pd.DataFrame, recipe: Recipe, data: Path | None) -> pd.DataFram
             if row.policy not in compared:
                 return row.decisions, None
             async with slots:
-                return await _judged(row, items[row.item].prompt, tokenizer, engine)
+                return await _judged(row, prompts[row.item], tokenizer, engine)
 
         return await asyncio.gather(*(one(row) for row in frame.itertuples()))
 
     try:
-        decisions, views = zip(*asyncio.run(whole()), strict=True)
+        found = asyncio.run(whole())
     finally:
         engine.close()
-    return frame.assign(
-        **{
-            "decisions": decisions,
-            TEACHER_ARGMAX: [view and view.argmax_T.tolist() for view in views],
-            TEACHER_ON_WRITTEN: [view and view.on_written_T.tolist() for view in views],
-        }
-    )
+    return [decisions for decisions, _ in found], [view for _, view in found]
 
 
 def triggering(frame: pd.DataFrame) -> list[str]:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
-from pipelines.analyse.audit import triggering
-from pipelines.analyse.errors import CumulatedErrors, first_wrongs, of_answers
+from pipelines.analyse.errors import CumulatedErrors, Place, first_wrong_rows, of_answers
 from pipelines.analyse.sufficiency import alignment, entropy, error_split, rank_cdf
 from pipelines.data.text import file_stem
 from pipelines.results import figures as draw
@@ -49,7 +48,7 @@ def tables(results: Results) -> Tables:
     accuracy (over K and tau)."""
     out: Tables = {"decisions": [], "agreement": [], "first_wrong": [], "accuracy": []}
     for frame, _ in results:
-        triggered = triggering(frame)
+        out["first_wrong"] += first_wrong_rows(frame)
         for summary in summarise(frame):
             if summary.budget is not None:
                 out["accuracy"].append(
@@ -66,8 +65,6 @@ def tables(results: Results) -> Tables:
                 )
         for (task, policy), rows in frame.groupby(["task", "policy"], sort=False):
             name = {"task": task, "policy": policy}
-            if policy in triggered and (places := first_wrongs(rows)) is not None:
-                out["first_wrong"].append(name | places)
             answers = decisions_of(rows)
             if not any(answers):
                 continue
@@ -188,6 +185,14 @@ def figures(results: Results, rows: Tables) -> dict[str, Figure]:
             {policy: (one.hit_T, one.selection_T) for policy, one in curves.items()},
             f"Errors up to a step, an answer (Eq. 12): {task}",
         )
+    for task in dict.fromkeys(row["task"] for row in rows["first_wrong"]):
+        counts = {
+            row["policy"]: [row[place] for place in get_args(Place)]
+            for row in rows["first_wrong"]
+            if row["task"] == task and row["read"]
+        }
+        if counts:
+            drawn[f"{task}-first-wrong.png"] = draw.first_wrong(counts, f"Where wrong answers first go wrong: {task}")
     split = [
         (f"{row['policy']}\n{row['task']}", row["hit_error"], row["selection_error"])
         for row in rows["decisions"]

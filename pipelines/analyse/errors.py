@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pandas as pd
 
-from pipelines.analyse.audit import TEACHER_ARGMAX, TEACHER_ON_WRITTEN
+from pipelines.analyse.audit import TEACHER_ARGMAX, TEACHER_ON_WRITTEN, triggering
 
 #: An answer goes wrong at the first token that the teacher gives less than this.
 UNLIKELY = 0.05
@@ -88,13 +88,26 @@ def first_wrong(on_written_T: Iterable[float], decisions: Iterable[dict[str, Any
 
 def first_wrongs(rows: pd.DataFrame) -> dict[str, int] | None:
     """How many of one policy's wrong answers there are (`wrong`), how many of them the teacher has read (`read`), and
-    where these first go wrong (see `first_wrong`); None where it has read none of the policy's answers."""
-    if TEACHER_ON_WRITTEN not in rows or rows[TEACHER_ON_WRITTEN].isna().all():
+    where these first go wrong (see `first_wrong`); None where there are some and it has read none of them."""
+    if TEACHER_ON_WRITTEN not in rows:
         return None
     wrong = rows[rows["verdict"] == "wrong"]
     read = wrong[wrong[TEACHER_ON_WRITTEN].notna()]
+    if read.empty and len(wrong):
+        return None
     places = [
         first_wrong(on_written_T, json.loads(decisions))
         for on_written_T, decisions in zip(read[TEACHER_ON_WRITTEN], read["decisions"], strict=True)
     ]
     return {"wrong": len(wrong), "read": len(read)} | {place: places.count(place) for place in get_args(Place)}
+
+
+def first_wrong_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row for each task and policy with a trigger whose wrong answers the teacher has read: `task`, `policy` and the
+    counts of `first_wrongs`."""
+    triggered = triggering(frame)
+    return [
+        {"task": task, "policy": policy} | places
+        for (task, policy), rows in frame.groupby(["task", "policy"], sort=False)
+        if policy in triggered and (places := first_wrongs(rows)) is not None
+    ]

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from pipelines.analyse import PAGES
 from pipelines.analyse import decisions as decision_analysis
 from pipelines.analyse import shard_tables as shard_analysis
-from pipelines.analyse.audit import audit
+from pipelines.analyse.audit import audit, prompts_of
 from pipelines.analyse.decisions import Results
 from pipelines.analyse.errors import Place
 from pipelines.analyse.pages import INDEX, write_pages
@@ -112,7 +112,8 @@ def _answered(path: Location) -> tuple[pd.DataFrame, dict[str, str]]:
 
 
 def _audited(frame: Any, metadata: Mapping[str, str], data: Path | None) -> Any:
-    return audit(frame, Recipe.model_validate_json(metadata["s2t.recipe"]), data)
+    recipe = Recipe.model_validate_json(metadata["s2t.recipe"])
+    return audit(frame, recipe, prompts_of(frame, recipe, data))
 
 
 def _pages(results: Results, folder: Location, most: int, data: Path | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -17,11 +17,12 @@ from pipelines.analyse.decisions import (
     selected_ranks,
     teacher_K,
 )
-from pipelines.analyse.errors import of_answers
+from pipelines.analyse.errors import Place, of_answers
 from pipelines.analyse.sufficiency import hit_at, rank_cdf, top_steps
 from pipelines.paper.evidence import STATES, UNAUDITED, Evidence, Value
 from pipelines.results import figures as draw
 from s2t_models.calibration import BUDGETS
+from s2t_models.policies.variants import variant
 
 #: The budget at which states are shown, and the K that is held where tau varies (the paper's defaults).
 TAU, K = 0.01, 8
@@ -203,6 +204,23 @@ def errors(evidence: Evidence) -> Drawing:
                 )
         if series:
             drawing.figures[task] = draw.cumulated_error(series, f"{task}: errors up to a step, an answer (Eq. 12)")
+    return drawing
+
+
+def first_wrongs(evidence: Evidence) -> Drawing:
+    """Where the wrong answers of each policy with a trigger first go wrong, by what the teacher gives their tokens."""
+    drawing = Drawing()
+    results = evidence.results(MAIN)
+    for task in evidence.tasks_of(MAIN):
+        split = {} if results is None else {p: row for (of, p), row in results.first_wrong.items() if of == task}
+        drawing.rows += [dict(row) for row in split.values()]
+        named = evidence.runs.given.matrix.benchmarks[MAIN].policies
+        for policy in (one for one in named if variant(one) is not None and one not in split):
+            asked = evidence.measure("accuracy", task, policy, (MAIN,))
+            _open(drawing, f"{policy} on {task}: {asked if isinstance(asked, str) else UNAUDITED}")
+        if any(row["read"] for row in split.values()):
+            counts = {policy: [row[place] for place in get_args(Place)] for policy, row in split.items()}
+            drawing.figures[task] = draw.first_wrong(counts, f"{task}: where wrong answers first go wrong")
     return drawing
 
 

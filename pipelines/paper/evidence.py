@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 
 from pipelines.analyse.decisions import tables as decision_tables
+from pipelines.analyse.kept import AUDITED
 from pipelines.analyse.shard_tables import Steps, read_steps
 from pipelines.analyse.sufficiency import hit_at, top_steps
 from pipelines.data.layout import COLLECTED, RESULTS
 from pipelines.data.shards import read_shards
 from pipelines.paper.matrix import among
 from pipelines.paper.published import MATHS_AVERAGE
-from pipelines.paper.runs import AUDITED, Run, Runs
+from pipelines.paper.runs import Run, Runs
 from pipelines.results.averages import maths_averages
 from pipelines.results.summary import Summary, read_results, summarise
 from s2t_models.errors import UserError, one_line
@@ -49,6 +50,7 @@ class Results:
     summaries: Mapping[tuple[str, str], Summary]
     decisions: Mapping[tuple[str, str], Mapping[str, Any]]
     agreement: Mapping[tuple[str, str, str], Mapping[str, Any]]
+    first_wrong: Mapping[tuple[str, str], Mapping[str, Any]]
 
 
 class Evidence:
@@ -143,6 +145,7 @@ class Evidence:
             summaries,
             {(row["task"], row["policy"]): row for row in tables["decisions"]},
             {(row["task"], row["policy"], row["group"]): row for row in tables["agreement"]},
+            {(row["task"], row["policy"]): row for row in tables["first_wrong"]},
         )
 
     def _steps(self, task: str) -> Steps | None:

@@ -6,16 +6,13 @@ from the disk: a training's artifact or checkpoint is in the recipe of the bench
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipelines.analyse.audit import TEACHER_ARGMAX, audit
+from pipelines.analyse.audit import TEACHER_ARGMAX, audit, prompts_of
+from pipelines.analyse.kept import AUDITED, is_kept, keep
 from pipelines.benchmark.job import Options, benchmark, is_done
 from pipelines.collect import job as collect
 from pipelines.data.layout import COLLECTED, RESULTS
@@ -29,14 +26,10 @@ from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.policies.variants import variant
 from s2t_models.recipe import Recipe
 from s2t_models.router import SETTINGS as ROUTER_SETTINGS
-from s2t_models.storage import Location, location, whole
+from s2t_models.storage import Location, location
 from s2t_models.training import objectives
 from s2t_models.training.objectives import OBJECTIVES
 from s2t_models.training_settings import DistilSettings
-
-AUDITED = "audited.parquet"
-#: In the metadata of audited results: the answers that they are of.
-ANSWERS_OF = "s2t.audited"
 
 
 @dataclass(frozen=True)
@@ -124,7 +117,7 @@ class Runs:
             if run.kind == "training":
                 return self._is_trained(run.part)
             if run.kind == "audit":
-                return self.has_answers(run.part) and _is_audited(folder)
+                return self.has_answers(run.part) and is_kept(folder, AUDITED)
             return is_done(self.benchmark_recipe(run.part), folder)
         except UserError:  # what it is made of is not there
             return False
@@ -331,22 +324,10 @@ def _scores(objective: str) -> bool:
     return objective in OBJECTIVES and objectives.objective(objective, DistilSettings()).mark == CARD
 
 
-def _keys(path: Location) -> str:
-    return hashlib.sha256("".join(sorted(read_results(path)[0]["key"])).encode()).hexdigest()
-
-
-def _is_audited(folder: Location) -> bool:
-    path = folder / AUDITED
-    return path.is_file() and read_results(path)[1].get(ANSWERS_OF) == _keys(folder / RESULTS)
-
-
 def _audit(folder: Location, recipe: Recipe, data: Path | None) -> str:
     """Ask the teacher about a benchmark's answers, and keep them with what it says."""
     frame, metadata = read_results(folder / RESULTS)
-    audited = audit(frame, recipe, data)
-    table = pa.Table.from_pandas(audited, preserve_index=False)
-    table = table.replace_schema_metadata({**metadata, ANSWERS_OF: _keys(folder / RESULTS)})
-    with whole(folder / AUDITED) as part:
-        pq.write_table(table, part)
+    audited = audit(frame, recipe, prompts_of(frame, recipe, data))
+    keep(folder, AUDITED, audited, metadata)
     asked = int(audited[TEACHER_ARGMAX].notna().sum())
     return f"asked the teacher about {asked} of {len(audited)} answers of {folder.name}"

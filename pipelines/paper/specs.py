@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipelines.analyse.errors import UNLIKELY
 from pipelines.paper import drawings
 from pipelines.paper.drawings import Drawing
 from pipelines.paper.evidence import STATES, Evidence
@@ -156,6 +157,14 @@ SPECS: tuple[Spec, ...] = (
         note="The paper: a median of about 0.9 at rank 1, and near 0 from rank 2 on.",
     ),
     _figure("eq12", "Errors cumulated over steps (Eq. 12)", drawings.errors, "main"),
+    _figure(
+        "first-wrong",
+        "Where wrong answers first go wrong",
+        drawings.first_wrongs,
+        "main",
+        note="Not in the paper. An answer goes wrong at the first token that the teacher gives less than "
+        f"{UNLIKELY:.0%}; of the `wrong` ones those are placed that it has `read`.",
+    ),
 )
 
 

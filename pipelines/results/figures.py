@@ -257,6 +257,25 @@ def error_split(rows: Sequence[tuple[str, float, float]], title: str) -> Figure:
     return figure
 
 
+def first_wrong(counts: Mapping[str, Sequence[int]], title: str) -> Figure:
+    """For each policy its wrong answers, stacked: they first go wrong at a triggered step, at another, nowhere."""
+    figure, axes = _canvas(title, height=1.6 + 0.4 * len(counts))
+    left = np.zeros(len(counts))
+    kinds = ("at a triggered step", "elsewhere", "nowhere: the teacher could have written each token")
+    for place, (label, hatch) in enumerate(zip(kinds, ("//", "", ".."), strict=True)):
+        number = np.array([of_policy[place] for of_policy in counts.values()])
+        axes.barh(
+            range(len(counts)), number, left=left, color=COLOURS[place], hatch=hatch, edgecolor="white", label=label
+        )
+        left += number
+    axes.set_yticks(range(len(counts)), list(counts))
+    axes.invert_yaxis()
+    axes.set_xlabel("wrong answers")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.35), ncols=3)
+    return figure
+
+
 def groups(points: Sequence[Point], title: str) -> Figure:
     """Accuracy of groups of answers with intervals: those that agree with the teacher at every step, and the
     others."""
