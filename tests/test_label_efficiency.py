@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from benchmarks.label_efficiency import labels, measuring, report, training
 from benchmarks.label_efficiency.__main__ import main, parse
+from benchmarks.label_efficiency.choosing import ChosenBy
 from benchmarks.label_efficiency.measuring import Case, Measured
 from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point, points
 from benchmarks.label_efficiency.settings import experiment_of
@@ -29,18 +30,30 @@ SETTINGS += ["teacher.slots=8", "slm.context=256", "teacher.context=256"]
 def command(folder: Path, *more: str) -> list[str]:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     sizes = ["--prompts", "6", "--seeds", "1", "--items", "2", "--least-steps", "1", "--budgets", "0.05", "--jobs", "1"]
-    return [*settings, *sizes, "--systems", "selector,kd", "--tasks", "embedded", "--folder", str(folder), *more]
+    what = ["--systems", "selector,kd,kd-at-triggers", "--tasks", "embedded"]
+    return [*settings, *sizes, *what, "--folder", str(folder), *more]
 
 
 def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    choosers, generate = set(), ChosenBy.generate
+
+    async def noted(self: ChosenBy, *arguments: Any) -> Any:
+        choosers.add((await self.chooser.card()).name)
+        return await generate(self, *arguments)
+
+    monkeypatch.setattr(ChosenBy, "generate", noted)
     assert main(command(tmp_path)) == 0
+    assert choosers == {"kd"}
     table = capsys.readouterr().out
     records = [json.loads(line) for path in sorted((tmp_path / "points").iterdir()) for line in path.open()]
     by_system = {record["case"]["point"]["system"]: record for record in records}
-    assert list(by_system) == ["base", "teacher", "selector", "kd"]
+    assert list(by_system) == ["base", "teacher", "selector", "kd", "kd-at-triggers"]
     assert all(len(record["correct"]) == 2 for record in records)
+    assert not (tmp_path / "trained" / "kd-at-triggers-6-0").exists()
+    for figure in ("outcome", "drift"):
+        assert by_system["kd-at-triggers"][figure] == by_system["selector"][figure]
     for name in ("selector", "kd"):
         provenance = read_provenance(tmp_path / "trained" / f"{name}-6-0" / "model")
         rows, _ = read_shards(tmp_path / "trained" / f"{name}-6-0" / "labels")
@@ -59,6 +72,7 @@ def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     by_teacher = [len(row["prompt_ids"]) + len(row["output_ids"]) for row in written.to_pylist()]
     assert sum(tokens) - 120 < sum(by_teacher) <= sum(tokens)
     assert "selector @5%" in table
+    assert "kd-at-triggers @5%" in table
     assert f"{read:,}" in table
     assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy-embedded-at-5.png"}
 
@@ -150,6 +164,8 @@ def experiment(recipe_path: Path, tmp_path: Path) -> Experiment:
 
 
 def test_points_stand_behind_what_they_take_up_and_train_for_longer_with_more_labels(experiment: Experiment):
+    names = [point.name for point in points(["kd-at-triggers"], [25], 1)]
+    assert names == ["kd-25-0", "selector-25-0", "kd-at-triggers-25-0"]
     found = points(["kd+selector", "selector", "distil"], [100, 25], 2)
     assert [point.name for point in found[:4]] == ["selector-25-0", "distil-25-0", "kd-25-0", "kd+selector-25-0"]
     assert [(point.prompts, point.seed) for point in found[::4]] == [(25, 0), (100, 0), (25, 1), (100, 1)]

@@ -22,11 +22,12 @@ HEADER = (
 )
 LEGEND = """\
 Every system of a number of prompts is trained at the teacher cost of that many labelled prompts. `selector`, `kd` and
-what is made of both share their labels. `distil` has as many of the teacher's own texts as cost no more, and `tsd-kd`
-lets the teacher read about as many texts of its own. `texts` and `teacher tokens` (read and written, as metered) are
-means over the seeds, and so is what follows. `against kd` is the difference of accuracies with its 95% interval, by the
-paired bootstrap over items. `KL to base` is in nats a token on what the base writes, and `kept` the accuracy on the
-items that the base solves. `triggered` is the share of tokens that were decided at triggered steps."""
+what is made of both share their labels; `kd-at-triggers` is `selector` with `kd` choosing at its triggered steps.
+`distil` has as many of the teacher's own texts as cost no more, and `tsd-kd` lets the teacher read about as many texts
+of its own. `texts` and `teacher tokens` (read and written, as metered) are means over the seeds, and so is what
+follows. `against kd` is the difference of accuracies with its 95% interval, by the paired bootstrap over items. `KL to
+base` is in nats a token on what the base writes, and `kept` the accuracy on the items that the base solves. `triggered`
+is the share of tokens that were decided at triggered steps."""
 
 
 @dataclass(frozen=True)
