@@ -22,8 +22,9 @@ EPOCHS = 8
 @dataclass(frozen=True)
 class System:
     """What is trained: an objective, and what it takes from a `kd` model of the same labels. "model": that model is the
-    base of the selector, whose candidates, prior and critical steps stay those of the SLM's labelled texts: new ones
-    would cost the teacher as much again. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM.
+    base of the selector and gives its prior. It trains on the labels all the same: its texts, critical steps and
+    candidates stay those of the recipe's SLM, for new ones would cost the teacher as much again; at decoding they are
+    its own. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM.
     "choice": nothing more is trained. The `selector` of the same labels writes, triggers and proposes, and the text
     logits of `kd` choose among its candidates, at triggered steps alone."""
 
