@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +119,32 @@ def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
     base = measured("base", 0, 0, "greedy", 0.4)
     local = [measured("selector", 25, seed, "s2t-local@0.05", 0.9) for seed in (0, 1)]
     kd = [measured("kd", 25, seed, "kd", 0.5) for seed in (0, 1, 2)]
-    table = report.write({one.case: one for one in (base, *local, *kd)}, tmp_path)
+    distil = [measured("distil", 25, 0, "distil", 0.6)]
+    table = report.write({one.case: one for one in (base, *local, *kd, *distil)}, tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     found = {row[1]: dict(zip(rows[0], row, strict=True)) for row in rows}
-    one, other = ([right for run in runs[:2] for right in run.correct] for runs in (local, kd))
-    expected = paired([*range(40)] * 2, one, other)
-    low, high = (f"{100 * end:+.1f}" for end in (expected.low, expected.high))
-    assert found["selector @5%"]["against kd"] == f"{100 * expected.difference:+.1f} [{low}, {high}]"
-    assert found["selector @5%"]["accuracy %"] == f"{100 * np.mean(one):.1f}"
-    kept = [run.correct[item] for run in local for item in range(40) if base.correct[item]]
-    assert found["selector @5%"]["kept %"] == f"{100 * np.mean(kept):.1f}"
-    assert found["kd"]["teacher tokens"] == "2,511"
-    assert (found["kd"]["KL to base"], found["kd"]["against kd"]) == ("1.5000", "")
-    assert (found["selector @5%"]["triggered %"], found["kd"]["triggered %"]) == ("4.0", "")
+    selector = found["selector @5%"]
+
+    def right(runs: list[Measured], items: Sequence[int]) -> list[bool]:
+        return [run.correct[item] for run in runs for item in items]
+
+    def difference(other: list[Measured], items: Sequence[int]) -> str:
+        runs = min(len(local), len(other))
+        expected = paired([*items] * runs, right(local[:runs], items), right(other[:runs], items))
+        low, high = (f"{100 * end:+.1f}" for end in (expected.low, expected.high))
+        return f"{100 * expected.difference:+.1f} [{low}, {high}]"
+
+    solved = [item for item in range(40) if base.correct[item]]
+    assert selector["accuracy %"] == f"{100 * np.mean(right(local, range(40))):.1f}"
+    assert selector["against kd"] == difference(kd, range(40))
+    assert selector["against distil"] == difference(distil, range(40))
+    assert selector["kept %"] == f"{100 * np.mean(right(local, solved)):.1f}"
+    assert selector["kept against kd"] == difference(kd, solved)
+    assert (found["kd"]["teacher read"], found["kd"]["teacher wrote"]) == ("2,501", "10")
+    assert (found["kd"]["KL of the text head"], found["kd"]["against kd"]) == ("1.5000", "")
+    assert found["kd"]["kept against kd"] == found["distil"]["against distil"] == ""
+    assert found["kd"]["against distil"]
+    assert (selector["triggered %"], found["kd"]["triggered %"]) == ("4.0", "")
     assert {path.name for path in tmp_path.iterdir()} == {
         "accuracy-embedded-at-5.png",
         "kept-embedded-at-5.png",
