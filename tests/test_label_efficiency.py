@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from benchmarks.label_efficiency import labels, measuring, report, training
 from benchmarks.label_efficiency.__main__ import main, parse
+from benchmarks.label_efficiency.choosing import ChosenBy
 from benchmarks.label_efficiency.measuring import Case, Measured
 from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point, points
 from benchmarks.label_efficiency.settings import experiment_of
@@ -29,18 +31,30 @@ SETTINGS += ["teacher.slots=8", "slm.context=256", "teacher.context=256"]
 def command(folder: Path, *more: str) -> list[str]:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
     sizes = ["--prompts", "6", "--seeds", "1", "--items", "2", "--least-steps", "1", "--budgets", "0.05", "--jobs", "1"]
-    return [*settings, *sizes, "--systems", "selector,kd", "--tasks", "embedded", "--folder", str(folder), *more]
+    what = ["--systems", "selector,kd,kd-at-triggers", "--tasks", "embedded"]
+    return [*settings, *sizes, *what, "--folder", str(folder), *more]
 
 
 def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    choosers, generate = set(), ChosenBy.generate
+
+    async def noted(self: ChosenBy, *arguments: Any) -> Any:
+        choosers.add((await self.chooser.card()).name)
+        return await generate(self, *arguments)
+
+    monkeypatch.setattr(ChosenBy, "generate", noted)
     assert main(command(tmp_path)) == 0
+    assert choosers == {"kd"}
     table = capsys.readouterr().out
     records = [json.loads(line) for path in sorted((tmp_path / "points").iterdir()) for line in path.open()]
     by_system = {record["case"]["point"]["system"]: record for record in records}
-    assert list(by_system) == ["base", "teacher", "selector", "kd"]
+    assert list(by_system) == ["base", "teacher", "selector", "kd", "kd-at-triggers"]
     assert all(len(record["correct"]) == 2 for record in records)
+    assert not (tmp_path / "trained" / "kd-at-triggers-6-0").exists()
+    for figure in ("outcome", "drift"):
+        assert by_system["kd-at-triggers"][figure] == by_system["selector"][figure]
     for name in ("selector", "kd"):
         provenance = read_provenance(tmp_path / "trained" / f"{name}-6-0" / "model")
         rows, _ = read_shards(tmp_path / "trained" / f"{name}-6-0" / "labels")
@@ -59,6 +73,7 @@ def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     by_teacher = [len(row["prompt_ids"]) + len(row["output_ids"]) for row in written.to_pylist()]
     assert sum(tokens) - 120 < sum(by_teacher) <= sum(tokens)
     assert "selector @5%" in table
+    assert "kd-at-triggers @5%" in table
     assert f"{read:,}" in table
     assert {path.name for path in tmp_path.glob("*.png")} == {"accuracy-embedded-at-5.png"}
 
@@ -104,19 +119,32 @@ def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
     base = measured("base", 0, 0, "greedy", 0.4)
     local = [measured("selector", 25, seed, "s2t-local@0.05", 0.9) for seed in (0, 1)]
     kd = [measured("kd", 25, seed, "kd", 0.5) for seed in (0, 1, 2)]
-    table = report.write({one.case: one for one in (base, *local, *kd)}, tmp_path)
+    distil = [measured("distil", 25, 0, "distil", 0.6)]
+    table = report.write({one.case: one for one in (base, *local, *kd, *distil)}, tmp_path)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("|")]
     found = {row[1]: dict(zip(rows[0], row, strict=True)) for row in rows}
-    one, other = ([right for run in runs[:2] for right in run.correct] for runs in (local, kd))
-    expected = paired([*range(40)] * 2, one, other)
-    low, high = (f"{100 * end:+.1f}" for end in (expected.low, expected.high))
-    assert found["selector @5%"]["against kd"] == f"{100 * expected.difference:+.1f} [{low}, {high}]"
-    assert found["selector @5%"]["accuracy %"] == f"{100 * np.mean(one):.1f}"
-    kept = [run.correct[item] for run in local for item in range(40) if base.correct[item]]
-    assert found["selector @5%"]["kept %"] == f"{100 * np.mean(kept):.1f}"
-    assert found["kd"]["teacher tokens"] == "2,511"
-    assert (found["kd"]["KL to base"], found["kd"]["against kd"]) == ("1.5000", "")
-    assert (found["selector @5%"]["triggered %"], found["kd"]["triggered %"]) == ("4.0", "")
+    selector = found["selector @5%"]
+
+    def right(runs: list[Measured], items: Sequence[int]) -> list[bool]:
+        return [run.correct[item] for run in runs for item in items]
+
+    def difference(other: list[Measured], items: Sequence[int]) -> str:
+        runs = min(len(local), len(other))
+        expected = paired([*items] * runs, right(local[:runs], items), right(other[:runs], items))
+        low, high = (f"{100 * end:+.1f}" for end in (expected.low, expected.high))
+        return f"{100 * expected.difference:+.1f} [{low}, {high}]"
+
+    solved = [item for item in range(40) if base.correct[item]]
+    assert selector["accuracy %"] == f"{100 * np.mean(right(local, range(40))):.1f}"
+    assert selector["against kd"] == difference(kd, range(40))
+    assert selector["against distil"] == difference(distil, range(40))
+    assert selector["kept %"] == f"{100 * np.mean(right(local, solved)):.1f}"
+    assert selector["kept against kd"] == difference(kd, solved)
+    assert (found["kd"]["teacher read"], found["kd"]["teacher wrote"]) == ("2,501", "10")
+    assert (found["kd"]["KL of the text head"], found["kd"]["against kd"]) == ("1.5000", "")
+    assert found["kd"]["kept against kd"] == found["distil"]["against distil"] == ""
+    assert found["kd"]["against distil"]
+    assert (selector["triggered %"], found["kd"]["triggered %"]) == ("4.0", "")
     assert {path.name for path in tmp_path.iterdir()} == {
         "accuracy-embedded-at-5.png",
         "kept-embedded-at-5.png",
@@ -150,6 +178,8 @@ def experiment(recipe_path: Path, tmp_path: Path) -> Experiment:
 
 
 def test_points_stand_behind_what_they_take_up_and_train_for_longer_with_more_labels(experiment: Experiment):
+    names = [point.name for point in points(["kd-at-triggers"], [25], 1)]
+    assert names == ["kd-25-0", "selector-25-0", "kd-at-triggers-25-0"]
     found = points(["kd+selector", "selector", "distil"], [100, 25], 2)
     assert [point.name for point in found[:4]] == ["selector-25-0", "distil-25-0", "kd-25-0", "kd+selector-25-0"]
     assert [(point.prompts, point.seed) for point in found[::4]] == [(25, 0), (100, 0), (25, 1), (100, 1)]

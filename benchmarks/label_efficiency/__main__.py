@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.label_efficiency.work import Job
 
 SIZES = "25,50,100,200,400,800,1600"
-SYSTEMS = "selector,kd,kd+selector,selector-from-kd,tsd-kd,distil"
+SYSTEMS = "selector,kd,kd-at-triggers,kd+selector,selector-from-kd,tsd-kd,distil"
 TASKS = "embedded,embedded-hard,embedded-held-out"
 BUDGETS = "0.02,0.05,0.10"
 #: What a measurement takes, and what making the labels takes, in steps of a training.
@@ -83,8 +83,9 @@ def _measuring(experiment: Experiment, points: Sequence[Point]) -> list[Job]:
     known, jobs = measuring.known(experiment), []
     for point in points:
         if missing := [case for case in measuring.cases(experiment, [point]) if case not in known]:
-            steps = experiment.training(point).distil.steps if point.prompts else 0
-            after = frozenset({point.kd.name} if point.kd else ())
+            trains = point.prompts and point.trained == point
+            steps = experiment.training(point).distil.steps if trains else 0
+            after = frozenset(other.name for other in point.takes)
             size = steps + MEASUREMENT * len(missing)
             jobs.append(Job(point.name, measuring.measure, (experiment, missing), after, size))
     return jobs

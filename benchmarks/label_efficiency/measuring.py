@@ -17,7 +17,8 @@ from functools import cache
 import numpy as np
 import torch
 
-from benchmarks.label_efficiency.plan import REFERENCES, SYSTEMS, Experiment, Point
+from benchmarks.label_efficiency.choosing import ChosenBy
+from benchmarks.label_efficiency.plan import KD, REFERENCES, SYSTEMS, Experiment, Point
 from benchmarks.label_efficiency.training import Outcome, train
 from benchmarks.label_efficiency.work import Job
 from pipelines.benchmark.questions import load_items
@@ -118,10 +119,14 @@ async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Out
     asked = {task.name: (task, items) for task, items in questions(experiment)}
     policies = {case.policy: policy(case.policy, hosting) for case in missing}
     (trained,) = {engine for one in policies.values() for engine in one.needs}
+    chooses = missing[0].point.from_kd == "choice"
+    names = {trained, *(["slm"] if outcome else []), *([KD] if chooses else [])}
     tokenizer, log = loading.load_tokenizer(hosting.tokenizer), RecordLog(experiment.folder / "points")
     before, drift = known(experiment), dict[str, float]()
     found: list[Measured] = []
-    with _running(hosting, {trained, "slm"} if outcome else {trained}) as engines:
+    with _running(hosting, names) as engines:
+        if chooses:
+            engines.by_name[trained] = ChosenBy(engines[trained], engines[KD])
         for case in missing:
             task, items = asked[case.task]
             prompts = [chat.prompt_ids(tokenizer, item.prompt) for item in items]
@@ -149,11 +154,14 @@ async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Out
 
 
 def _hosting(experiment: Experiment, point: Point) -> Hosting:
-    """The recipe with what was trained: the artifact, or a checkpoint by the name of its objective."""
+    """The recipe with what was trained: the artifact, with `kd` beside it where that chooses, or a checkpoint by the
+    name of its objective."""
     recipe = experiment.recipe
     if point.system in SYSTEMS:
-        folder, name = str(experiment.model(point)), SYSTEMS[point.system].objective
-        named = {"artifact": folder} if experiment.selects(point) else {"checkpoints": {name: folder}}
+        product, objective = str(experiment.model(point)), SYSTEMS[point.system].objective
+        chooser = {KD: str(experiment.model(point.kd))} if point.kd and point.from_kd == "choice" else {}
+        selects = experiment.selects(point)
+        named = {"artifact": product, "checkpoints": chooser} if selects else {"checkpoints": {objective: product}}
         recipe = recipe.model_copy(update=named)
     return host(recipe)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,19 +22,23 @@ EPOCHS = 8
 @dataclass(frozen=True)
 class System:
     """What is trained: an objective, and what it takes from a `kd` model of the same labels. "model": that model is the
-    base of the selector, whose candidates, prior and critical steps stay those of the SLM's labelled texts: new ones
-    would cost the teacher as much again. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM."""
+    base of the selector and gives its prior. It trains on the labels all the same: its texts, critical steps and
+    candidates stay those of the recipe's SLM, for new ones would cost the teacher as much again; at decoding they are
+    its own. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM.
+    "choice": nothing more is trained. The `selector` of the same labels writes, triggers and proposes, and the text
+    logits of `kd` choose among its candidates, at triggered steps alone."""
 
     objective: str
-    from_kd: Literal["model", "lora"] | None = None
+    from_kd: Literal["model", "lora", "choice"] | None = None
 
 
-KD = "kd"
+SELECTOR, KD = "selector", "kd"
 SYSTEMS = {
-    "selector": System("selector"),
+    SELECTOR: System(SELECTOR),
     KD: System(KD),
-    "kd+selector": System("selector", "model"),
-    "selector-from-kd": System("selector", "lora"),
+    "kd-at-triggers": System(SELECTOR, "choice"),
+    "kd+selector": System(SELECTOR, "model"),
+    "selector-from-kd": System(SELECTOR, "lora"),
     "tsd-kd": System("tsd-kd"),
     "distil": System("distil"),
 }
@@ -55,10 +59,24 @@ class Point:
         return f"{self.system}-{self.prompts}-{self.seed}"
 
     @property
+    def from_kd(self) -> str | None:
+        """What it takes from a `kd` model (see `System`)."""
+        return SYSTEMS[self.system].from_kd if self.system in SYSTEMS else None
+
+    @property
     def kd(self) -> Point | None:
         """The training of `kd` that this one takes up."""
-        system = SYSTEMS.get(self.system)
-        return Point(KD, self.prompts, self.seed) if system and system.from_kd else None
+        return replace(self, system=KD) if self.from_kd else None
+
+    @property
+    def trained(self) -> Point:
+        """The training that it decodes with: its own, but for `kd-at-triggers` that of the selector."""
+        return replace(self, system=SELECTOR) if self.from_kd == "choice" else self
+
+    @property
+    def takes(self) -> list[Point]:
+        """The other trainings that it takes up, which have to end first."""
+        return [one for one in (self.kd, self.trained) if one and one != self]
 
 
 @dataclass(frozen=True)
@@ -72,8 +90,8 @@ class Experiment:
     least_steps: int
 
     def place(self, point: Point) -> Path:
-        """The folder of a training."""
-        return self.folder / "trained" / point.name
+        """The folder of the training that the point decodes with."""
+        return self.folder / "trained" / point.trained.name
 
     def model(self, point: Point) -> Path:
         """The folder of what was trained, an artifact or a checkpoint."""
@@ -91,7 +109,9 @@ class Experiment:
         if point.system in REFERENCES:
             return [REFERENCES[point.system]]
         if self.selects(point):
-            return [f"{LOCAL}@{budget:g}" for budget in self.budgets]
+            # Where `kd` chooses, it alone does: no prior is added.
+            stem = f"{LOCAL}-w0" if point.from_kd == "choice" else LOCAL
+            return [f"{stem}@{budget:g}" for budget in self.budgets]
         return [SYSTEMS[point.system].objective]
 
     def training(self, point: Point) -> Recipe:
@@ -120,7 +140,7 @@ def points(systems: Sequence[str], sizes: Sequence[int], seeds: int) -> list[Poi
         for size in sorted(sizes)
         for system in sorted(systems, key=_is_later)
     ]
-    return list(dict.fromkeys(point for one in wanted for point in (one.kd, one) if point))
+    return list(dict.fromkeys(point for one in wanted for point in (*one.takes, one)))
 
 
 def _is_later(system: str) -> bool:

@@ -16,17 +16,22 @@ from pipelines.results.summary import markdown_table
 from s2t_models.storage import whole, write_text
 
 TABLE = "table.md"
+#: What the others are compared with, at equal teacher cost.
+CONTROLS = (KD, "distil")
 HEADER = (
-    *("prompts", "system", "texts", "steps", "teacher tokens", "accuracy %", f"against {KD}"),
-    *("KL to base", "kept %", "triggered %"),
+    *("prompts", "system", "texts", "steps", "teacher read", "teacher wrote", "accuracy %"),
+    *(f"against {control}" for control in CONTROLS),
+    *("KL of the text head", "kept %", f"kept against {KD}", "triggered %"),
 )
 LEGEND = """\
 Every system of a number of prompts is trained at the teacher cost of that many labelled prompts. `selector`, `kd` and
-what is made of both share their labels. `distil` has as many of the teacher's own texts as cost no more, and `tsd-kd`
-lets the teacher read about as many texts of its own. `texts` and `teacher tokens` (read and written, as metered) are
-means over the seeds, and so is what follows. `against kd` is the difference of accuracies with its 95% interval, by the
-paired bootstrap over items. `KL to base` is in nats a token on what the base writes, and `kept` the accuracy on the
-items that the base solves. `triggered` is the share of tokens that were decided at triggered steps."""
+what is made of both share their labels; `kd-at-triggers` is `selector` with `kd` choosing at its triggered steps.
+`distil` has as many of the teacher's own texts as cost no more, and `tsd-kd` lets the teacher read about as many texts
+of its own. `texts`, `teacher read` and `teacher wrote` (its tokens, as metered) are means over the seeds, and so is
+what follows. `against kd` and `against distil` are differences of accuracies with their 95% intervals, by the paired
+bootstrap over items. `KL of the text head` is KL(base || trained) in nats a token on what the base writes; what a
+selector changes at triggered steps is not in it. `kept` is the accuracy on the items that the base solves. `triggered`
+is the share of tokens that were decided at triggered steps."""
 
 
 @dataclass(frozen=True)
@@ -96,26 +101,35 @@ def _curves(found: Iterator[Measured]) -> tuple[dict[str, Measured], list[Curve]
 
 def _table(references: Mapping[str, Measured], curves: Sequence[Curve]) -> str:
     base = references.get("base")
-    controls = {curve.prompts: curve for curve in curves if curve.system == KD}
-    lines = [("", name, "", "", "", _percent(_reference(one)), "", "", "", "") for name, one in references.items()]
+    controls = {(curve.system, curve.prompts): curve for curve in curves if curve.system in CONTROLS}
+    rows = [{"system": name, "accuracy %": _percent(_reference(one))} for name, one in references.items()]
     for curve in curves:
-        runs, control = list(curve.runs.values()), controls.get(curve.prompts)
-        outcomes = [run.outcome for run in runs if run.outcome]
-        lines.append(
-            (
-                str(curve.prompts),
-                curve.label,
-                f"{np.mean([one.texts for one in outcomes]):.0f}",
-                f"{np.mean([one.steps for one in outcomes]):.0f}",
-                f"{np.mean([one.teacher_read + one.teacher_written for one in outcomes]):,.0f}",
-                _percent(curve),
-                _against(curve, control) if control and curve.system != KD else "",
-                f"{np.mean([run.drift or 0.0 for run in runs]):.4f}",
-                _percent(curve.kept(base)) if base and any(base.correct) else "",
-                f"{100 * np.mean([run.triggered for run in runs]):.1f}" if curve.budget else "",
-            )
-        )
-    return markdown_table(HEADER, lines)
+        others = {name: controls.get((name, curve.prompts)) for name in CONTROLS if name != curve.system}
+        rows.append(_row(curve, others, base if base and any(base.correct) else None))
+    return markdown_table(HEADER, [tuple(row.get(column, "") for column in HEADER) for row in rows])
+
+
+def _row(curve: Curve, controls: Mapping[str, Curve | None], base: Measured | None) -> dict[str, str]:
+    """What the table says of a curve, by column."""
+    runs = list(curve.runs.values())
+    outcomes = [run.outcome for run in runs if run.outcome]
+    row = {
+        "prompts": str(curve.prompts),
+        "system": curve.label,
+        "texts": f"{np.mean([one.texts for one in outcomes]):.0f}",
+        "steps": f"{np.mean([one.steps for one in outcomes]):.0f}",
+        "teacher read": f"{np.mean([one.teacher_read for one in outcomes]):,.0f}",
+        "teacher wrote": f"{np.mean([one.teacher_written for one in outcomes]):,.0f}",
+        "accuracy %": _percent(curve),
+        "KL of the text head": f"{np.mean([run.drift or 0.0 for run in runs]):.4f}",
+    }
+    row |= {f"against {name}": _against(curve, other) for name, other in controls.items() if other}
+    if base:
+        kept, kd = curve.kept(base), controls.get(KD)
+        row |= {"kept %": _percent(kept)} | ({f"kept against {KD}": _against(kept, kd.kept(base))} if kd else {})
+    if curve.budget:
+        row["triggered %"] = f"{100 * np.mean([run.triggered for run in runs]):.1f}"
+    return row
 
 
 def _reference(one: Measured) -> Curve:

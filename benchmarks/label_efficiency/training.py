@@ -34,14 +34,15 @@ class Outcome:
 
 
 def train(experiment: Experiment, point: Point) -> Outcome:
-    """Train the point, unless that is done; returns what it took. Raises UserError, and ValueError where there are too
-    few labels to train on."""
+    """Train what the point decodes with, unless that is done; returns what it took. Raises UserError, and ValueError
+    where there are too few labels to train on."""
+    for other in point.takes:
+        if not (experiment.place(other) / OUTCOME).is_file():
+            raise UserError(f"{point.name}: {other.name}, which it takes up, is not trained")
     place = experiment.place(point)
     if (place / OUTCOME).is_file():
         return Outcome(**json.loads((place / OUTCOME).read_text()))
-    kd, from_kd = point.kd, SYSTEMS[point.system].from_kd
-    if kd and not (experiment.place(kd) / OUTCOME).is_file():
-        raise UserError(f"{point.name}: {kd.name}, which it takes up, is not trained")
+    kd, from_kd = point.kd, point.from_kd
     shards, chosen = collection(experiment, point), experiment.objective(point)
     name, recipe = SYSTEMS[point.system].objective, experiment.training(point)
     settings = {"distil.steps": recipe.distil.steps}

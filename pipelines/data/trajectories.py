@@ -82,7 +82,6 @@ class _Part:
             entropy_T=np.array(self._lists["entropy_T"][row]),
             teacher_T=self._lists["teacher_argmax_T"][row].astype(np.int64),
             by_kl_G=np.array(self._by_kl[groups.start : groups.stop], dtype=bool),
-            slm_logprobs_GK=candidates["slm_logprobs_K"],
             teacher_logprobs_GK=candidates["teacher_logprobs_K"],
         )
 
@@ -92,7 +91,7 @@ class _Part:
 
 #: The fields of a kept step: plain ones, and lists with what fills them up.
 _FLAT = ("step", "by_kl")
-_CANDIDATES = {"candidates_K": -1, "slm_logprobs_K": NO_CANDIDATE, "teacher_logprobs_K": NO_CANDIDATE}
+_CANDIDATES = {"candidates_K": -1, "teacher_logprobs_K": NO_CANDIDATE}
 
 
 class _List:

@@ -98,13 +98,6 @@ class Summary:
     training_read: int | None = None
     training_written: int | None = None
 
-    @property
-    def training(self) -> int | None:
-        """All tokens of the teacher's that the training took."""
-        if self.training_read is None or self.training_written is None:
-            return None
-        return self.training_read + self.training_written
-
 
 def summarise(frame: pd.DataFrame, metadata: Mapping[str, str] | None = None) -> list[Summary]:
     """One summary a (task, policy), in the order of the rows; with the file's `metadata` also what training took."""
@@ -212,7 +205,7 @@ def comparisons(frame: pd.DataFrame) -> tuple[list[dict[str, Any]], pd.DataFrame
 
 def markdown(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]]) -> str:
     """The tables of a job as Markdown that reads well as plain text: policies with intervals and costs (the teacher's
-    tokens an answer, and those that training took), then each policy against the first of its task."""
+    tokens an answer, and those it read and wrote for a training), then each policy against the first of its task."""
     parts = []
     for task in dict.fromkeys(summary.task for summary in summaries):
         own = [summary for summary in summaries if summary.task == task]
@@ -227,7 +220,8 @@ def markdown(summaries: Sequence[Summary], pairs: Sequence[Mapping[str, Any]]) -
             "errored",
             "tokens",
             "teacher tokens",
-            "in training",
+            "training read",
+            "training wrote",
             "forwards",
             "seconds",
         )
@@ -265,7 +259,7 @@ def _table_row(summary: Summary) -> tuple[str, ...]:
         *counts,
         f"{summary.tokens:.1f}",
         f"{summary.teacher_prefill + summary.teacher_decode:.1f}",
-        "" if summary.training is None else f"{summary.training:,}",
+        *("" if tokens is None else f"{tokens:,}" for tokens in (summary.training_read, summary.training_written)),
         f"{summary.forwards:.1f}",
         f"{summary.seconds:.2f}",
     )

@@ -37,7 +37,6 @@ class Trajectory:
     entropy_T: np.ndarray
     teacher_T: np.ndarray
     by_kl_G: np.ndarray
-    slm_logprobs_GK: np.ndarray
     teacher_logprobs_GK: np.ndarray
 
     @property
@@ -54,7 +53,6 @@ class Trajectory:
             self,
             tree=tree,
             by_kl_G=self.by_kl_G[chosen_G],
-            slm_logprobs_GK=self.slm_logprobs_GK[chosen_G],
             teacher_logprobs_GK=self.teacher_logprobs_GK[chosen_G],
         )
 
@@ -89,7 +87,6 @@ def _trajectory(row: Mapping[str, Any]) -> Trajectory:
         entropy_T=np.array(row["entropy_T"], dtype=np.float32),
         teacher_T=np.array(row["teacher_argmax_T"], dtype=np.int64),
         by_kl_G=np.array([step["by_kl"] for step in kept], dtype=bool),
-        slm_logprobs_GK=padded("slm_logprobs_K", NO_CANDIDATE, np.float32),
         teacher_logprobs_GK=padded("teacher_logprobs_K", NO_CANDIDATE, np.float32),
     )
 
@@ -202,7 +199,6 @@ class Batch:
     candidates_GK: torch.Tensor
     valid_GK: torch.Tensor
     by_kl_G: torch.Tensor
-    slm_logprobs_GK: torch.Tensor
     teacher_logprobs_GK: torch.Tensor
     target_G: torch.Tensor
     target_token_G: torch.Tensor
@@ -231,7 +227,6 @@ def collate(items: Sequence[Trajectory], device: torch.device, leaves: bool = Tr
         candidates_GK=candidates_GK,
         valid_GK=candidates_GK >= 0,
         by_kl_G=torch.from_numpy(np.concatenate([item.by_kl_G for item in items])).to(device),
-        slm_logprobs_GK=joined([item.slm_logprobs_GK for item in items], NO_CANDIDATE),
         teacher_logprobs_GK=teacher_GK,
         target_G=target_G,
         target_token_G=candidates_GK.gather(1, target_G[:, None])[:, 0],

@@ -31,7 +31,8 @@ def add_up(
     gave."""
     top_G, target_G, valid_GK = batch.by_kl_G, batch.target_G, batch.valid_GK
     agrees_G = token_G == batch.target_token_G
-    slm_token_G = batch.candidates_GK.gather(1, batch.slm_logprobs_GK.argmax(-1, keepdim=True))[:, 0]
+    best_G1 = outputs.prior(batch.packed.state_G, batch.candidates_GK).argmax(-1, keepdim=True)
+    slm_token_G = batch.candidates_GK.gather(1, best_G1)[:, 0]
     several_G = valid_GK.sum(-1) > 1
     return {
         "top_steps": top_G.sum(),
@@ -52,7 +53,7 @@ def figures(sums: dict[str, float]) -> dict[str, float]:
 
     `agree_at_1`: how often the choice is the teacher's, on the `top_steps` steps kept by KL; `selection_loss` the
     cross-entropy of that choice among the candidates (Eq. 7), mean over them; `agree_at_1_random` on the random ones;
-    `agree_at_1_slm` for the SLM's own ranking on the top steps; `spearman` between preferences and the teacher's
+    `agree_at_1_slm` for the frozen base's ranking on the top steps; `spearman` between preferences and the teacher's
     log-probabilities, mean over all groups of several candidates; `kl_to_base` in nats, mean over steps.
     """
     top = max(sums["top_steps"], 1)

@@ -18,10 +18,11 @@ EXCLUDED = torch.finfo(torch.float32).min
 
 
 def preference(
-    scores_GK: torch.Tensor, slm_logprobs_GK: torch.Tensor, temperature: float, prior_weight: float
+    scores_GK: torch.Tensor, prior_GK: torch.Tensor, temperature: float, prior_weight: float
 ) -> torch.Tensor:
-    """What the selector maximises over candidates: score / T + w log p_SLM(c), [G, K]. w = 0 is the paper's rule."""
-    return scores_GK / temperature + prior_weight * slm_logprobs_GK
+    """What the selector maximises over candidates: score / T + w log p_SLM(c), [G, K]; `prior_GK` are the
+    log-probabilities. w = 0 is the paper's rule."""
+    return scores_GK / temperature + prior_weight * prior_GK
 
 
 def teacher_choice(teacher_logprobs_GK: torch.Tensor, valid_GK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

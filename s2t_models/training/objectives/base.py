@@ -22,7 +22,7 @@ from s2t_models.provenance import Provenance
 from s2t_models.settings import Writer
 from s2t_models.storage import Location
 from s2t_models.training import losses
-from s2t_models.training.batches import Batch, Trajectory, drop_narrow_margins
+from s2t_models.training.batches import NO_CANDIDATE, Batch, Trajectory, drop_narrow_margins
 from s2t_models.training.per_state import per_state
 from s2t_models.training.products import Merged, save_checkpoint
 from s2t_models.training.selector import ROWS, Selector
@@ -63,6 +63,18 @@ class Outputs:
 
         assert self.base_SH is not None
         return per_state(drift, self.vocabulary, self.tuned_SH, self.base_SH)
+
+    @torch.no_grad()
+    def prior(self, state_G: torch.Tensor, candidates_GK: torch.Tensor) -> torch.Tensor:
+        """log p of the candidates (-1: none) under the frozen base at some of the states, [G, K], in nats."""
+
+        def logprobs(base_GH: torch.Tensor, candidates_GK: torch.Tensor) -> torch.Tensor:
+            base_GV = self.text_logits(base_GH)
+            return base_GV.gather(1, candidates_GK) - base_GV.logsumexp(-1, keepdim=True)
+
+        assert self.base_SH is not None
+        prior_GK = per_state(logprobs, self.vocabulary, self.base_SH[state_G], candidates_GK.clamp(min=0))
+        return prior_GK.masked_fill(candidates_GK < 0, NO_CANDIDATE)
 
     def at(self, state_G: torch.Tensor, function: Callable[..., torch.Tensor], *given_G: torch.Tensor) -> torch.Tensor:
         """`function(logits, *given)` of the tuned model's text logits at some of the states, one number each, [G];

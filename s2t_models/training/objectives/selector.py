@@ -48,9 +48,11 @@ class SelectorObjective(Objective):
         return preference_GK, batch.candidates_GK.gather(1, best_G1)[:, 0]
 
     def preference(self, batch: Batch, outputs: Outputs) -> torch.Tensor:
-        """What training maximises for the teacher's best candidate, [G, K]."""
-        settings = self.settings
-        return losses.preference(outputs.scores_GK, batch.slm_logprobs_GK, settings.temperature, settings.prior_weight)
+        """What training maximises for the teacher's best candidate, [G, K]. The prior is that of the model that is
+        trained, as at decoding: of the frozen base, which the KL holds it to. Where the SLM that was labelled is that
+        base, it is what the labels say of the SLM."""
+        settings, prior_GK = self.settings, outputs.prior(batch.packed.state_G, batch.candidates_GK)
+        return losses.preference(outputs.scores_GK, prior_GK, settings.temperature, settings.prior_weight)
 
     def save(self, merged: Merged, output: Location) -> Provenance:
         return save_artifact(merged, output)
