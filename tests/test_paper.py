@@ -21,7 +21,7 @@ from pipelines.paper.__main__ import main
 from pipelines.paper.evidence import Evidence
 from pipelines.paper.job import collections_beside, given, paper
 from pipelines.paper.matrix import load_matrix
-from pipelines.paper.published import published
+from pipelines.paper.published import policies_in, published
 from pipelines.paper.runs import Given, Run, Runs
 from pipelines.paper.specs import SPECS
 from pipelines.paper.tables import NOT_RUN
@@ -36,6 +36,7 @@ trainings: {selector: {objective: selector}, kd: {objective: kd}, tah: {objectiv
   same: {objective: selector, set: {distil.beta: 20}}}
 benchmarks:
   main: {policies: [greedy, tah, s2t-local, takeover, s2t, kd, llm, ft-selector]}
+  seeds: {policies: [greedy, s2t-local], seeds: [0, 1]}
   sweep: {policies: [[s2t-local:r8-b30, s2t-local:same], [ft-r8-b30]], tasks: [math500], seeds: [4], items: 10}
 """
 
@@ -47,11 +48,12 @@ def job(tmp_path: Path) -> Given:
 
 
 def record(job: Given) -> None:
-    """What the runs of the matrix would leave: the answers of `main`, and the rollouts of the task's prompts."""
+    """What the runs of the matrix would leave: answers of two benchmarks, and the rollouts of the task's prompts."""
     runs = Runs(job)
-    folder = runs.folder(Run("benchmark", "main"))
-    folder.mkdir(parents=True)
-    recorded_results(folder / RESULTS, **{"s2t.recipe": runs.benchmark_recipe("main").model_dump_json()})
+    for part in ("main", "seeds"):
+        folder = runs.folder(Run("benchmark", part))
+        folder.mkdir(parents=True)
+        recorded_results(folder / RESULTS, **{"s2t.recipe": runs.benchmark_recipe(part).model_dump_json()})
     states = runs.folder(Run("collection", "states", "embedded"))
     recorded_shards(states)
     (states / COLLECTED).write_text("{}")
@@ -89,6 +91,9 @@ def test_every_table_and_figure_is_written_with_the_papers_value_and_what_is_lef
     deviation = pd.read_csv(job.output / "tables" / "table-A6.csv").set_index(["task", "policy", "metric"])["ours"]
     by_seed = (frame[frame["policy"] == "greedy"]["verdict"] == "correct").groupby(frame["seed"]).mean()
     assert deviation["embedded", "greedy", "deviation"] == pytest.approx(100 * by_seed.std(), abs=1e-3)
+
+    unread = (job.output / "tables" / "figure-first-wrong.md").read_text()
+    assert "- left open: s2t-local on embedded: the teacher was not asked about these answers" in unread
 
     page = (job.output / "paper.md").read_text()
     for spec in SPECS:
@@ -236,7 +241,7 @@ def test_the_matrix_that_ships_names_what_the_tables_read() -> None:
         assert all(part in matrix.benchmarks or part in matrix.collections for part in spec.reads), spec.name
     named = {policy for part in matrix.benchmarks.values() for policy in part.policies}
     for spec in SPECS:
-        asked = {one for row in published(spec.name) for one in row.policy.split(" vs ") if one}
+        asked = {one for row in published(spec.name) for one in policies_in(row.policy) if one}
         assert asked <= named, f"{spec.name}: {sorted(asked - named)}"
 
 
@@ -285,6 +290,12 @@ def test_a_small_matrix_runs_from_nothing_and_is_not_run_again(ray_cluster: str,
     errors = pd.read_csv(small.output / "tables" / "figure-eq12.csv").groupby("policy").last()
     assert errors.loc["takeover", "hit"] < errors.loc["greedy", "hit"], "the teacher's own token is no error"
     assert errors.loc["takeover", "selection"] == 0
+    split = pd.read_csv(small.output / "tables" / "figure-first-wrong.csv").set_index("policy")
+    counts = first["ours"].loc["embedded"]
+    for policy in ("takeover", "s2t"):
+        row = split.loc[policy]
+        assert row["read"] == row["wrong"] == row["at_triggered"] + row["elsewhere"] + row["nowhere"]
+        assert row["wrong"] <= round(8 * (1 - counts[policy] / 100))
     results = small.output / "benchmarks" / "main" / RESULTS
     written = results.stat().st_mtime_ns, (results.parent / "audited.parquet").stat().st_mtime_ns
     assert paper(small) == 0

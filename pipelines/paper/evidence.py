@@ -16,8 +16,7 @@ from pipelines.analyse.shard_tables import Steps, read_steps
 from pipelines.analyse.sufficiency import hit_at, top_steps
 from pipelines.data.layout import COLLECTED, RESULTS
 from pipelines.data.shards import read_shards
-from pipelines.paper.matrix import among
-from pipelines.paper.published import MATHS_AVERAGE
+from pipelines.paper.published import AND, MATHS_AVERAGE, VERSUS, policies_in
 from pipelines.paper.runs import Run, Runs
 from pipelines.results.averages import maths_averages
 from pipelines.results.summary import Summary, read_results, summarise
@@ -28,7 +27,6 @@ from s2t_models.policies.variants import variant
 STATES = "states"
 #: The metrics that are taken from them -> K.
 HITS = {"Hit@1": 1, "Hit@8": 8}
-_VERSUS = " vs "
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,12 @@ class Evidence:
         """The tasks of a benchmark, or of a collection of tasks."""
         matrix = self.runs.given.matrix
         found = matrix.benchmarks.get(part) or matrix.collections.get(part)
-        return among(self.tasks, found.tasks) if found else ()
+        return found.run_on(self.tasks) if found else ()
+
+    def knows(self, part: str) -> bool:
+        """Whether the matrix has this benchmark, or collection of tasks."""
+        matrix = self.runs.given.matrix
+        return part in (matrix.collections if part == STATES else matrix.benchmarks)
 
     def measure(self, metric: str, task: str, policy: str, reads: Iterable[str]) -> Value | str:
         """The figure from the first of the runs `reads` that has it; else why there is none, in one line."""
@@ -95,11 +98,15 @@ class Evidence:
         of_states = metric in HITS
         if of_states or part == STATES:
             return self._hit(metric, task, policy) if of_states and part == STATES else ""
-        if _VERSUS in policy:
-            a, b = (self._measured(part, metric, task, one) for one in policy.split(_VERSUS))
-            if isinstance(a, str) or isinstance(b, str):
-                return next(one for one in (a, b) if isinstance(one, str))
-            return Value(100 * (a.value / b.value - 1) if b.value else np.nan)
+        if VERSUS in policy or AND in policy:
+            of_each = metric if VERSUS in policy else "accuracy"
+            found = [self._measured(part, of_each, task, one) for one in policies_in(policy)]
+            if reason := next((one for one in found if isinstance(one, str)), None):
+                return reason
+            values = [one.value for one in found if isinstance(one, Value)]
+            if VERSUS in policy:
+                return Value(100 * (values[0] / values[1] - 1) if values[1] else np.nan)
+            return Value(float(np.std(values, ddof=1) if metric == "deviation" else np.mean(values)))
         results = self.results(part)
         if results is None:
             return self.why_no_run(part)
@@ -156,9 +163,8 @@ class Evidence:
 
     def why_no_run(self, part: str, task: str | None = None) -> str:
         """Why there are no results of a benchmark, or of the collection of a task's states."""
-        matrix = self.runs.given.matrix
         kind = "collection" if part == STATES else "benchmark"
-        if part not in (matrix.collections if part == STATES else matrix.benchmarks):
+        if not self.knows(part):
             return f"the matrix has no {kind} {part}"
         run = Run(kind, part, task)  # type: ignore[arg-type]
         return self.runs.open.get(run.name) or f"the {run.name} has not run"
@@ -166,7 +172,7 @@ class Evidence:
     def _names(self, part: str, policy: str) -> bool:
         """Whether a benchmark of the matrix asks the policy, or all of those that are compared."""
         benchmark = self.runs.given.matrix.benchmarks.get(part)
-        return benchmark is not None and set(policy.split(_VERSUS)) <= set(benchmark.policies)
+        return benchmark is not None and set(policies_in(policy)) <= set(benchmark.policies)
 
     def _why_left_out(self, part: str, task: str, policy: str) -> str:
         if not self._names(part, policy):
@@ -186,7 +192,7 @@ def _accuracy(results: Results, key: tuple[str, str]) -> Value:
 def _deviation(results: Results, key: tuple[str, str]) -> Value | str:
     one = results.summaries[key]
     if one.deviation is None:
-        return "one seed has no deviation; set benchmark.seeds=[0,1,2]"
+        return "one seed has no deviation; give the benchmark several"
     return Value(100 * one.deviation, items=one.items)
 
 

@@ -30,6 +30,12 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _among(chosen: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
+    """The chosen tasks that are named, or all where none is named; where none of those named is chosen, the first
+    chosen one stands in for them."""
+    return tuple(task for task in chosen if not named or task in named) or tuple(chosen[:1])
+
+
 class CollectionPart(_Part):
     """The recipe's own prompts, which `teacher` lets the teacher answer, or (`tasks`) those of each chosen task among
     `tasks`, rolled out greedily."""
@@ -38,6 +44,10 @@ class CollectionPart(_Part):
     tasks: tuple[str, ...] = ()
     items: int = Field(0, ge=0)
     set: dict[str, Any] = {}
+
+    def run_on(self, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Its tasks where these are chosen."""
+        return _among(chosen, self.tasks)
 
 
 class TrainingPart(_Part):
@@ -56,14 +66,23 @@ def _flat(policies: Any) -> Any:
 
 
 class BenchmarkPart(_Part):
-    """Policies on the chosen tasks among `tasks` (empty: on all), with the recipe's settings changed by `set`."""
+    """Policies on the chosen tasks among `tasks` (empty: on all), with the recipe's settings changed by `set`. Where
+    none of these is chosen, `stand_ins` are the tasks that are run for a chosen one; without it that is the first
+    chosen one."""
 
     policies: Annotated[tuple[str, ...], BeforeValidator(_flat), Field(min_length=1)]
     tasks: tuple[str, ...] = ()
+    stand_ins: dict[str, tuple[str, ...]] | None = None
     items: int = Field(0, ge=0)
     seeds: tuple[int, ...] = ()
     audit: bool = False
     set: dict[str, Any] = {}
+
+    def run_on(self, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Its tasks where these are chosen; none where none of them is and nothing stands in."""
+        if self.stand_ins is None or set(chosen) & set(self.tasks):
+            return _among(chosen, self.tasks)
+        return tuple(dict.fromkeys(task for one in chosen for task in self.stand_ins.get(one, ())))
 
 
 class Matrix(_Part):
@@ -94,9 +113,3 @@ def load_matrix(path: Location | None = None) -> Matrix:
         return Matrix.model_validate(values)
     except ValidationError as error:
         raise MatrixError(f"{where}: {first_problem(error)}; docs/paper.md says what a matrix may hold") from None
-
-
-def among(chosen: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
-    """The chosen tasks that are named, or all where none is named; where none of those named is chosen, the first
-    chosen one stands in for them."""
-    return tuple(task for task in chosen if not named or task in named) or tuple(chosen[:1])

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+#: What stands between two policies: the first relative to the second; all of them, such as trainings with other seeds.
+VERSUS, AND = " vs ", " and "
 #: The task of Table 1's Math Avg.
 MATHS_AVERAGE = "maths average"
 
@@ -29,6 +31,11 @@ class Published:
     policy: str
     metric: str
     value: float | None
+
+
+def policies_in(policy: str) -> tuple[str, ...]:
+    """The policies that a row's `policy` names."""
+    return tuple(policy.split(VERSUS if VERSUS in policy else AND))
 
 
 @cache

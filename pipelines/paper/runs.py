@@ -17,7 +17,7 @@ from pipelines.benchmark.job import Options, benchmark, is_done
 from pipelines.collect import job as collect
 from pipelines.data.layout import COLLECTED, RESULTS
 from pipelines.distil.__main__ import ROUTER, train
-from pipelines.paper.matrix import FINE_TUNED, SELECTOR, BenchmarkPart, Matrix, among
+from pipelines.paper.matrix import FINE_TUNED, SELECTOR, BenchmarkPart, Matrix
 from pipelines.results.summary import read_results
 from s2t_models.artifact import CARD, CHECKPOINT, MODEL, read_provenance
 from s2t_models.errors import UserError, one_line
@@ -75,7 +75,7 @@ class Runs:
         for name, collection in matrix.collections.items():
             tasks: tuple[str | None, ...] = (None,)
             if collection.of == "tasks":
-                tasks = among(self.given.tasks, collection.tasks)
+                tasks = collection.run_on(self.given.tasks)
             found += [Run("collection", name, task) for task in tasks]
         found += [Run("training", name) for name in matrix.trainings if not self.has(name)]
         for name, part in matrix.benchmarks.items():
@@ -142,7 +142,10 @@ class Runs:
                     return f"this build has no objective {training.objective}; it has {', '.join(known)}"
                 return self.never(Run("collection", training.shards))
             else:
-                self.given.recipe.changed(self.given.matrix.benchmarks[run.part].set)
+                part = self.given.matrix.benchmarks[run.part]
+                self.given.recipe.changed(part.set)
+                if not part.run_on(self.given.tasks):
+                    return f"none of its tasks is chosen (--tasks): {', '.join(part.tasks)}"
         except UserError as error:
             return one_line(error)
         return None
@@ -260,7 +263,7 @@ class Runs:
     def _asking(self, part: BenchmarkPart, policies: tuple[str, ...]) -> Recipe:
         given, recipe = self.given, self.given.recipe.changed(part.set)
         asked = {
-            "task": among(given.tasks, part.tasks),
+            "task": part.run_on(given.tasks),
             "items": fewer(given.items, part.items),
             "seeds": part.seeds or recipe.benchmark.seeds,
             "policies": policies,

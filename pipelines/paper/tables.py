@@ -14,6 +14,8 @@ from pipelines.paper.evidence import Evidence, Value
 from pipelines.paper.published import MATHS_AVERAGE, Published, published
 from pipelines.results.averages import MATHS
 from pipelines.results.summary import markdown_table
+from pipelines.tasks import TASKS
+from pipelines.tasks import task as task_named
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,19 @@ def table(
     evidence: Evidence,
     reads: tuple[str, ...],
     down: str = "method",
-    stands_in: bool = True,
     more: bool = False,
     every_task: bool = False,
 ) -> Table:
-    """The table of that name from the runs `reads`. `stands_in`: a task that the paper does not have may take the
-    place of its benchmarks, `every_task`: all that were run do; `more`: policies that were run beside the paper's are
-    lines too."""
+    """The table of that name from the runs `reads`. A task that the paper does not have takes the place of its
+    benchmarks where none of these was run, `every_task`: all that were run do; `more`: policies that were run beside
+    the paper's are lines too."""
     theirs = published(name)
     benchmarks = {row.task: row.benchmark for row in theirs}
     run = [task for task in evidence.tasks if task in benchmarks]
-    if not run and stands_in:
-        asked = list(dict.fromkeys(task for part in reads for task in evidence.tasks_of(part))) or list(evidence.tasks)
+    if not run:
+        known = [part for part in reads if evidence.knows(part)]
+        asked = list(dict.fromkeys(task for part in known for task in evidence.tasks_of(part)))
+        asked = asked if known else list(evidence.tasks)  # what a matrix leaves out has a reason for each task
         run = asked if every_task else asked[:1]
     if MATHS_AVERAGE in benchmarks and set(MATHS) <= set(run):
         run.append(MATHS_AVERAGE)
@@ -135,9 +138,17 @@ def table(
                 if there:
                     cells.append(_cell(benchmarks, task, method, policy, metric, NOT_RUN if policy else "", paper))
                 continue
+            if not _measures(metric, task):
+                continue
             ours = evidence.measure(metric, task, policy, reads)
             cells.append(_cell(benchmarks, task, method, policy, metric, ours, paper))
     return Table(tuple(cells), tuple(dict.fromkeys(row.slm for row in theirs if row.value is not None)), down)
+
+
+def _measures(metric: str, name: str) -> bool:
+    """Whether a metric says anything of a task: ratings are of those that a judge rates, accuracies of the others."""
+    judged = name in TASKS and task_named(name).judged
+    return not judged if metric == "accuracy" else judged if metric == "rating" else True
 
 
 def _cell(
