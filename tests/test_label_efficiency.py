@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from reference_engine import encode, tiny_pair, torch_engines
 from safetensors.torch import load_file
 
 from benchmarks.label_efficiency import labels, measuring, report, training
@@ -17,9 +19,12 @@ from benchmarks.label_efficiency.choosing import ChosenBy
 from benchmarks.label_efficiency.measuring import Case, Measured
 from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point, points
 from benchmarks.label_efficiency.settings import experiment_of
+from pipelines.analyse.errors import Place
 from pipelines.data.shards import read_shards
 from pipelines.results.statistics import paired
 from s2t_models.artifact import read_provenance
+from s2t_models.engines.contract import Decision, Engine, Sampling
+from s2t_models.policies.base import Decoded
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.training.selector import ROWS
 
@@ -52,6 +57,7 @@ def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     by_system = {record["case"]["point"]["system"]: record for record in records}
     assert list(by_system) == ["base", "teacher", "selector", "kd", "kd-at-triggers"]
     assert all(len(record["correct"]) == 2 for record in records)
+    assert [record["first_wrong"] is not None for record in records] == [False, False, True, False, True]
     assert not (tmp_path / "trained" / "kd-at-triggers-6-0").exists()
     for figure in ("outcome", "drift"):
         assert by_system["kd-at-triggers"][figure] == by_system["selector"][figure]
@@ -114,7 +120,9 @@ def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
     def measured(system: str, prompts: int, seed: int, policy: str, share: float) -> Measured:
         outcome = None if system == "base" else training.Outcome(80, prompts, 100 * prompts + seed, 10)
         case = Case(Point(system, prompts, seed), "embedded", "same", policy)
-        return Measured(case, (rng.random(40) < share).tolist(), 0, 0.04, outcome and 0.5 + seed, outcome)
+        wrong: dict[Place, int] = {"at_triggered": 1 + seed, "elsewhere": 6, "nowhere": 2}
+        first = wrong if "@" in policy else None
+        return Measured(case, (rng.random(40) < share).tolist(), 0, 0.04, outcome and 0.5 + seed, outcome, first)
 
     base = measured("base", 0, 0, "greedy", 0.4)
     local = [measured("selector", 25, seed, "s2t-local@0.05", 0.9) for seed in (0, 1)]
@@ -145,11 +153,33 @@ def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
     assert found["kd"]["kept against kd"] == found["distil"]["against distil"] == ""
     assert found["kd"]["against distil"]
     assert (selector["triggered %"], found["kd"]["triggered %"]) == ("4.0", "")
+    assert (selector["wrong at triggered"], selector["wrong elsewhere"]) == ("1.5", "6.0")
+    assert found["kd"]["wrong elsewhere"] == ""
     assert {path.name for path in tmp_path.iterdir()} == {
         "accuracy-embedded-at-5.png",
         "kept-embedded-at-5.png",
         "table.md",
     }
+
+
+def test_wrong_answers_are_counted_by_where_the_teacher_would_first_not_have_written_them():
+    prompt, at = encode("8+5="), 3
+
+    async def counted(teacher: Engine) -> dict[Place, int]:
+        own = (await teacher.generate(prompt, Sampling(8))).ids
+        state, every = prompt + own[:at], np.arange((await teacher.card()).vocabulary)[None]
+        unlikely = int((await teacher.score(state, len(state), every)).logprobs_TN[0].argmin())
+        spoiled = [*own[:at], unlikely, *own[at + 1 :]]
+
+        def answer(ids: list[int], steps: Sequence[int]) -> Decoded:
+            decisions = [Decision(step, 0.0, [], [], [], [], ids[step]) for step in steps]
+            return Decoded(ids, "end", {}, [], decisions, [])
+
+        answers = [answer(own, [at]), answer(spoiled, [at]), answer(spoiled, [at - 1]), answer(spoiled, [])]
+        return await measuring._first_wrong(teacher, [(prompt, one) for one in answers])
+
+    with torch_engines(tiny_pair()) as engines:
+        assert asyncio.run(counted(engines["teacher"])) == {"at_triggered": 1, "elsewhere": 2, "nowhere": 1}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import get_args
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from benchmarks.label_efficiency.choosing import ChosenBy
 from benchmarks.label_efficiency.plan import KD, REFERENCES, SYSTEMS, Experiment, Point
 from benchmarks.label_efficiency.training import Outcome, train
 from benchmarks.label_efficiency.work import Job
+from pipelines.analyse.errors import Place, first_wrong
 from pipelines.benchmark.questions import load_items
 from pipelines.runtime.records import NewLines, RecordLog
 from pipelines.tasks import Item, Task
@@ -31,7 +33,7 @@ from s2t_models.engines.load import load
 from s2t_models.errors import UserError, one_line
 from s2t_models.hosting import Hosting, host
 from s2t_models.policies import policy
-from s2t_models.policies.base import Engines, Request, all_of, gather
+from s2t_models.policies.base import Decoded, Engines, Request, all_of, gather
 from s2t_models.recipe import Recipe
 from s2t_models.threads import use_threads
 
@@ -53,7 +55,8 @@ class Measured:
     """A case with what came of it: whether each answer is right, in the order of the items; how many were cut off at
     their limit, and the share of the tokens that were decided at triggered steps. `drift` is KL(base || trained) in
     nats a token on what the base writes to the same items, and `outcome` what the training took; they are None for what
-    was not trained. `ids` are the texts, kept of the base alone."""
+    was not trained. `first_wrong` counts the wrong answers of a policy with a trigger by where they first go wrong.
+    `ids` are the texts, kept of the base alone."""
 
     case: Case
     correct: list[bool]
@@ -61,6 +64,7 @@ class Measured:
     triggered: float
     drift: float | None = None
     outcome: Outcome | None = None
+    first_wrong: dict[Place, int] | None = None
     ids: list[list[int]] | None = None
 
 
@@ -115,16 +119,16 @@ def line(job: Job, measured: Sequence[Measured]) -> str:
 
 
 async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Outcome | None) -> list[Measured]:
-    hosting = _hosting(experiment, missing[0].point)
+    point, hosting = missing[0].point, _hosting(experiment, missing[0].point)
     asked = {task.name: (task, items) for task, items in questions(experiment)}
     policies = {case.policy: policy(case.policy, hosting) for case in missing}
     (trained,) = {engine for one in policies.values() for engine in one.needs}
-    chooses = missing[0].point.from_kd == "choice"
-    names = {trained, *(["slm"] if outcome else []), *([KD] if chooses else [])}
+    chooses, triggers = point.from_kd == "choice", outcome is not None and experiment.selects(point)
+    beside = {"slm": outcome is not None, "teacher": triggers, KD: chooses}
     tokenizer, log = loading.load_tokenizer(hosting.tokenizer), RecordLog(experiment.folder / "points")
     before, drift = known(experiment), dict[str, float]()
     found: list[Measured] = []
-    with _running(hosting, names) as engines:
+    with _running(hosting, {trained} | {name for name, is_asked in beside.items() if is_asked}) as engines:
         if chooses:
             engines.by_name[trained] = ChosenBy(engines[trained], engines[KD])
         for case in missing:
@@ -139,6 +143,7 @@ async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Out
                 task.grade(engines.decode(answer.ids), item, answer.finish).verdict
                 for answer, item in zip(answers, items, strict=True)
             ]
+            wrong = [n for n, verdict in enumerate(verdicts) if verdict == "wrong"]
             one = Measured(
                 case=case,
                 correct=[verdict == "correct" for verdict in verdicts],
@@ -146,7 +151,10 @@ async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Out
                 triggered=sum(len(answer.decisions) for answer in answers) / sum(len(answer.ids) for answer in answers),
                 drift=drift.get(task.name),
                 outcome=outcome,
-                ids=[answer.ids for answer in answers] if case.point == BASE else None,
+                first_wrong=await _first_wrong(engines["teacher"], [(prompts[n], answers[n]) for n in wrong])
+                if triggers
+                else None,
+                ids=[answer.ids for answer in answers] if point == BASE else None,
             )
             log.append(asdict(one))
             found.append(one)
@@ -191,6 +199,18 @@ async def _drift(
 
     kl = await all_of(one(prompt, ids) for prompt, ids in zip(prompts, texts, strict=True))
     return float(torch.cat(kl).mean())
+
+
+async def _first_wrong(teacher: Engine, wrong: Sequence[tuple[list[int], Decoded]]) -> dict[Place, int]:
+    """Where these answers to their prompts first go wrong by the teacher, which reads each once."""
+
+    async def one(prompt: list[int], answer: Decoded) -> Place:
+        ids_T1 = np.array(answer.ids)[:, None]
+        read = await teacher.score(prompt + answer.ids[:-1], len(prompt), ids_T1)
+        return first_wrong(np.exp(read.logprobs_TN[:, 0]), [{"step": decision.step} for decision in answer.decisions])
+
+    places = await all_of(one(prompt, answer) for prompt, answer in wrong)
+    return {place: places.count(place) for place in get_args(Place)}
 
 
 def _digest(items: Sequence[Item]) -> str:

@@ -22,6 +22,7 @@ HEADER = (
     *("prompts", "system", "texts", "steps", "teacher read", "teacher wrote", "accuracy %"),
     *(f"against {control}" for control in CONTROLS),
     *("KL of the text head", "kept %", f"kept against {KD}", "triggered %"),
+    *("wrong at triggered", "wrong elsewhere"),
 )
 LEGEND = """\
 Every system of a number of prompts is trained at the teacher cost of that many labelled prompts. `selector`, `kd` and
@@ -31,7 +32,8 @@ of its own. `texts`, `teacher read` and `teacher wrote` (its tokens, as metered)
 what follows. `against kd` and `against distil` are differences of accuracies with their 95% intervals, by the paired
 bootstrap over items. `KL of the text head` is KL(base || trained) in nats a token on what the base writes; what a
 selector changes at triggered steps is not in it. `kept` is the accuracy on the items that the base solves. `triggered`
-is the share of tokens that were decided at triggered steps."""
+is the share of tokens that were decided at triggered steps. `wrong at triggered` and `wrong elsewhere` count the wrong
+answers whose first token that the teacher gives less than 5% is at a triggered step, and at another one."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def _row(curve: Curve, controls: Mapping[str, Curve | None], base: Measured | No
         row |= {"kept %": _percent(kept)} | ({f"kept against {KD}": _against(kept, kd.kept(base))} if kd else {})
     if curve.budget:
         row["triggered %"] = f"{100 * np.mean([run.triggered for run in runs]):.1f}"
+    places = [run.first_wrong for run in runs if run.first_wrong]
+    if places:
+        row["wrong at triggered"] = f"{np.mean([one['at_triggered'] for one in places]):.1f}"
+        row["wrong elsewhere"] = f"{np.mean([one['elsewhere'] for one in places]):.1f}"
     return row
 
 
