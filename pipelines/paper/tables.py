@@ -111,9 +111,9 @@ def table(
     benchmarks = {row.task: row.benchmark for row in theirs}
     run = [task for task in evidence.tasks if task in benchmarks]
     if not run:
-        known = [part for part in reads if evidence.knows(part)]
-        asked = list(dict.fromkeys(task for part in known for task in evidence.tasks_of(part)))
-        asked = asked if known else list(evidence.tasks)  # what a matrix leaves out has a reason for each task
+        there = [part for part in reads if evidence.knows(part)]
+        asked = list(dict.fromkeys(task for part in there for task in evidence.tasks_of(part)))
+        asked = asked if there else list(evidence.tasks)  # what a matrix leaves out has a reason for each task
         run = asked if every_task else asked[:1]
     if MATHS_AVERAGE in benchmarks and set(MATHS) <= set(run):
         run.append(MATHS_AVERAGE)
@@ -133,9 +133,9 @@ def table(
     for method, policy, metric in lines:
         for task in columns:
             paper = _paper(theirs, task, method, metric)
-            there = any((row.task, row.method, row.metric) == (task, method, metric) for row in theirs)
+            printed = any((row.task, row.method, row.metric) == (task, method, metric) for row in theirs)
             if task not in run or not policy:
-                if there:
+                if printed:
                     cells.append(_cell(benchmarks, task, method, policy, metric, NOT_RUN if policy else "", paper))
                 continue
             if not _measures(metric, task):
