@@ -38,7 +38,7 @@ SMALL = {
     "distil.min_teacher_margin": 0,
     "trigger_head.epochs": 2,
     "trigger_head.positives": 0.2,
-    "router.max_new_tokens": 60,
+    "router.max_new_tokens": 120,
     "router.width": 32,
     "router.blocks": 1,
     "router.epochs": 2,
