@@ -1,4 +1,4 @@
-"""Places by path and by URI, against servers that speak S3 and GCS: whole files and folders, leases, what a node keeps."""
+"""Places by path and by URI, against servers that speak S3 and GCS: whole files and folders, leases, and caches."""
 
 from __future__ import annotations
 
