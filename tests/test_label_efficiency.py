@@ -19,6 +19,7 @@ from benchmarks.label_efficiency.choosing import ChosenBy
 from benchmarks.label_efficiency.measuring import Case, Measured
 from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point, points
 from benchmarks.label_efficiency.settings import experiment_of
+from benchmarks.tsd_kd_sweep import main as tsd_kd_sweep
 from pipelines.analyse.errors import Place
 from pipelines.data.shards import read_shards
 from pipelines.results.statistics import paired
@@ -162,6 +163,34 @@ def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
     }
 
 
+def test_a_sweep_trains_every_combination_on_validation_problems(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    asked = command(tmp_path, "--rates", "1e-9,0.3", "--entropies", "0,1", "--rankings", "0")
+    assert tsd_kd_sweep(asked) == 0
+    rows = [line.split("|")[2].split() for line in capsys.readouterr().out.splitlines() if line.startswith("| 6")]
+    settings = {(rate, entropy) for rate in ("1e-9", "0.3") for entropy in ("0", "1")}
+    named = [(f"distil.tsd_kd.learning_rate={rate}", f"distil.tsd_kd.entropy={entropy}") for rate, entropy in settings]
+    assert {(name, rate, entropy) for name, rate, entropy, _ in rows} == {("tsd-kd", *one) for one in named}
+    found = list(measuring.known(experiment_of(parse(asked[:-6]))).values())
+    assert {one.case.task for one in found} == {"embedded-validation"}
+    drift = {one.case.point.settings: one.drift for one in found if one.drift is not None}
+    assert len(drift) == 4
+    low, high = ([value for key, value in drift.items() if f"rate={rate} " in key] for rate in ("1e-9", "0.3"))
+    assert max(low) < 1e-6 < min(high)
+    assert high[0] != high[1]
+    assert not (tmp_path / "labels" / "teacher").exists()
+
+
+def test_where_settings_are_varied_the_table_goes_by_accuracy_and_nothing_is_drawn(tmp_path: Path):
+    outcome, found = training.Outcome(1, 6, 100, 0), {}
+    for right in (1, 3, 2):
+        case = Case(Point("tsd-kd", 6, 0, f"distil.beta={right}"), "embedded-validation", "same", "tsd-kd")
+        found[case] = Measured(case, [n < right for n in range(4)], 0, 0.0, 0.1, outcome, None, float(right))
+    rows = [line.split("|") for line in report.write(found, tmp_path).splitlines() if line.startswith("| 6")]
+    assert [row[2].strip() for row in rows] == [f"tsd-kd distil.beta={right}" for right in (3, 2, 1)]
+    assert [row[report.HEADER.index("length") + 1].strip() for row in rows] == ["3.0", "2.0", "1.0"]
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+
+
 def test_wrong_answers_are_counted_by_where_the_teacher_would_first_not_have_written_them():
     prompt, at = encode("8+5="), 3
 
@@ -188,6 +217,8 @@ def test_wrong_answers_are_counted_by_where_the_teacher_would_first_not_have_wri
         (["--tasks", "embedded,embedded-heldout"], "there is no task 'embedded-heldout'; the tasks are gsm8k,"),
         (["--systems", "kd,selecter"], "there is no 'selecter'; there are selector, kd,"),
         (["--budgets", "0.03"], "0.03 is not calibrated; there are 0.01, 0.02, 0.05"),
+        (["--vary", "distil.beta"], "--vary distil.beta: give a setting of distil with its values"),
+        (["--vary", "distil.beta=1,few"], 'distil.beta = "few": input should be a valid number'),
         (["--prompts", "6,9"], "--prompts: give from 2 to 8"),
         (["--tasks", "embedded-train", "--items", "4000"], "share"),
     ],

@@ -9,6 +9,9 @@ training of N prompts takes N steps with the recipe's batch of 8 (8 epochs), at 
 (--set distil.steps=...); `tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at one
 learning rate: in the embedded recipe `distil` and `tsd-kd` have that of the others.
 
+With --vary (distil.learning_rate=5e-4,2e-3; for several settings, once each) every system is trained with every
+combination, and the table goes by accuracy.
+
 Each point is a process of one thread, without Ray. What is measured is kept in the folder as soon as it is known, so
 the same command goes on where it was stopped, and with more --prompts, --systems, --seeds or --tasks it adds to what is
 there. It ends with table.md and two figures a task and budget.
@@ -45,15 +48,15 @@ def _curves(options: argparse.Namespace) -> int:
     """Make the labels, measure the references, then every point, each where it is missing; and draw what there is."""
     from benchmarks.label_efficiency import measuring, report
     from benchmarks.label_efficiency.plan import REFERENCES, Point, points
-    from benchmarks.label_efficiency.settings import experiment_of
+    from benchmarks.label_efficiency.settings import experiment_of, variations
     from benchmarks.label_efficiency.work import run
     from s2t_models.locks import locked
 
     experiment = experiment_of(options)
     references = [Point(name) for name in REFERENCES]
-    trained = points(options.systems, options.prompts, options.seeds)
+    trained = points(options.systems, options.prompts, options.seeds, variations(experiment, options.vary))
     with locked(options.folder):
-        failed = run([*_labelling(experiment), *_measuring(experiment, references)], options.jobs)
+        failed = run([*_labelling(experiment, trained), *_measuring(experiment, references)], options.jobs)
         if not failed:
             failed = run(_measuring(experiment, trained), options.jobs, measuring.line)
         known = measuring.known(experiment)
@@ -63,14 +66,14 @@ def _curves(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _labelling(experiment: Experiment) -> list[Job]:
-    """The pools that are not whole yet."""
-    from benchmarks.label_efficiency.labels import WRITERS, make_pool, missing
+def _labelling(experiment: Experiment, points: Sequence[Point]) -> list[Job]:
+    """The pools that the points take and that are not whole yet."""
+    from benchmarks.label_efficiency.labels import make_pool, missing, writers
     from benchmarks.label_efficiency.work import Job
 
     return [
         Job(f"texts of the {writer}, labelled", make_pool, (experiment, writer), size=LABELLING)
-        for writer in WRITERS
+        for writer in writers(experiment, points)
         if missing(experiment, writer)
     ]
 
@@ -95,6 +98,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="cluster/recipes/embedded.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a setting")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="A.B=V,W", help="train with each of these values of a setting"
+    )
     parser.add_argument("--prompts", type=_list(int), default=SIZES, help=f"labelled prompts (default: {SIZES})")
     parser.add_argument("--systems", type=_list(str), default=SYSTEMS, help=f"what is trained (default: {SYSTEMS})")
     parser.add_argument("--seeds", type=int, default=3, help="trainings a point, each on other prompts")

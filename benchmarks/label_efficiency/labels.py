@@ -7,6 +7,7 @@ asked for so many prompts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,11 @@ from s2t_models.storage import whole
 
 #: Rows that are made, and kept, at once.
 BATCH = 128
-WRITERS: tuple[Writer, ...] = ("slm", "teacher")
+
+
+def writers(experiment: Experiment, points: Sequence[Point]) -> list[Writer]:
+    """Who writes the pools that these points take: the SLM's says what is of equal cost."""
+    return ["slm", *sorted({experiment.objective(point).writer for point in points} - {"slm"})]
 
 
 def missing(experiment: Experiment, writer: Writer) -> list[int]:

@@ -55,8 +55,8 @@ class Measured:
     """A case with what came of it: whether each answer is right, in the order of the items; how many were cut off at
     their limit, and the share of the tokens that were decided at triggered steps. `drift` is KL(base || trained) in
     nats a token on what the base writes to the same items, and `outcome` what the training took; they are None for what
-    was not trained. `first_wrong` counts the wrong answers of a policy with a trigger by where they first go wrong.
-    `ids` are the texts, kept of the base alone."""
+    was not trained. `first_wrong` counts the wrong answers of a policy with a trigger by where they first go wrong;
+    `length` is the mean of an answer, in tokens. `ids` are the texts, kept of the base alone."""
 
     case: Case
     correct: list[bool]
@@ -65,6 +65,7 @@ class Measured:
     drift: float | None = None
     outcome: Outcome | None = None
     first_wrong: dict[Place, int] | None = None
+    length: float | None = None
     ids: list[list[int]] | None = None
 
 
@@ -154,6 +155,7 @@ async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Out
                 first_wrong=await _first_wrong(engines["teacher"], [(prompts[n], answers[n]) for n in wrong])
                 if triggers
                 else None,
+                length=float(np.mean([len(answer.ids) for answer in answers])),
                 ids=[answer.ids for answer in answers] if point == BASE else None,
             )
             log.append(asdict(one))
@@ -164,7 +166,7 @@ async def _measure(experiment: Experiment, missing: Sequence[Case], outcome: Out
 def _hosting(experiment: Experiment, point: Point) -> Hosting:
     """The recipe with what was trained: the artifact, with `kd` beside it where that chooses, or a checkpoint by the
     name of its objective."""
-    recipe = experiment.recipe
+    recipe = experiment.recipe_of(point)
     if point.system in SYSTEMS:
         product, objective = str(experiment.model(point)), SYSTEMS[point.system].objective
         chooser = {KD: str(experiment.model(point.kd))} if point.kd and point.from_kd == "choice" else {}

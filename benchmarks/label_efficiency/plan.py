@@ -48,15 +48,17 @@ REFERENCES = {"base": "greedy", "teacher": "llm"}
 
 @dataclass(frozen=True)
 class Point:
-    """One training; of a reference, none."""
+    """One training; of a reference, none. `settings` (`A.B=VALUE A.C=VALUE`) are those in which it departs from the
+    experiment's recipe."""
 
     system: str
     prompts: int = 0
     seed: int = 0
+    settings: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.system}-{self.prompts}-{self.seed}"
+        return "-".join([self.system, str(self.prompts), str(self.seed), *self.settings.split()])
 
     @property
     def from_kd(self) -> str | None:
@@ -89,6 +91,10 @@ class Experiment:
     budgets: tuple[float, ...]
     least_steps: int
 
+    def recipe_of(self, point: Point) -> Recipe:
+        """The recipe with the point's own settings. Raises RecipeError where they are none."""
+        return self.recipe.changed(dict(setting.split("=", 1) for setting in point.settings.split()))
+
     def place(self, point: Point) -> Path:
         """The folder of the training that the point decodes with."""
         return self.folder / "trained" / point.trained.name
@@ -116,28 +122,30 @@ class Experiment:
 
     def training(self, point: Point) -> Recipe:
         """The recipe that the point is trained with."""
-        distil = self.recipe.distil
+        recipe = self.recipe_of(point)
+        distil = recipe.distil
         share = max(distil.validation, min(HELD_OUT / point.prompts, 0.5))
         steps = self.steps(point, share)
         changes = {"steps": steps, "validation": share, "evaluate_every": max(steps // 4, 1), "workers": 1}
         seed = self.recipe.seed + point.seed
-        return self.recipe.model_copy(update={"seed": seed, "distil": distil.model_copy(update=changes)})
+        return recipe.model_copy(update={"seed": seed, "distil": distil.model_copy(update=changes)})
 
     def steps(self, point: Point, held_out: float) -> int:
         """How long a point is trained: EPOCHS times over its labels within bounds. Where the teacher reads every text
         as it is written, once over its prompts: that costs as much as the labels of the others."""
-        distil = self.recipe.distil
+        distil = self.recipe_of(point).distil
         if self.objective(point).on_policy:
             return max(round((1 - held_out) * point.prompts / distil.batch), 1)
         return min(max(EPOCHS * point.prompts // distil.batch, self.least_steps), distil.steps)
 
 
-def points(systems: Sequence[str], sizes: Sequence[int], seeds: int) -> list[Point]:
+def points(systems: Sequence[str], sizes: Sequence[int], seeds: int, settings: Sequence[str] = ("",)) -> list[Point]:
     """All points, seed by seed, so that whole curves come early; each behind what it takes up."""
     wanted = [
-        Point(system, size, seed)
+        Point(system, size, seed, varied)
         for seed in range(seeds)
         for size in sorted(sizes)
+        for varied in settings
         for system in sorted(systems, key=_is_later)
     ]
     return list(dict.fromkeys(point for one in wanted for point in (*one.takes, one)))

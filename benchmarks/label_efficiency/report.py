@@ -21,7 +21,7 @@ CONTROLS = (KD, "distil")
 HEADER = (
     *("prompts", "system", "texts", "steps", "teacher read", "teacher wrote", "accuracy %"),
     *(f"against {control}" for control in CONTROLS),
-    *("KL of the text head", "kept %", f"kept against {KD}", "triggered %"),
+    *("length", "KL of the text head", "kept %", f"kept against {KD}", "triggered %"),
     *("wrong at triggered", "wrong elsewhere"),
 )
 LEGEND = """\
@@ -30,25 +30,28 @@ what is made of both share their labels; `kd-at-triggers` is `selector` with `kd
 `distil` has as many of the teacher's own texts as cost no more, and `tsd-kd` lets the teacher read about as many texts
 of its own. `texts`, `teacher read` and `teacher wrote` (its tokens, as metered) are means over the seeds, and so is
 what follows. `against kd` and `against distil` are differences of accuracies with their 95% intervals, by the paired
-bootstrap over items. `KL of the text head` is KL(base || trained) in nats a token on what the base writes; what a
-selector changes at triggered steps is not in it. `kept` is the accuracy on the items that the base solves. `triggered`
-is the share of tokens that were decided at triggered steps. `wrong at triggered` and `wrong elsewhere` count the wrong
-answers whose first token that the teacher gives less than 5% is at a triggered step, and at another one."""
+bootstrap over items. `length` is the mean of an answer, in tokens. `KL of the text head` is KL(base || trained) in nats
+a token on what the base writes; what a selector changes at triggered steps is not in it. `kept` is the accuracy on the
+items that the base solves. `triggered` is the share of tokens that were decided at triggered steps. `wrong at
+triggered` and `wrong elsewhere` count the wrong answers whose first token that the teacher gives less than 5% is at a
+triggered step, and at another one."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What was measured of one system on a task, at one number of prompts and one budget (None: it decodes without): a
-    run a seed, by seed."""
+    """What was measured of one system on a task, at one number of prompts, with one choice of settings and at one
+    budget (None: it decodes without): a run a seed, by seed."""
 
     system: str
     prompts: int
+    settings: str
     budget: float | None
     runs: Mapping[int, Measured]
 
     @property
     def label(self) -> str:
-        return self.system if self.budget is None else f"{self.system} @{100 * self.budget:g}%"
+        budget = [] if self.budget is None else [f"@{100 * self.budget:g}%"]
+        return " ".join([self.system, *budget, *self.settings.split()])
 
     @property
     def items(self) -> list[int]:
@@ -77,6 +80,8 @@ def write(found: Mapping[Case, Measured], folder: Path) -> str:
         budgets: set[float | None] = {curve.budget for curve in curves if curve.budget}
         for budget in budgets or {None}:
             shown = [curve for curve in curves if curve.budget in (None, budget)]
+            if any(curve.settings for curve in shown):  # a table is read more easily than so many lines
+                continue
             name = f"{task}-at-{100 * budget:g}" if budget else task
             _draw(shown, references, folder / f"accuracy-{name}.png", f"{task}: accuracy")
             if base := references.get("base"):
@@ -88,25 +93,34 @@ def write(found: Mapping[Case, Measured], folder: Path) -> str:
 
 
 def _curves(found: Iterator[Measured]) -> tuple[dict[str, Measured], list[Curve]]:
-    """The references by name, and what was trained, by prompts and system."""
+    """The references by name, and what was trained, by prompts."""
     references: dict[str, Measured] = {}
-    runs: dict[tuple[str, int, float | None], dict[int, Measured]] = {}
+    runs: dict[tuple[str, int, str, float | None], dict[int, Measured]] = {}
     for one in found:
         point, budget = one.case.point, one.case.policy.partition("@")[2]
         if point.system in REFERENCES:
             references[point.system] = one
         else:
-            runs.setdefault((point.system, point.prompts, float(budget) if budget else None), {})[point.seed] = one
+            of = (point.system, point.prompts, point.settings, float(budget) if budget else None)
+            runs.setdefault(of, {})[point.seed] = one
     curves = [Curve(*of, by_seed) for of, by_seed in runs.items()]
-    return references, sorted(curves, key=lambda curve: curve.prompts)
+    # Where settings are varied, the best come first.
+    return references, sorted(
+        curves, key=lambda curve: (curve.prompts, -float(np.mean(curve.correct)) if curve.settings else 0.0)
+    )
 
 
 def _table(references: Mapping[str, Measured], curves: Sequence[Curve]) -> str:
     base = references.get("base")
-    controls = {(curve.system, curve.prompts): curve for curve in curves if curve.system in CONTROLS}
-    rows = [{"system": name, "accuracy %": _percent(_reference(one))} for name, one in references.items()]
+    controls = {(curve.system, curve.prompts, curve.settings): curve for curve in curves if curve.system in CONTROLS}
+    rows = [
+        {"system": name, "accuracy %": _percent(_reference(one)), "length": _length([one])}
+        for name, one in references.items()
+    ]
     for curve in curves:
-        others = {name: controls.get((name, curve.prompts)) for name in CONTROLS if name != curve.system}
+        others = {
+            name: controls.get((name, curve.prompts, curve.settings)) for name in CONTROLS if name != curve.system
+        }
         rows.append(_row(curve, others, base if base and any(base.correct) else None))
     return markdown_table(HEADER, [tuple(row.get(column, "") for column in HEADER) for row in rows])
 
@@ -123,6 +137,7 @@ def _row(curve: Curve, controls: Mapping[str, Curve | None], base: Measured | No
         "teacher read": f"{np.mean([one.teacher_read for one in outcomes]):,.0f}",
         "teacher wrote": f"{np.mean([one.teacher_written for one in outcomes]):,.0f}",
         "accuracy %": _percent(curve),
+        "length": _length(runs),
         "KL of the text head": f"{np.mean([run.drift or 0.0 for run in runs]):.4f}",
     }
     row |= {f"against {name}": _against(curve, other) for name, other in controls.items() if other}
@@ -139,7 +154,13 @@ def _row(curve: Curve, controls: Mapping[str, Curve | None], base: Measured | No
 
 
 def _reference(one: Measured) -> Curve:
-    return Curve(one.case.point.system, 0, None, {0: one})
+    return Curve(one.case.point.system, 0, "", None, {0: one})
+
+
+def _length(runs: Sequence[Measured]) -> str:
+    """Empty for what was measured before lengths were kept."""
+    lengths = [run.length for run in runs if run.length is not None]
+    return f"{np.mean(lengths):.1f}" if lengths else ""
 
 
 def _percent(curve: Curve) -> str:

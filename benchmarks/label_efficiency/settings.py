@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
+from collections.abc import Sequence
 
 from benchmarks.label_efficiency.measuring import questions
-from benchmarks.label_efficiency.plan import SYSTEMS, Experiment
+from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point
 from pipelines.benchmark.questions import check_splits
 from s2t_models import loading
 from s2t_models.calibration import BUDGETS
@@ -48,9 +51,23 @@ def experiment_of(options: argparse.Namespace) -> Experiment:
         }
     )
     experiment = Experiment(recipe, options.folder, tuple(options.budgets), options.least_steps)
+    variations(experiment, options.vary)
     check_splits(recipe, questions(experiment), None)
     _claim(experiment)
     return experiment
+
+
+def variations(experiment: Experiment, varied: Sequence[str]) -> list[str]:
+    """Every combination of the values of `--vary`, as `Point.settings`; of none, one without any. Raises
+    ExperimentError, and RecipeError for a setting or value that there is not."""
+    for one in varied:
+        if not re.fullmatch(r"distil\.[^=\s]+=[^=\s]+", one):
+            raise ExperimentError(f"--vary {one}: give a setting of distil with its values, as distil.beta=10,20")
+    values = [[f"{key}={value}" for value in of.split(",")] for key, of in (one.split("=") for one in varied)]
+    found = [" ".join(settings) for settings in itertools.product(*values)]
+    for settings in found:
+        experiment.recipe_of(Point("", settings=settings))
+    return found
 
 
 def _claim(experiment: Experiment) -> None:
