@@ -99,8 +99,7 @@ def made_up_trajectories(args: argparse.Namespace) -> list[Any]:
         prompt = args.tokens // 3
         steps = np.sort(rng.choice(args.tokens - prompt, args.groups, replace=False))
         candidates_GK = rng.integers(0, args.ids, (args.groups, args.k))
-        logprobs = rng.dirichlet(np.ones(args.k), (2, args.groups)).astype(np.float32)
-        order = np.sort(logprobs[0], axis=-1)[:, ::-1]
+        teacher_GK = rng.dirichlet(np.ones(args.k), args.groups).astype(np.float32)
         tree = Tree(rng.integers(0, args.ids, args.tokens), prompt, prompt + steps, candidates_GK)
         noise_T = rng.random(args.tokens - prompt, dtype=np.float32)
         is_top_G = np.ones(args.groups, dtype=bool)
@@ -112,8 +111,7 @@ def made_up_trajectories(args: argparse.Namespace) -> list[Any]:
             noise_T,
             rng.integers(0, args.ids, args.tokens - prompt),
             is_top_G,
-            np.log(order),
-            np.log(logprobs[1]),
+            np.log(teacher_GK),
         )
 
     return [trajectory(number) for number in range(args.trajectories + 1)]

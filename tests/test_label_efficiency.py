@@ -73,6 +73,7 @@ def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
         assert by_system[name]["outcome"] == {"steps": 2, "texts": 6, "teacher_read": read, "teacher_written": 0}
         assert by_system[name]["drift"] > 0
     own = experiment_of(parse(command(tmp_path)))
+    labels.make_pool(own, "teacher")  # which neither of them needed
     written, _ = read_shards(labels.collection(own, Point("distil", 4)))
     order = [row["uid"] for row in rows.to_pylist()]
     assert [row["uid"] for row in written.to_pylist()][:3] == order[:3], "the same prompts, in the seed's order"
