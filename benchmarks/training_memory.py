@@ -99,7 +99,8 @@ def made_up_trajectories(args: argparse.Namespace) -> list[Any]:
         prompt = args.tokens // 3
         steps = np.sort(rng.choice(args.tokens - prompt, args.groups, replace=False))
         candidates_GK = rng.integers(0, args.ids, (args.groups, args.k))
-        teacher_GK = rng.dirichlet(np.ones(args.k), args.groups).astype(np.float32)
+        # Of two draws the second: tests rest on these rows.
+        _, teacher_GK = rng.dirichlet(np.ones(args.k), (2, args.groups)).astype(np.float32)
         tree = Tree(rng.integers(0, args.ids, args.tokens), prompt, prompt + steps, candidates_GK)
         noise_T = rng.random(args.tokens - prompt, dtype=np.float32)
         is_top_G = np.ones(args.groups, dtype=bool)

@@ -7,7 +7,7 @@ teacher cost.
 One collection is made once, and the points of a seed are trained on prefixes of a permutation of its prompts. A
 training of N prompts takes N steps with the recipe's batch of 8 (8 epochs), at least --least-steps and at most 320
 (--set distil.steps=...); `tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at one
-learning rate: in the embedded recipe `distil` and `tsd-kd` have that of the others.
+learning rate but `tsd-kd`, whose rate and weights in the embedded recipe are those of `benchmarks.tsd_kd_sweep`.
 
 With --vary (distil.learning_rate=5e-4,2e-3; for several settings, once each) every system is trained with every
 combination, and the table goes by accuracy.
