@@ -15,6 +15,7 @@ from pipelines.tasks import TASKS, Item, Task, TaskError, source, task
 from pipelines.tasks.base import sample
 from pipelines.tasks.source import Hub, Pinned, Source
 from pipelines.tasks.splits import fingerprint, refuse_overlap, text_hash
+from s2t_models.embedded.generator import problems
 
 ROWS = {
     "gsm8k": 1319,
@@ -188,6 +189,12 @@ def test_embedded_problems(name: str) -> None:
     items = chosen.load()[:50]
     assert failing(chosen, [(item.metadata["solution"], item) for item in items]) == set()
     assert failing(chosen, [(f"\\boxed{{{int(item.answer) + 1}}}", item) for item in items]) == {i.uid for i in items}
+
+
+def test_the_embedded_problems_that_are_asked_are_not_those_the_pair_was_chosen_by() -> None:
+    for name, split in (("embedded", "test"), ("embedded-hard", "hard"), ("embedded-held-out", "held-out")):
+        asked = {item.metadata["question"] for item in task(name).load()}
+        assert asked.isdisjoint(problem.question for problem in problems(split, 500))
 
 
 def test_unknown_task_is_named_with_the_known_ones() -> None:
