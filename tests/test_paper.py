@@ -308,5 +308,8 @@ def test_evidence_says_why_a_figure_is_not_there(job: Given) -> None:
     assert evidence.measure("accuracy", "embedded", "maj@8", ("main",)) == "the matrix names no maj@8 in main"
     assert evidence.measure("seconds", "embedded", "greedy", ("latency",)) == "the matrix has no benchmark latency"
     assert evidence.measure("S2T-Local", "embedded", "s2t-local:same", ("sweep",)) == "the benchmark sweep has not run"
+    together = "s2t-local and s2t-local:seed-1"
+    for metric in ("accuracy", "deviation"):
+        assert evidence.measure(metric, "embedded", together, ("main",)) == f"the matrix names no {together} in main"
     relative = evidence.measure("tokens", "embedded", "s2t-local vs takeover", ("main",))
     assert getattr(relative, "value", None) == 0.0

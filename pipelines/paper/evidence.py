@@ -101,9 +101,9 @@ class Evidence:
         if VERSUS in policy or AND in policy:
             of_each = metric if VERSUS in policy else "accuracy"
             found = [self._measured(part, of_each, task, one) for one in policies_in(policy)]
-            if reason := next((one for one in found if isinstance(one, str)), None):
-                return reason
             values = [one.value for one in found if isinstance(one, Value)]
+            if len(values) < len(found):
+                return next((one for one in found if isinstance(one, str) and one), "")
             if VERSUS in policy:
                 return Value(100 * (values[0] / values[1] - 1) if values[1] else np.nan)
             return Value(float(np.std(values, ddof=1) if metric == "deviation" else np.mean(values)))
