@@ -45,8 +45,6 @@ from s2t_models.policies.r2r import FeatureEngine, RoutingEngine
 from s2t_models.policies.tah import SecondPassEngine
 from s2t_models.settings import CandidateSettings, MultiplexSettings
 
-pytestmark = pytest.mark.cluster  # as test_vllm_policies
-
 TEXTS = ("Ada has 12 ", "8+5=", "Tom and Ida, ", "x", "then 4 more ", "Q: 7 of 90?\n", "zebra ", "(a)(b)")
 PROMPTS = [encode(text) for text in TEXTS]
 LENGTH = 32

@@ -20,7 +20,7 @@ from serving.app import build
 from serving.keys import Keys
 from serving.placement import GATEWAY_REQUESTS, actor_options, bundles, replica_options
 
-pytestmark = pytest.mark.cluster  # starts a cluster of its own
+pytestmark = pytest.mark.own_cluster
 
 
 def vllm(**settings: object) -> ModelSettings:
@@ -78,7 +78,7 @@ def on_pretended_gpus(script: str) -> Any:
         from ray.data import ActorPoolStrategy
         from ray.util import get_current_placement_group
         from ray.util.placement_group import placement_group_table
-        from serving.placement import actor_options, replica_options
+        from serving.placement import actor_options, replica_options, task_options
         from s2t_models.settings import ModelSettings
 
         ray.init(address="local", num_cpus=8, num_gpus=8, log_to_driver=False, logging_level="ERROR")
@@ -89,6 +89,12 @@ def on_pretended_gpus(script: str) -> Any:
         def group():
             table = placement_group_table(get_current_placement_group())
             return sorted(bundle.get("GPU", 0) for bundle in table["bundles"].values()), table["state"]
+
+        def free():
+            deadline = time.monotonic() + 30
+            while (gpus := ray.available_resources().get("GPU", 0)) < 8 and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return gpus
     """)
     command = [sys.executable, "-W", "ignore", "-c", begin + textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -96,8 +102,8 @@ def on_pretended_gpus(script: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_serve_and_data_get_the_placement_groups():
-    served, free, actor = on_pretended_gpus("""
+def test_serve_data_and_tasks_get_the_placement_groups():
+    served, beside, actor, task, free = on_pretended_gpus("""
         from ray import serve
 
         @serve.deployment(**replica_options(model))
@@ -110,16 +116,18 @@ def test_serve_and_data_get_the_placement_groups():
                 return {"group": [json.dumps(group())]}
 
         served = serve.run(Replica.bind()).remote().result()
-        free = ray.available_resources().get("GPU", 0)
+        beside = ray.available_resources().get("GPU", 0)
         serve.shutdown()
         with actor_options(model, 1.0, 0.0) as options:
             rows = ray.data.range(1).map_batches(
                 Actor, compute=ActorPoolStrategy(size=1), batch_size=1, **options
             ).take_all()
-        print(json.dumps([served, free, json.loads(rows[0]["group"])]))
+        with task_options(model) as options:
+            task = ray.get(ray.remote(**options)(group).remote())
+        print(json.dumps([served, beside, json.loads(rows[0]["group"]), task, free()]))
     """)
-    assert served == actor == [[1, 1, 1, 1], "CREATED"]
-    assert free == 4
+    assert served == actor == task == [[1, 1, 1, 1], "CREATED"]
+    assert (beside, free) == (4, 8)
 
 
 def test_pools_give_back_their_gpus_and_those_of_actors_that_died_as_they_started(tmp_path: Path):
@@ -141,12 +149,6 @@ def test_pools_give_back_their_gpus_and_those_of_actors_that_died_as_they_starte
                 while len(list(folder.iterdir())) < 3 and time.monotonic() < deadline:  # until both have come
                     time.sleep(0.1)
                 return batch
-
-        def free():
-            deadline = time.monotonic() + 30
-            while (gpus := ray.available_resources().get("GPU", 0)) < 8 and time.monotonic() < deadline:
-                time.sleep(0.1)
-            return gpus
 
         ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = 1
         used = []

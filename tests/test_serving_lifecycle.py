@@ -23,7 +23,7 @@ from s2t_models.hosting import host
 from s2t_models.recipe import load_recipe
 from serving import app
 
-pytestmark = pytest.mark.cluster  # serves on clusters of its own
+pytestmark = pytest.mark.own_cluster
 
 KEY = "correct-horse-battery"
 
