@@ -211,11 +211,10 @@ def _join(hosting: Hosting) -> bool:
     waited for. Raises RecipeError or ClusterError where it is, or stays, too small."""
     import ray
 
-    demand = _demand(hosting.engines)
     logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
-    started = cluster.start(demand["CPU"])
+    started = cluster.start(cpus(hosting))
     try:
-        _check_resources(demand, ray.cluster_resources())
+        _check_resources(_demand(hosting.engines), ray.cluster_resources())
     except RecipeError:
         if started:
             ray.shutdown()
@@ -283,6 +282,11 @@ def _screen(hosting: Hosting, url: str) -> str:
             f"            -d '{json.dumps(body)}'",
         ]
     )
+
+
+def cpus(hosting: Hosting) -> float:
+    """The CPUs that the engines take, all replicas together."""
+    return _demand(hosting.engines)["CPU"]
 
 
 def _demand(engines: Mapping[str, Hosted]) -> dict[str, float]:

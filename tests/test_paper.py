@@ -22,12 +22,14 @@ from pipelines.paper.evidence import Evidence
 from pipelines.paper.job import collections_beside, given, paper
 from pipelines.paper.matrix import load_matrix
 from pipelines.paper.published import policies_in, published
-from pipelines.paper.runs import Given, Run, Runs
+from pipelines.paper.runs import Given, Run, Runs, training_of
 from pipelines.paper.specs import SPECS
 from pipelines.paper.tables import NOT_RUN
 from pipelines.results.summary import read_results
 from s2t_models.errors import UserError
+from s2t_models.policies.variants import variant
 from s2t_models.recipe import load_recipe
+from serving.cluster import LOCAL_CPUS
 
 MATRIX = """
 collections: {train: {of: train}, calibration: {of: calibration}, states: {of: tasks}}
@@ -189,6 +191,17 @@ def test_what_was_trained_is_in_the_recipe_of_the_benchmarks_that_name_it(job: G
     assert runs.is_done(Run("training", "same"))
     changed = Runs(given(load_recipe(RECIPE, ["distil.steps=7"]), job.output))
     assert not changed.is_done(Run("training", "selector")), "trained with other settings"
+
+
+def test_the_engines_of_each_benchmark_that_ships_fit_the_cluster_that_a_job_starts_here() -> None:
+    matrix = load_matrix(None)
+    for name, part in matrix.benchmarks.items():
+        engines = {"slm", "teacher"}
+        for policy in part.policies:
+            trained = matrix.trainings.get(training_of(policy) or "")
+            if trained and trained.objective not in ("router", "tah"):  # which are of the SLM's engine
+                engines.add(found.artifact or "selector" if (found := variant(policy)) else policy)
+        assert len(engines) <= LOCAL_CPUS, name
 
 
 def test_the_collections_of_a_loop_are_taken_beside_its_recipe(tmp_path: Path) -> None:

@@ -163,15 +163,13 @@ def evidence(tmp_path: Path) -> Evidence:
         "r16-b30": (11, 6, 4),
         "r16-b70": (8, 5, 0),
     }
-    record(
-        runs,
-        "sweep",
-        [
-            row
-            for name, (local, tuned, agreed) in swept.items()
-            for row in answers(f"s2t-local:{name}", local, decisions=four(agreed)) + answers(f"ft-{name}", tuned)
-        ],
-    )
+    of_sweep = [
+        row
+        for name, (right, _, agreed) in swept.items()
+        for row in answers(f"s2t-local:{name}", right, decisions=four(agreed))
+    ]
+    record(runs, "sweep", of_sweep)
+    record(runs, "sweep-greedy", [row for name, (_, right, _) in swept.items() for row in answers(f"ft-{name}", right)])
     several = [decision(2, holds=False), decision(3), decision(4), decision(7)]
     drawn = {"t0.6-p0.7": (2, 5, 1), "t0.6-p0.95": (3, 6, 2), "t1-p0.7": (4, 7, 3), "t1-p0.95": (5, 8, 4)}
     record(

@@ -48,8 +48,7 @@ from s2t_models.node_cache import fetched
 from s2t_models.policies import PolicyError, lacking, policy
 from s2t_models.recipe import Recipe
 from s2t_models.storage import Location, location
-from serving import cluster
-from serving.app import run_for_job
+from serving import app, cluster
 from serving.keys import new_key
 from serving.registry import weights_of
 from serving.written import new_board, total
@@ -99,7 +98,6 @@ def benchmark(recipe: Recipe, output: Location, options: Options) -> tuple[str, 
         # Before the first question: a store that is not there must not cost them.
         kept = f"the answers in {output} are kept, and the same command logs what comes of them"
         tracking.use_store_for((output / ANSWERS).is_dir(), kept, options.tracking)
-        cluster.start()
         with _endpoint(recipe, chosen, options, output) as asked:
             # In the cache keys too, so that no answer outlives a change of weights, thresholds or settings.
             settings = served_models(asked.url, recipe.benchmark.policies, asked.api_key)
@@ -208,8 +206,10 @@ class _Count:
 def _endpoint(
     recipe: Recipe, chosen: list[tuple[Task, list[Item]]], options: Options, output: Location
 ) -> Iterator[AskedEndpoint]:
-    """The endpoint given, or the engines that the job needs served here for as long as it needs them."""
+    """The endpoint given, or the engines that the job needs served here for as long as it needs them; on a cluster
+    either way."""
     if options.endpoint is not None:
+        cluster.start()
         yield AskedEndpoint(options.endpoint, os.environ.get(KEY_VARIABLE, ""))
         return
     asks_here = options.judge is None and any(task.judged for task, _ in chosen)
@@ -218,9 +218,10 @@ def _endpoint(
     hosting = hosting.only(_engines(hosting, names))
     # A name of this job's own: what else the cluster serves is left alone, and what a killed job left is replaced.
     name = f"benchmark-{hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:8]}"
+    cluster.start(max(cluster.LOCAL_CPUS, app.cpus(hosting)))
     board = new_board()
     keys, key = new_key("benchmark")
-    url = run_for_job(hosting, name, keys, board, "benchmark")
+    url = app.run_for_job(hosting, name, keys, board, "benchmark")
     try:
         yield AskedEndpoint(url, key, lambda: total(board))
     except BaseException:

@@ -63,8 +63,8 @@ SPECS: tuple[Spec, ...] = (
     _table("1", "Accuracy, %", "main", more=True),
     _table("2", "How the selector agrees with the teacher", "main", down="metric"),
     _table("3", "Tokens and seconds an answer", "latency", note=_LOAD),
-    _table("A1", "Sweep of R and beta", "sweep"),
-    _table("A2", "R over models", "sweep", note=OTHER_PAIRS),
+    _table("A1", "Sweep of R and beta", "sweep", "sweep-greedy"),
+    _table("A2", "R over models", "sweep", "sweep-greedy", note=OTHER_PAIRS),
     _table(
         "A3",
         "S2T and Takeover over K and budget, accuracy, %",
