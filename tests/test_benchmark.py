@@ -30,7 +30,7 @@ from pipelines.tasks.splits import fingerprint
 from s2t_models.hosting import host
 from s2t_models.policies import PolicyError
 from s2t_models.recipe import load_recipe
-from serving import app
+from serving import app, cluster
 from serving.store import EXPERIMENT
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -338,6 +338,19 @@ def test_a_job_serves_the_engines_its_policies_call_and_no_others(
     assert set(hosting.engines) == {"slm", "teacher", "s2t-local"}
     assert set(hosting.only({"slm"}).engines) == {"slm"}
     assert app._demand(hosting.only({"slm"}).engines)["CPU"] == hosting.recipe.slm.num_cpus
+
+
+@pytest.mark.parametrize(("each", "whole"), [(1.0, cluster.LOCAL_CPUS), (6.5, 13.0)])
+def test_a_cluster_that_the_job_starts_here_holds_its_engines(
+    recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each: float, whole: float
+) -> None:
+    def start(cpus: float = 0.0) -> bool:
+        raise cluster.ClusterError(f"a cluster of {cpus:g} CPUs")
+
+    monkeypatch.setattr(cluster, "start", start)
+    settings = ["benchmark.policies=[greedy,llm]", f"slm.num_cpus={each}", f"teacher.num_cpus={each}"]
+    with pytest.raises(cluster.ClusterError, match=f"a cluster of {whole:g} CPUs"):
+        benchmark(load_recipe(recipe_path, settings), tmp_path / "out", Options())
 
 
 def test_a_limit_that_a_context_does_not_hold_beside_a_prompt_is_told_before_a_question() -> None:
