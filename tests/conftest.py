@@ -18,7 +18,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-#: Fixtures that need the session's cluster: what uses one is marked `cluster`.
+#: Fixtures that need the session's cluster: what uses one is marked `cluster`. A module that starts clusters itself has
+#: the mark already.
 OF_THE_CLUSTER = {"ray_cluster", "endpoint", "object_store"}
 
 
@@ -27,8 +28,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if OF_THE_CLUSTER & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.cluster)
-    # Two of Ray's clusters that begin at the same time take ports from each other: by now the session's has begun.
-    items.sort(key=lambda item: item.get_closest_marker("own_cluster") is not None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,7 +22,7 @@ from s2t_models.hosting import host
 from s2t_models.recipe import RecipeError, load_recipe
 from serving import app, cluster
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.cluster
 
 #: What the head, its nodes and the drivers have in their environment.
 QUICK = SETTINGS | {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "S2T_WAIT_S": "200"}

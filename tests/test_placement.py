@@ -20,7 +20,7 @@ from serving.app import build
 from serving.keys import Keys
 from serving.placement import GATEWAY_REQUESTS, actor_options, bundles, replica_options
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.cluster
 
 
 def vllm(**settings: object) -> ModelSettings:

@@ -23,7 +23,7 @@ from s2t_models.hosting import host
 from s2t_models.recipe import load_recipe
 from serving import app
 
-pytestmark = pytest.mark.own_cluster
+pytestmark = pytest.mark.cluster
 
 KEY = "correct-horse-battery"
 
