@@ -146,6 +146,8 @@ def test_the_table_compares_with_kd_on_the_same_items_and_seeds(tmp_path: Path):
 
     solved = [item for item in range(40) if base.correct[item]]
     assert selector["accuracy %"] == f"{100 * np.mean(right(local, range(40))):.1f}"
+    assert selector["of each training"] == ", ".join(f"{100 * np.mean(run.correct):.1f}" for run in local)
+    assert found["distil"]["of each training"] == "", "there is one"
     assert selector["against kd"] == difference(kd, range(40))
     assert selector["against distil"] == difference(distil, range(40))
     assert selector["kept %"] == f"{100 * np.mean(right(local, solved)):.1f}"

@@ -19,7 +19,7 @@ TABLE = "table.md"
 #: What the others are compared with, at equal teacher cost.
 CONTROLS = (KD, "distil")
 HEADER = (
-    *("prompts", "system", "texts", "steps", "teacher read", "teacher wrote", "accuracy %"),
+    *("prompts", "system", "texts", "steps", "teacher read", "teacher wrote", "accuracy %", "of each training"),
     *(f"against {control}" for control in CONTROLS),
     *("length", "KL of the text head", "kept %", f"kept against {KD}", "triggered %"),
     *("wrong at triggered", "wrong elsewhere"),
@@ -27,14 +27,15 @@ HEADER = (
 LEGEND = """\
 Every system of a number of prompts is trained at the teacher cost of that many labelled prompts. `selector`, `kd` and
 what is made of both share their labels; `kd-at-triggers` is `selector` with `kd` choosing at its triggered steps.
-`distil` has as many of the teacher's own texts as cost no more, and `tsd-kd` lets the teacher read about as many texts
-of its own. `texts`, `teacher read` and `teacher wrote` (its tokens, as metered) are means over the seeds, and so is
-what follows. `against kd` and `against distil` are differences of accuracies with their 95% intervals, by the paired
-bootstrap over items. `length` is the mean of an answer, in tokens. `KL of the text head` is KL(base || trained) in nats
-a token on what the base writes; what a selector changes at triggered steps is not in it. `kept` is the accuracy on the
-items that the base solves. `triggered` is the share of tokens that were decided at triggered steps. `wrong at
-triggered` and `wrong elsewhere` count the wrong answers whose first token that the teacher gives less than 5% is at a
-triggered step, and at another one."""
+`distil` has as many of the teacher's own texts as cost no more, and `tsd-kd` lets the teacher read about as many
+texts of its own. `texts`, `teacher read` and `teacher wrote` (its tokens, as metered) are means over the seeds, and
+so is what follows; `of each training` has the accuracies seed by seed. `against kd` and `against distil` are
+differences of accuracies with their 95% intervals, by the paired bootstrap over items. `length` is the mean of an
+answer, in tokens. `KL of the text head` is KL(base || trained) in nats a token on what the base writes; what a
+selector changes at triggered steps is not in it. `kept` is the accuracy on the items that the base solves.
+`triggered` is the share of tokens that were decided at triggered steps. `wrong at triggered` and `wrong elsewhere`
+count the wrong answers whose first token that the teacher gives less than 5% is at a triggered step, and at another
+one."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,9 @@ def _row(curve: Curve, controls: Mapping[str, Curve | None], base: Measured | No
         "teacher read": f"{np.mean([one.teacher_read for one in outcomes]):,.0f}",
         "teacher wrote": f"{np.mean([one.teacher_written for one in outcomes]):,.0f}",
         "accuracy %": _percent(curve),
+        "of each training": ", ".join(_percent(curve.at([seed])) for seed in sorted(curve.runs))
+        if len(runs) > 1
+        else "",
         "length": _length(runs),
         "KL of the text head": f"{np.mean([run.drift or 0.0 for run in runs]):.4f}",
     }
