@@ -211,10 +211,11 @@ def _join(hosting: Hosting) -> bool:
     waited for. Raises RecipeError or ClusterError where it is, or stays, too small."""
     import ray
 
+    demand = _demand(hosting.engines)
     logging.getLogger("ray.serve").setLevel(LOGGING["log_level"])
-    started = cluster.start(cpus(hosting))
+    started = cluster.start(demand["CPU"])
     try:
-        _check_resources(_demand(hosting.engines), ray.cluster_resources())
+        _check_resources(demand, ray.cluster_resources())
     except RecipeError:
         if started:
             ray.shutdown()

@@ -337,7 +337,7 @@ def test_a_job_serves_the_engines_its_policies_call_and_no_others(
         _engines(hosting, ["kd"])
     assert set(hosting.engines) == {"slm", "teacher", "s2t-local"}
     assert set(hosting.only({"slm"}).engines) == {"slm"}
-    assert app._demand(hosting.only({"slm"}).engines)["CPU"] == hosting.recipe.slm.num_cpus
+    assert app.cpus(hosting.only({"slm"})) == hosting.recipe.slm.num_cpus
 
 
 @pytest.mark.parametrize(("each", "whole"), [(1.0, cluster.LOCAL_CPUS), (6.5, 13.0)])
