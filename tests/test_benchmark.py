@@ -88,6 +88,7 @@ def test_a_second_run_asks_nothing_and_says_the_same(
     assert stub.asked.total() == 3 * asked, "other weights, other answers"
 
 
+@pytest.mark.slow
 def test_a_job_in_which_every_row_errored_ends_with_1_and_the_reason(
     ray_cluster: None, stub: Stub, recipe_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

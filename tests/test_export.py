@@ -118,7 +118,7 @@ def train(name: str, folder: Path) -> tuple[Recipe, Artifact]:
     [
         ("qwen2.5", {"method": "multinomial", "temperature": 0.8, "top_p": 0.9}),
         ("gemma3", {"method": "top_k", "ratio": 0.6}),
-        ("mistral", {"method": "top_k"}),
+        pytest.param("mistral", {"method": "top_k"}, marks=pytest.mark.slow),
     ],
 )
 def test_a_stranger_decodes_what_the_engine_does(name: str, proposing: dict[str, Any], tmp_path: Path) -> None:

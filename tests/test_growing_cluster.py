@@ -123,7 +123,7 @@ def answers(port: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_cluster_grows_for_a_stage_and_beside_other_work(version: int) -> None:
     of_version = VERSION_2 if version == 2 else {}
     with head("--autoscaling-config=FOLDER/autoscaling.json", **of_version) as address:

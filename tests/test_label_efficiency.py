@@ -36,7 +36,7 @@ SETTINGS += ["teacher.slots=8", "slm.context=256", "teacher.context=256"]
 
 def command(folder: Path, *more: str) -> list[str]:
     settings = [part for setting in SETTINGS for part in ("--set", setting)]
-    sizes = ["--prompts", "6", "--seeds", "1", "--items", "2", "--least-steps", "1", "--budgets", "0.05", "--jobs", "1"]
+    sizes = ["--prompts", "6", "--seeds", "1", "--items", "2", "--budgets", "0.05", "--jobs", "1"]
     what = ["--systems", "selector,kd,kd-at-triggers", "--tasks", "embedded"]
     return [*settings, *sizes, *what, "--folder", str(folder), *more]
 
@@ -238,7 +238,7 @@ def test_what_cannot_be_measured_is_refused_in_a_line_before_anything_is_made(
 
 @pytest.fixture
 def experiment(recipe_path: Path, tmp_path: Path) -> Experiment:
-    return Experiment(load_recipe(recipe_path), tmp_path, (0.05,), 80)
+    return Experiment(load_recipe(recipe_path), tmp_path, (0.05,))
 
 
 def test_points_stand_behind_what_they_take_up_and_train_for_longer_with_more_labels(experiment: Experiment):
@@ -251,6 +251,6 @@ def test_points_stand_behind_what_they_take_up_and_train_for_longer_with_more_la
     def trained(system: str, prompts: int) -> Recipe:
         return experiment.training(Point(system, prompts))
 
-    assert [trained("kd", n).distil.steps for n in (25, 50, 100, 200, 400, 1600)] == [80, 80, 100, 200, 320, 320]
+    assert [trained("kd", n).distil.steps for n in (25, 50, 100, 200, 400, 1600)] == [25, 50, 100, 200, 320, 320]
     assert [trained("tsd-kd", n).distil.steps for n in (25, 1600)] == [3, 190]
     assert [round(trained("kd", n).distil.validation * n) for n in (25, 1600)] == [4, 80]

@@ -182,7 +182,7 @@ def test_an_actor_ends_with_its_engine(actor: RouterLabels, monkeypatch: pytest.
         actor(pa.Table.from_pylist([{"index": 0, "uid": "a", "prompt_ids": [5, 6]}], router_labels.PROMPT))
 
 
-@pytest.mark.parametrize("where", ["a folder", "an object store"])
+@pytest.mark.parametrize("where", [pytest.param("a folder", marks=pytest.mark.slow), "an object store"])
 def test_ray_labels_what_is_not_committed_and_leaves_the_rest(
     ray_cluster: str, object_store: str, where: str, recipe: Recipe, shards: Path, made: pa.Table, tmp_path: Path
 ) -> None:

@@ -5,9 +5,9 @@ teacher cost.
     python -m benchmarks.label_efficiency --prompts 25,100 --systems selector,kd --seeds 1 --items 100 --tasks embedded
 
 One collection is made once, and the points of a seed are trained on prefixes of a permutation of its prompts. A
-training of N prompts takes N steps with the recipe's batch of 8 (8 epochs), at least --least-steps and at most 320
-(--set distil.steps=...); `tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at one
-learning rate but `tsd-kd`, whose rate and weights in the embedded recipe are those of `benchmarks.tsd_kd_sweep`.
+training of N prompts takes N steps with the recipe's batch of 8 (8 epochs), at most 320 (--set distil.steps=...);
+`tsd-kd`, whose every text is read anew, goes over its prompts once. All systems train at one learning rate but
+`tsd-kd`, whose rate and weights in the embedded recipe are those of `benchmarks.tsd_kd_sweep`.
 
 With --vary (distil.learning_rate=5e-4,2e-3; for several settings, once each) every system is trained with every
 combination, and the table goes by accuracy.
@@ -107,7 +107,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=_list(str), default=TASKS, help=f"what is asked (default: {TASKS})")
     parser.add_argument("--items", type=int, default=300, help="problems of each task")
     parser.add_argument("--budgets", type=_list(float), default=BUDGETS, help=f"of s2t-local (default: {BUDGETS})")
-    parser.add_argument("--least-steps", type=int, default=80, help="of a training")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--folder", type=Path, default=Path("runs/label-efficiency"))
     return parser.parse_args(argv)

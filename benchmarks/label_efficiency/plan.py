@@ -15,7 +15,8 @@ from s2t_models.training.objectives.base import Objective
 
 #: Prompts that are held out of the labelled ones at the least: thresholds are percentiles of their steps.
 HELD_OUT = 4
-#: Times that a training goes over its labels, within bounds.
+#: Times that a training goes over its labels, unless `distil.steps` ends it before. As many at every number of labels:
+#: with a floor of 80 steps `kd` goes thirty times over 21 texts, and solves fewer problems for it.
 EPOCHS = 8
 
 
@@ -84,12 +85,11 @@ class Point:
 @dataclass(frozen=True)
 class Experiment:
     """What all points share. The recipe says how many prompts are collected (`collect.prompts`), and which items are
-    asked (`benchmark`); a training takes `least_steps` steps at the least."""
+    asked (`benchmark`)."""
 
     recipe: Recipe
     folder: Path
     budgets: tuple[float, ...]
-    least_steps: int
 
     def recipe_of(self, point: Point) -> Recipe:
         """The recipe with the point's own settings. Raises RecipeError where they are none."""
@@ -131,12 +131,12 @@ class Experiment:
         return recipe.model_copy(update={"seed": seed, "distil": distil.model_copy(update=changes)})
 
     def steps(self, point: Point, held_out: float) -> int:
-        """How long a point is trained: EPOCHS times over its labels within bounds. Where the teacher reads every text
-        as it is written, once over its prompts: that costs as much as the labels of the others."""
+        """How long a point is trained: EPOCHS times over its labels, at most `distil.steps`. Where the teacher reads
+        every text as it is written, once over its prompts: that costs as much as the labels of the others."""
         distil = self.recipe_of(point).distil
         if self.objective(point).on_policy:
             return max(round((1 - held_out) * point.prompts / distil.batch), 1)
-        return min(max(EPOCHS * point.prompts // distil.batch, self.least_steps), distil.steps)
+        return min(max(EPOCHS * point.prompts // distil.batch, 1), distil.steps)
 
 
 def points(systems: Sequence[str], sizes: Sequence[int], seeds: int, settings: Sequence[str] = ("",)) -> list[Point]:

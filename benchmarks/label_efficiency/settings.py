@@ -41,8 +41,8 @@ def experiment_of(options: argparse.Namespace) -> Experiment:
     labelled = recipe.collect.prompts
     if not 2 <= min(options.prompts) <= max(options.prompts) <= labelled:
         raise ExperimentError(f"--prompts: give from 2 to {labelled}, which is collect.prompts of the recipe")
-    if min(options.seeds, options.items, options.jobs, options.least_steps) < 1:
-        raise ExperimentError("--seeds, --items, --jobs, --least-steps: give 1 or more")
+    if min(options.seeds, options.items, options.jobs) < 1:
+        raise ExperimentError("--seeds, --items, --jobs: give 1 or more")
     recipe = recipe.changed(
         {
             "collect.prompts": labelled + labelled // SPARE,
@@ -50,7 +50,7 @@ def experiment_of(options: argparse.Namespace) -> Experiment:
             "benchmark.items": options.items,
         }
     )
-    experiment = Experiment(recipe, options.folder, tuple(options.budgets), options.least_steps)
+    experiment = Experiment(recipe, options.folder, tuple(options.budgets))
     variations(experiment, options.vary)
     check_splits(recipe, questions(experiment), None)
     _claim(experiment)
@@ -72,7 +72,7 @@ def variations(experiment: Experiment, varied: Sequence[str]) -> list[str]:
 
 def _claim(experiment: Experiment) -> None:
     """Note what decides the trainings of the folder, or check that it is the same."""
-    path, mine = experiment.folder / RECORD, _deciding(experiment.recipe, experiment.least_steps)
+    path, mine = experiment.folder / RECORD, _deciding(experiment.recipe)
     if not path.is_file():
         experiment.folder.mkdir(parents=True, exist_ok=True)
         write_json(path, mine)
@@ -84,7 +84,7 @@ def _claim(experiment: Experiment) -> None:
         )
 
 
-def _deciding(recipe: Recipe, least_steps: int) -> dict[str, object]:
+def _deciding(recipe: Recipe) -> dict[str, object]:
     whole = json.loads(recipe.model_dump_json(exclude={"benchmark", "serving", "validation"}))
     weights = {f"{name} weights": loading.weights_hash(getattr(recipe, name)) for name in ("slm", "teacher")}
-    return whole | weights | {"least-steps": least_steps}
+    return whole | weights
