@@ -96,6 +96,37 @@ def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     assert "holds points of other settings (distil)" in capsys.readouterr().err
 
 
+def test_rescued_texts_are_the_slms_but_for_the_teachers_choice_where_they_diverge(tmp_path: Path):
+    experiment = experiment_of(parse(command(tmp_path, "--systems", "kd-rescued")))
+    point = Point("kd-rescued", 6)
+    wanted = labels.writers(experiment, [point])
+    assert wanted == ["slm", "s2t"]
+    for writer in wanted:
+        labels.make_pool(experiment, writer)
+    threshold, k = labels.rescue_threshold(experiment), experiment.recipe.candidates.k
+    by_slm, by_both = (labels._pool(experiment, writer).to_pylist() for writer in wanted)
+    rescued = 0
+    for alone, row in zip(by_slm, by_both, strict=True):
+        assert row["prompt_ids"] == alone["prompt_ids"]
+        critical = [step for step, kl in enumerate(row["kl_T"]) if kl >= threshold]
+        for step in critical:
+            if row["teacher_rank_T"][step] < k:
+                assert row["output_ids"][step] == row["teacher_argmax_T"][step]
+                rescued += row["output_ids"][step] != row["kept"][step]["candidates_K"][0]
+        if row["temperature"] == 0:
+            first = critical[0] if critical else len(row["output_ids"])
+            assert row["output_ids"][:first] == alone["output_ids"][:first]
+            for step in set(range(len(row["output_ids"]))) - set(critical):
+                best = max(
+                    range(len(row["kept"][step]["candidates_K"])), key=row["kept"][step]["slm_logprobs_K"].__getitem__
+                )
+                assert row["output_ids"][step] == row["kept"][step]["candidates_K"][best]
+    assert rescued
+    taken, _ = read_shards(labels.collection(experiment, point))
+    order = np.random.default_rng(0).permutation(len(by_both))[:6]
+    assert [row["output_ids"] for row in taken.to_pylist()] == [by_both[n]["output_ids"] for n in order]
+
+
 @pytest.mark.slow
 def test_every_system_has_its_point_and_two_processes_give_what_one_does(tmp_path: Path):
     systems = ["--systems", ",".join(SYSTEMS)]

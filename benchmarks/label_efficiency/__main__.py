@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.label_efficiency.work import Job
 
 SIZES = "25,50,100,200,400,800,1600"
-SYSTEMS = "selector,kd,kd-at-triggers,kd+selector,selector-from-kd,tsd-kd,distil"
+SYSTEMS = "selector,kd,kd-rescued,kd-at-triggers,kd+selector,selector-from-kd,tsd-kd,distil"
 TASKS = "embedded,embedded-hard,embedded-held-out"
 BUDGETS = "0.02,0.05,0.10"
 #: What a measurement takes, and what making the labels takes, in steps of a training.
@@ -71,8 +71,12 @@ def _labelling(experiment: Experiment, points: Sequence[Point]) -> list[Job]:
     from benchmarks.label_efficiency.labels import make_pool, missing, writers
     from benchmarks.label_efficiency.work import Job
 
+    def name(writer: str) -> str:
+        return f"texts of the {writer}, labelled"
+
+    # When the teacher rescues is decided by the pool of the SLM.
     return [
-        Job(f"texts of the {writer}, labelled", make_pool, (experiment, writer), size=LABELLING)
+        Job(name(writer), make_pool, (experiment, writer), frozenset({name("slm")} - {name(writer)}), LABELLING)
         for writer in writers(experiment, points)
         if missing(experiment, writer)
     ]

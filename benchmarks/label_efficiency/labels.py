@@ -1,20 +1,23 @@
-"""The labels: two pools of the same prompts, made once, and of them the collection that a point is trained on.
+"""The labels: pools of the same prompts, made once, and of them the collection that a point is trained on.
 
-In one pool the SLM wrote and the teacher read, in the other the teacher wrote. A pool keeps the candidates of every
-step. Which steps are worth training on is decided for each collection by itself, as `s2t collect` would if it had been
-asked for so many prompts.
+In one pool the SLM wrote and the teacher read, in another the teacher wrote, and in the third the SLM wrote with the
+teacher choosing at a tenth of the steps. A pool keeps the candidates of every step. Which steps are worth training on
+is decided for each collection by itself, as `s2t collect` would if it had been asked for so many prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from benchmarks.label_efficiency.plan import Experiment, Point
+from benchmarks.label_efficiency.plan import SYSTEMS, Experiment, Point
+from benchmarks.label_efficiency.rescued import RescuedRollouts
 from pipelines.collect import prompts as sources
 from pipelines.collect.actors import Labels, Rollouts
 from pipelines.collect.publish import publish
@@ -25,38 +28,54 @@ from pipelines.data.shards import shard_metadata
 from s2t_models import loading
 from s2t_models.hosting import pair
 from s2t_models.recipe import Recipe
-from s2t_models.settings import Writer
 from s2t_models.storage import whole
 
 #: Rows that are made, and kept, at once.
 BATCH = 128
+#: Who writes a pool.
+Wrote = Literal["slm", "teacher", "s2t"]
 
 
-def writers(experiment: Experiment, points: Sequence[Point]) -> list[Writer]:
+def writers(experiment: Experiment, points: Sequence[Point]) -> list[Wrote]:
     """Who writes the pools that these points take: the SLM's says what is of equal cost."""
-    return ["slm", *sorted({experiment.objective(point).writer for point in points} - {"slm"})]
+    return ["slm", *sorted({_writer(experiment, point) for point in points} - {"slm"})]
 
 
-def missing(experiment: Experiment, writer: Writer) -> list[int]:
+def missing(experiment: Experiment, writer: Wrote) -> list[int]:
     """Where the batches of prompts begin that are not in the pool yet."""
     starts = range(0, experiment.recipe.collect.prompts, BATCH)
     return [start for start in starts if not _file(_folder(experiment, writer), start).is_file()]
 
 
-def make_pool(experiment: Experiment, writer: Writer) -> None:
+def make_pool(experiment: Experiment, writer: Wrote) -> None:
     """Roll out and label the prompts of the pool that are not there yet."""
     recipe, folder = _collecting(experiment.recipe, writer), _folder(experiment, writer)
     rows = sources.rows(sources.from_task(recipe.collect.task, None, recipe), recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    engines = pair(recipe)
-    rollouts, labels = Rollouts(recipe, engines[writer]), Labels(recipe, engines[recipe.collect.reader])
-    try:
+    engines, rollouts = pair(recipe), _rollouts(experiment, recipe, writer)
+    with ExitStack() as closing:
+        closing.callback(rollouts.close if isinstance(rollouts, RescuedRollouts) else rollouts.engine.close)
+        labels = Labels(recipe, engines[recipe.collect.reader])
+        closing.callback(labels.engine.close)
         for start in missing(experiment, writer):
             asked = pa.Table.from_pylist(rows[start : start + BATCH], PROMPT)
             _write(_file(folder, start), labels(rollouts(asked)))
-    finally:
-        rollouts.engine.close()
-        labels.engine.close()
+
+
+def rescue_threshold(experiment: Experiment) -> float:
+    """The KL in nats that a share of the recipe's budget of the steps in the SLM's own pool reach."""
+    kl = pc.list_flatten(_pool(experiment, "slm")["kl_T"]).to_numpy()
+    return float(np.quantile(kl, 1 - experiment.recipe.budget))
+
+
+def _rollouts(experiment: Experiment, recipe: Recipe, writer: Wrote) -> Rollouts | RescuedRollouts:
+    if writer == "s2t":
+        return RescuedRollouts(recipe, rescue_threshold(experiment))
+    return Rollouts(recipe, pair(recipe)[writer])
+
+
+def _writer(experiment: Experiment, point: Point) -> Wrote:
+    return "s2t" if SYSTEMS[point.system].rescued else experiment.objective(point).writer
 
 
 def collection(experiment: Experiment, point: Point) -> Path:
@@ -66,9 +85,9 @@ def collection(experiment: Experiment, point: Point) -> Path:
     output = experiment.place(point) / "labels"
     if (output / COLLECTED).is_file():
         return output
-    writer = experiment.objective(point).writer
+    writer = _writer(experiment, point)
     order = np.random.default_rng(point.seed).permutation(experiment.recipe.collect.prompts)
-    rows = _pool(experiment, "slm").take(order[: point.prompts])
+    rows = _pool(experiment, "slm" if writer == "teacher" else writer).take(order[: point.prompts])
     if writer == "teacher":
         written = _pool(experiment, writer).take(order)
         rows = written.slice(0, int(np.searchsorted(_tokens(written).cumsum(), _tokens(rows).sum(), side="right")))
@@ -83,11 +102,11 @@ def collection(experiment: Experiment, point: Point) -> Path:
     return output
 
 
-def _collecting(recipe: Recipe, writer: Writer) -> Recipe:
-    return recipe if writer == "slm" else recipe.by_teacher()
+def _collecting(recipe: Recipe, writer: Wrote) -> Recipe:
+    return recipe.by_teacher() if writer == "teacher" else recipe
 
 
-def _folder(experiment: Experiment, writer: Writer) -> Path:
+def _folder(experiment: Experiment, writer: Wrote) -> Path:
     return experiment.folder / "labels" / writer
 
 
@@ -100,7 +119,7 @@ def _write(path: Path, rows: pa.Table) -> None:
         part.write_bytes(sealed(rows.select(LABELLED.names).cast(LABELLED)))
 
 
-def _pool(experiment: Experiment, writer: Writer) -> pa.Table:
+def _pool(experiment: Experiment, writer: Wrote) -> pa.Table:
     return pa.concat_tables(read_sealed(path) for path in sorted(_folder(experiment, writer).glob("*.arrow")))
 
 

@@ -27,16 +27,19 @@ class System:
     candidates stay those of the recipe's SLM, for new ones would cost the teacher as much again; at decoding they are
     its own. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM.
     "choice": nothing more is trained. The `selector` of the same labels writes, triggers and proposes, and the text
-    logits of `kd` choose among its candidates, at triggered steps alone."""
+    logits of `kd` choose among its candidates, at triggered steps alone.
+    `rescued`: the labels are of texts that S2T wrote to the same prompts, with the teacher choosing as it read."""
 
     objective: str
     from_kd: Literal["model", "lora", "choice"] | None = None
+    rescued: bool = False
 
 
 SELECTOR, KD = "selector", "kd"
 SYSTEMS = {
     SELECTOR: System(SELECTOR),
     KD: System(KD),
+    "kd-rescued": System(KD, rescued=True),
     "kd-at-triggers": System(SELECTOR, "choice"),
     "kd+selector": System(SELECTOR, "model"),
     "selector-from-kd": System(SELECTOR, "lora"),
