@@ -60,8 +60,9 @@ def test_a_point_of_the_selector_and_of_kd_and_nothing_is_asked_again(
     assert all(len(record["correct"]) == 2 for record in records)
     assert [record["first_wrong"] is not None for record in records] == [False, False, True, False, True]
     assert not (tmp_path / "trained" / "kd-at-triggers-6-0").exists()
-    for figure in ("outcome", "drift"):
-        assert by_system["kd-at-triggers"][figure] == by_system["selector"][figure]
+    assert by_system["kd-at-triggers"]["outcome"] == by_system["selector"]["outcome"]
+    # How forwards were batched decides the last digits.
+    assert by_system["kd-at-triggers"]["drift"] == pytest.approx(by_system["selector"]["drift"], rel=1e-3)
     for name in ("selector", "kd"):
         provenance = read_provenance(tmp_path / "trained" / f"{name}-6-0" / "model")
         rows, _ = read_shards(tmp_path / "trained" / f"{name}-6-0" / "labels")
