@@ -118,10 +118,7 @@ def test_rescued_texts_are_the_slms_but_for_the_teachers_choice_where_they_diver
             first = critical[0] if critical else len(row["output_ids"])
             assert row["output_ids"][:first] == alone["output_ids"][:first]
             for step in set(range(len(row["output_ids"]))) - set(critical):
-                best = max(
-                    range(len(row["kept"][step]["candidates_K"])), key=row["kept"][step]["slm_logprobs_K"].__getitem__
-                )
-                assert row["output_ids"][step] == row["kept"][step]["candidates_K"][best]
+                assert row["output_ids"][step] == row["kept"][step]["candidates_K"][0], "the best that was drawn"
     assert rescued
     taken, _ = read_shards(labels.collection(experiment, point))
     order = np.random.default_rng(0).permutation(len(by_both))[:6]

@@ -8,7 +8,6 @@ is decided for each collection by itself, as `s2t collect` would if it had been 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -33,33 +32,38 @@ from s2t_models.storage import whole
 #: Rows that are made, and kept, at once.
 BATCH = 128
 #: Who writes a pool.
-Wrote = Literal["slm", "teacher", "s2t"]
+PoolWriter = Literal["slm", "teacher", "s2t"]
 
 
-def writers(experiment: Experiment, points: Sequence[Point]) -> list[Wrote]:
+def writers(experiment: Experiment, points: Sequence[Point]) -> list[PoolWriter]:
     """Who writes the pools that these points take: the SLM's says what is of equal cost."""
     return ["slm", *sorted({_writer(experiment, point) for point in points} - {"slm"})]
 
 
-def missing(experiment: Experiment, writer: Wrote) -> list[int]:
+def missing(experiment: Experiment, writer: PoolWriter) -> list[int]:
     """Where the batches of prompts begin that are not in the pool yet."""
     starts = range(0, experiment.recipe.collect.prompts, BATCH)
     return [start for start in starts if not _file(_folder(experiment, writer), start).is_file()]
 
 
-def make_pool(experiment: Experiment, writer: Wrote) -> None:
+def make_pool(experiment: Experiment, writer: PoolWriter) -> None:
     """Roll out and label the prompts of the pool that are not there yet."""
     recipe, folder = _collecting(experiment.recipe, writer), _folder(experiment, writer)
     rows = sources.rows(sources.from_task(recipe.collect.task, None, recipe), recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    engines, rollouts = pair(recipe), _rollouts(experiment, recipe, writer)
-    with ExitStack() as closing:
-        closing.callback(rollouts.close if isinstance(rollouts, RescuedRollouts) else rollouts.engine.close)
-        labels = Labels(recipe, engines[recipe.collect.reader])
-        closing.callback(labels.engine.close)
+    engines = pair(recipe)
+    labels = Labels(recipe, engines[recipe.collect.reader])
+    if writer == "s2t":
+        rollouts: Rollouts = RescuedRollouts(recipe, labels, rescue_threshold(experiment))
+    else:
+        rollouts = Rollouts(recipe, engines[writer])
+    try:
         for start in missing(experiment, writer):
             asked = pa.Table.from_pylist(rows[start : start + BATCH], PROMPT)
             _write(_file(folder, start), labels(rollouts(asked)))
+    finally:
+        rollouts.engine.close()
+        labels.engine.close()
 
 
 def rescue_threshold(experiment: Experiment) -> float:
@@ -68,13 +72,7 @@ def rescue_threshold(experiment: Experiment) -> float:
     return float(np.quantile(kl, 1 - experiment.recipe.budget))
 
 
-def _rollouts(experiment: Experiment, recipe: Recipe, writer: Wrote) -> Rollouts | RescuedRollouts:
-    if writer == "s2t":
-        return RescuedRollouts(recipe, rescue_threshold(experiment))
-    return Rollouts(recipe, pair(recipe)[writer])
-
-
-def _writer(experiment: Experiment, point: Point) -> Wrote:
+def _writer(experiment: Experiment, point: Point) -> PoolWriter:
     return "s2t" if SYSTEMS[point.system].rescued else experiment.objective(point).writer
 
 
@@ -102,11 +100,11 @@ def collection(experiment: Experiment, point: Point) -> Path:
     return output
 
 
-def _collecting(recipe: Recipe, writer: Wrote) -> Recipe:
+def _collecting(recipe: Recipe, writer: PoolWriter) -> Recipe:
     return recipe.by_teacher() if writer == "teacher" else recipe
 
 
-def _folder(experiment: Experiment, writer: Wrote) -> Path:
+def _folder(experiment: Experiment, writer: PoolWriter) -> Path:
     return experiment.folder / "labels" / writer
 
 
@@ -119,7 +117,7 @@ def _write(path: Path, rows: pa.Table) -> None:
         part.write_bytes(sealed(rows.select(LABELLED.names).cast(LABELLED)))
 
 
-def _pool(experiment: Experiment, writer: Wrote) -> pa.Table:
+def _pool(experiment: Experiment, writer: PoolWriter) -> pa.Table:
     return pa.concat_tables(read_sealed(path) for path in sorted(_folder(experiment, writer).glob("*.arrow")))
 
 

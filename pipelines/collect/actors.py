@@ -24,7 +24,7 @@ from pipelines.collect.schemas import FAILED, LABELLED, ROLLOUT
 from s2t_models import chat, loading
 from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
-from s2t_models.engines.contract import ContextOverflow, Engine, EngineDied, Sampling
+from s2t_models.engines.contract import ContextOverflow, Engine, EngineDied, Finish, Sampling, Support
 from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
@@ -61,6 +61,19 @@ class Rollouts:
             raise UnusablePrompt("empty prompt: no message has any text")
         prompt = chat.render(self.tokenizer, messages)
         prompt_ids = chat.encode(self.tokenizer, prompt)
+        ids, finish, support = await self.write(prompt_ids, row)
+        return {
+            "prompt": prompt,
+            "prompt_ids": prompt_ids,
+            "output_ids": ids,
+            "finish": finish,
+            "entropy_T": support.entropy_T,
+            "support_ids": support.ids_TN.ravel(),
+            "support_logprobs": support.logprobs_TN.ravel(),
+        }
+
+    async def write(self, prompt_ids: list[int], row: Row) -> tuple[list[int], Finish, Support]:
+        """What is written behind the prompt, how it ended, and the writer's support of every step."""
         collect = self.recipe.collect
         sampling = Sampling(
             max_tokens=collect.max_new_tokens,
@@ -70,16 +83,7 @@ class Rollouts:
             support=self.recipe.divergence.support,
         )
         draft = await self.engine.generate(prompt_ids, sampling)
-        support = draft.supported
-        return {
-            "prompt": prompt,
-            "prompt_ids": prompt_ids,
-            "output_ids": draft.ids,
-            "finish": draft.finish,
-            "entropy_T": support.entropy_T,
-            "support_ids": support.ids_TN.ravel(),
-            "support_logprobs": support.logprobs_TN.ravel(),
-        }
+        return draft.ids, draft.finish, draft.supported
 
 
 class Labels:
