@@ -50,6 +50,7 @@ def recipe(nodes: int, rows: int, tokens: int) -> Recipe:
     engine = {"engine": sleeping.NAME, "slots": AT_ONCE, "num_replicas": nodes, "num_cpus": 0.25, "num_gpus": 0.5}
     items = min(rows, ITEMS)
     settings = {
+        "collect.writer": "slm",
         "collect.prompts": rows,
         "collect.max_new_tokens": tokens,
         **{f"collect.{name}.{key}": value for name in ("rollout", "label") for key, value in pool.items()},

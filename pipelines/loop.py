@@ -51,8 +51,8 @@ def loop(recipe: Recipe, output: Location, data: Path | None = None) -> Recipe:
     train, calibration = output / "train", output / "calibration"
     artifact, control = output / "artifact", output / "kd"
     with _stage(output, "collect"):
-        _collect(recipe, train, data)
         _collect(recipe.calibrating(), calibration, data)
+        _collect(recipe.calibrated_by(calibration), train, data)
     with _stage(output, "distil selector"):
         _distil(recipe, train, artifact, "selector", calibration)
     with _stage(output, "distil kd"):

@@ -141,11 +141,19 @@ def trained_folders(recipe: Recipe) -> dict[str, str]:
 
 
 def pair(recipe: Recipe) -> dict[str, Hosted]:
-    """The SLM and the teacher alone, as collecting needs them. Raises RecipeError where they do not belong together."""
+    """The SLM and the teacher alone. Raises RecipeError where they do not belong together."""
     recipe, masked = pinned(recipe), masked_rows(recipe)
     engines = {name: Hosted(name, getattr(recipe, name), masked) for name in ("slm", "teacher")}
     _check_tokenizer(engines["teacher"], recipe)
     return engines
+
+
+def collecting(recipe: Recipe) -> Hosting:
+    """The pair alone, as collecting needs it; where S2T writes, with the thresholds of `trigger.calibration`. Raises
+    RecipeError."""
+    engines = pair(recipe)
+    thresholds = _thresholds(recipe, None) if recipe.collect.writer == "s2t" else {}
+    return Hosting(recipe, recipe.digest(), engines["slm"], engines, thresholds)
 
 
 def pinned(recipe: Recipe) -> Recipe:

@@ -35,9 +35,9 @@ class TeacherTokens(BaseModel):
         return TeacherTokens(read=self.read + other.read, written=self.written + other.written)
 
     @classmethod
-    def of_collection(cls, writer: Writer, prompts: int, outputs: int) -> TeacherTokens:
-        """Of a collection with so many tokens of prompts and outputs: labelling reads both, in one forward a text."""
-        return cls(read=prompts + outputs) if writer == "slm" else cls(read=prompts, written=outputs)
+    def of_collection(cls, writer: Writer, read: int, outputs: int) -> TeacherTokens:
+        """Of a collection whose outputs have so many tokens."""
+        return cls(read=read, written=outputs if writer == "teacher" else 0)
 
 
 class Provenance(BaseModel):

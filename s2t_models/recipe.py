@@ -136,8 +136,21 @@ class Recipe(Settings):
 
     def calibrating(self) -> Recipe:
         """The recipe that collects its calibration prompts: what thresholds are percentiles of is greedy decoding."""
-        chosen = {"task": self.calibration.task, "prompts": self.calibration.prompts, "sampled": 0.0}
+        chosen = {
+            "writer": "slm",
+            "task": self.calibration.task,
+            "prompts": self.calibration.prompts,
+            "sampled": 0.0,
+        }
         return self.model_copy(update={"collect": self.collect.model_copy(update=chosen)})
+
+    def calibrated_by(self, collection: Location) -> Recipe:
+        """The recipe that collects its training prompts beside that collection of its calibration prompts: S2T, where
+        it writes, takes its threshold from it, unless the recipe names another."""
+        if self.collect.writer != "s2t" or self.trigger.calibration or self.trigger.threshold is not None:
+            return self
+        trigger = self.trigger.model_copy(update={"calibration": str(collection)})
+        return self.model_copy(update={"trigger": trigger})
 
     def by_teacher(self) -> Recipe:
         """The recipe that collects the teacher's own answers to the training prompts, with its best tokens at every

@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
-#: Which model of the pair writes a collection's texts.
-Writer = Literal["slm", "teacher"]
+#: A model of the pair.
+Role = Literal["slm", "teacher"]
+#: Who writes a collection's texts: a model of the pair, or S2T, which is the SLM with the teacher choosing where they
+#: diverge (Algorithm 1).
+Writer = Literal["slm", "teacher", "s2t"]
 #: Candidates of one step at most: an engine keeps room for as many leaves.
 MOST_CANDIDATES = 64
 
@@ -95,7 +98,7 @@ class DivergenceSettings(Settings):
 
     def on_texts_of(self, writer: Writer) -> str:
         """That of a collection: the KL goes from the model that wrote to the one that read."""
-        pair = "SLM || teacher" if writer == "slm" else "teacher || SLM"
+        pair = "teacher || SLM" if writer == "teacher" else "SLM || teacher"
         return f"KL({pair}), top {self.support}, {self.tail}"
 
 
@@ -132,12 +135,15 @@ class ActorPool(Settings):
 
 
 class CollectSettings(Settings):
-    """Rollouts and labels (section 4.3, D.2). Of the pair the `writer` rolls out, and the other one reads."""
+    """Rollouts and labels (section 4.3, D.2). Of the pair the `writer` rolls out, and the other one reads. Where S2T
+    writes, the SLM drafts up to `chunk` tokens at once, and the teacher labels and chooses in the same reading: of
+    longer drafts more is read in vain."""
 
     writer: Writer = "slm"
     task: str = "embedded-train"
     prompts: Count = 2400
     max_new_tokens: Count = 256
+    chunk: Count = 8
     sampled: Fraction = 0.5
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -149,11 +155,16 @@ class CollectSettings(Settings):
     label: ActorPool = ActorPool()
 
     @property
-    def reader(self) -> Writer:
-        """The model that reads what the writer wrote."""
-        return "teacher" if self.writer == "slm" else "slm"
+    def drafter(self) -> Role:
+        """The model that rolls out."""
+        return "teacher" if self.writer == "teacher" else "slm"
 
-    def pool(self, role: Writer) -> ActorPool:
+    @property
+    def reader(self) -> Role:
+        """The model that reads what is rolled out."""
+        return "slm" if self.writer == "teacher" else "teacher"
+
+    def pool(self, role: Role) -> ActorPool:
         """The actors that hold this model: those of rollouts the SLM, those of labels the teacher, whoever writes."""
         return self.rollout if role == "slm" else self.label
 

@@ -87,20 +87,20 @@ def actor_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> Ite
 
 
 @contextmanager
-def task_options(model: ModelSettings) -> Iterator[dict[str, Any]]:
-    """Arguments of `ray.remote` for a task that holds one engine, with what a replica of it takes. A placement group is
-    removed at the end."""
+def remote_options(model: ModelSettings, num_cpus: float, num_gpus: float) -> Iterator[dict[str, Any]]:
+    """Arguments of `ray.remote` for a task or an actor that holds an engine, `num_gpus` where it is not vLLM's. A
+    placement group is removed at the end."""
     from ray.util import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    group = bundles(model, model.num_cpus)
+    group = bundles(model, num_cpus)
     if group is None:
-        yield {"num_cpus": model.num_cpus, "num_gpus": model.gpus}
+        yield {"num_cpus": num_cpus, "num_gpus": gpus(model, num_gpus)}
         return
     placed = placement_group(group, strategy=STRATEGY)
     try:
         where = PlacementGroupSchedulingStrategy(placed, placement_group_capture_child_tasks=True)
-        yield {"num_cpus": model.num_cpus, "scheduling_strategy": where}
+        yield {"num_cpus": num_cpus, "scheduling_strategy": where}
     finally:
         remove_placement_group(placed)
 

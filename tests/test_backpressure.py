@@ -62,7 +62,8 @@ job.Rollouts = Counted
 if slow == "disk":
     job.ArrowSink = SlowDisk
 settings = {
-    "slm.engine": "sleeping", "teacher.engine": "sleeping", "collect.prompts": ROWS, "collect.max_new_tokens": 512,
+    "slm.engine": "sleeping", "teacher.engine": "sleeping",
+    "collect.writer": "slm", "collect.prompts": ROWS, "collect.max_new_tokens": 512,
     **{f"collect.{pool}.batch": 8 for pool in ("rollout", "label")},
     **{f"collect.{pool}.num_cpus": 0.5 for pool in ("rollout", "label")},
 }

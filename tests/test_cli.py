@@ -40,6 +40,7 @@ def test_a_job_submitted_to_the_cluster_collects_shards(ray_cluster, tmp_path):
     output = tmp_path / "shards"
     overrides = [
         "collect.prompts=6",
+        "trigger.threshold=0.1",
         "collect.max_new_tokens=40",
         "collect.rollout.num_cpus=0.5",
         "collect.label.num_cpus=0.5",

@@ -58,7 +58,8 @@ def label(recipe: Recipe, task_name: str, count: int) -> pa.Table:
 def write(folder: Path, table: pa.Table, recipe: Recipe, task: str) -> Path:
     pair = weights_hash(recipe.slm), weights_hash(recipe.teacher), tokenizer_hash(recipe.slm)
     (folder / SHARDS).mkdir(parents=True)
-    write_shard(folder / SHARDS / shard_name(0, 1), table, shard_metadata(recipe, *pair, task))
+    collected = recipe if task.endswith("-train") else recipe.calibrating()
+    write_shard(folder / SHARDS / shard_name(0, 1), table, shard_metadata(collected, *pair, task))
     return folder
 
 

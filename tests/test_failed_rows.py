@@ -18,7 +18,7 @@ from pipelines.data.seal import sealed
 from pipelines.data.shards import read_shards, shard_metadata
 from pipelines.data.sink import committed
 from s2t_models.errors import NothingDone
-from s2t_models.hosting import pair
+from s2t_models.hosting import collecting
 from s2t_models.recipe import load_recipe
 from s2t_models.storage import Location
 
@@ -31,11 +31,12 @@ Make = Callable[[list[dict[int, str]]], list[list[int]]]
 def make(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes a collection of six rows, two a file. In each run the rows of that number have that error; returns the
     files that each run made."""
-    recipe = load_recipe(recipe_path, ["collect.prompts=6", "collect.max_new_tokens=48"])
-    engines = pair(recipe)
+    recipe = load_recipe(recipe_path, ["collect.writer=slm", "collect.prompts=6", "collect.max_new_tokens=48"])
+    hosting = collecting(recipe)
     asked = pa.Table.from_pylist(sources.rows(sources.from_task(recipe.collect.task, None, recipe), recipe), PROMPT)
-    rows = Labels(recipe, engines["teacher"])(Rollouts(recipe, engines["slm"])(asked)).to_pylist()
-    steps = ("kl_T", "entropy_T", "teacher_argmax_T", "teacher_rank_T", "kept")
+    rollouts = Rollouts(recipe, hosting.engines["slm"])(asked)
+    rows = Labels(recipe, hosting.engines["teacher"])(rollouts).to_pylist()
+    steps = ("teacher_read", "kl_T", "entropy_T", "teacher_argmax_T", "teacher_rank_T", "kept")
     labelled, checkpoint = tmp_path / "work" / "labelled", tmp_path / "work" / "checkpoint"
     for folder in (labelled, checkpoint):
         folder.mkdir(parents=True)
@@ -60,7 +61,7 @@ def make(recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
         monkeypatch.setattr(job, "_run", run)
         metadata = shard_metadata(recipe, "s", "t", "tok", "embedded-train")
-        job._make(recipe, engines, tmp_path, asked.to_pylist(), metadata)
+        job._make(hosting, tmp_path, asked.to_pylist(), metadata)
         return runs
 
     return made

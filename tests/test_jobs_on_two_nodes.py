@@ -23,6 +23,7 @@ from s2t_models.artifact import Artifact, read_provenance
 from s2t_models.router import SETTINGS
 
 SMALL = {
+    "trigger.threshold": 0.1,
     "collect.prompts": 24,
     "collect.max_new_tokens": 48,
     "collect.rollout.batch": 8,

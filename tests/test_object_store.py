@@ -33,6 +33,7 @@ from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.storage import ObjectPath, is_uri
 
 SETTINGS = [
+    "collect.writer=slm",
     "collect.max_new_tokens=60",
     *(f"collect.{stage}.{setting}" for stage in ("rollout", "label") for setting in ("batch=4", "num_cpus=0.5")),
     *("distil.steps=4", "distil.evaluate_every=4", "distil.batch=4", "distil.lora.rank=4", "distil.validation=0.2"),

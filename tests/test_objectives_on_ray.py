@@ -32,6 +32,7 @@ SETTINGS = (
     "distil.workers=1",
     "trigger_head.epochs=1",
     "trigger_head.positives=0.2",
+    "trigger.threshold=0.1",
     "collect.prompts=10",
     "collect.max_new_tokens=16",
     "collect.rollout.num_cpus=0.5",

@@ -22,7 +22,7 @@ from pipelines.paper.evidence import Evidence
 from pipelines.paper.job import collections_beside, given, paper
 from pipelines.paper.matrix import load_matrix
 from pipelines.paper.published import policies_in, published
-from pipelines.paper.runs import Given, Run, Runs, training_of
+from pipelines.paper.runs import CALIBRATION, Given, Run, Runs, training_of
 from pipelines.paper.specs import SPECS
 from pipelines.paper.tables import NOT_RUN
 from pipelines.results.summary import read_results
@@ -131,7 +131,7 @@ def test_a_finished_run_is_not_made_again_and_a_failed_one_costs_the_others_noth
     monkeypatch.setattr(Runs, "make", make)
     monkeypatch.setattr(Runs, "why_not", lambda self, run: None if run.kind == "collection" else "not today")
     assert paper(job, only=("1", "figure-3")) == 1
-    assert made == ["collection train", "collection calibration"], "states and main were there"
+    assert made == ["collection calibration", "collection train"], "states and main were there"
     assert "paper: 1 runs failed: collection train; the same command tries again" in capsys.readouterr().err
     kd = pd.read_csv(job.output / "tables" / "table-1.csv").set_index(["task", "policy"]).loc[("embedded", "kd")]
     assert kd["left open"] == "not today"
@@ -149,13 +149,13 @@ def test_what_was_trained_is_in_the_recipe_of_the_benchmarks_that_name_it(job: G
     runs, recipe = Runs(job), job.recipe
     names = [run.name for run in runs.all()]
     assert names[:4] == [
-        "collection train",
         "collection calibration",
+        "collection train",
         "collection states embedded",
         "training selector",
     ]
     assert [run.name for run in runs.needed(["sweep"])] == [
-        *("collection train", "collection calibration", "training r8-b30", "training same", "benchmark sweep"),
+        *("collection calibration", "collection train", "training r8-b30", "training same", "benchmark sweep"),
     ]
     assert runs.why_not(Run("training", "kd")) == "the collection train is not there"
     assert "this build has no objective unheard-of" in str(runs.never(Run("training", "tah")))
@@ -243,7 +243,7 @@ def test_a_wrong_matrix_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main([*options[:4], "--list", "--only", "A15"]) == 0
     listed = capsys.readouterr().out
     assert [line.partition("  ")[0] for line in listed.splitlines()[:4]] == [
-        *("collection train", "collection calibration", "training selector", "benchmark budgets"),
+        *("collection calibration", "collection train", "training selector", "benchmark budgets"),
     ]
     assert not (tmp_path / "out").exists()
 
@@ -263,6 +263,22 @@ def test_distils_texts_are_those_of_collect_teacher(tmp_path: Path) -> None:
     runs = Runs(given(recipe, tmp_path))
     collected = runs._collecting(Run("collection", runs.given.matrix.trainings["distil"].shards))
     assert collected == recipe.by_teacher()
+
+
+def test_s2ts_texts_are_collected_behind_the_calibration_prompts_and_all_others_are_the_slms(tmp_path: Path) -> None:
+    runs = Runs(given(load_recipe(RECIPE, ["collect.writer=s2t"]), tmp_path))
+    train, states = Run("collection", "train"), Run("collection", "states", "embedded")
+    folder = str((tmp_path / "collections" / "calibration").resolve())
+    collected = runs._collecting(train)
+    assert (collected.collect.writer, collected.trigger.calibration) == ("s2t", folder)
+    assert {runs._collecting(run).collect.writer for run in (states, CALIBRATION)} == {"slm"}
+    assert runs.why_not(train) == "the collection calibration is not there"
+    assert runs.why_not(states) is runs.why_not(CALIBRATION) is None
+    assert [run.name for run in runs.needed(["train"])] == ["collection calibration", "collection train"]
+    own = Runs(given(load_recipe(RECIPE, ["collect.writer=s2t", "trigger.threshold=0.1"]), tmp_path))
+    assert own.why_not(train) is None
+    slm = Runs(given(load_recipe(RECIPE, ["collect.writer=slm"]), tmp_path))
+    assert [run.name for run in slm.needed(["train"])] == ["collection train"]
 
 
 def test_the_papers_values_agree_from_table_to_table() -> None:

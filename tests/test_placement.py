@@ -78,7 +78,7 @@ def on_pretended_gpus(script: str) -> Any:
         from ray.data import ActorPoolStrategy
         from ray.util import get_current_placement_group
         from ray.util.placement_group import placement_group_table
-        from serving.placement import actor_options, replica_options, task_options
+        from serving.placement import actor_options, remote_options, replica_options
         from s2t_models.settings import ModelSettings
 
         ray.init(address="local", num_cpus=8, num_gpus=8, log_to_driver=False, logging_level="ERROR")
@@ -122,7 +122,7 @@ def test_serve_data_and_tasks_get_the_placement_groups():
             rows = ray.data.range(1).map_batches(
                 Actor, compute=ActorPoolStrategy(size=1), batch_size=1, **options
             ).take_all()
-        with task_options(model) as options:
+        with remote_options(model, model.num_cpus, model.num_gpus) as options:
             task = ray.get(ray.remote(**options)(group).remote())
         print(json.dumps([served, beside, json.loads(rows[0]["group"]), task, free()]))
     """)

@@ -20,6 +20,7 @@ from s2t_models.recipe import load_recipe
 from s2t_models.router import load_router
 
 SETTINGS = [
+    "collect.writer=slm",
     "collect.prompts=24",
     "collect.max_new_tokens=48",
     "collect.rollout.num_cpus=0.5",

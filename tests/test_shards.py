@@ -44,6 +44,7 @@ def _row(uid: str) -> dict:
         "seed": 5,
         "temperature": 0.7,
         "finish": "end",
+        "teacher_read": 4,
         "kl_T": [0.0, 1.5],
         "entropy_T": [0.25, 0.5],
         "teacher_argmax_T": [7, 8],

@@ -102,6 +102,7 @@ def test_the_teacher_writes_and_its_best_tokens_are_kept_of_every_step(recipe_pa
     )
     for row in found:
         start, ids = len(row["prompt_ids"]), row["prompt_ids"] + row["output_ids"]
+        assert row["teacher_read"] == start
         logprobs = {}
         for name, model in models.items():
             with torch.no_grad():
@@ -134,7 +135,8 @@ def test_collections_are_metered_and_a_training_takes_those_of_its_writer(recipe
     table = pa.Table.from_pylist(made, SHARD)
     prompts, outputs = (sum(len(row[name]) for row in made) for name in ("prompt_ids", "output_ids"))
     read = write(tmp_path / "read", table, recipe, "embedded-train")
-    written = write(tmp_path / "written", table, recipe.by_teacher(), "embedded-train")
+    answers = pa.Table.from_pylist([row | {"teacher_read": len(row["prompt_ids"])} for row in made], SHARD)
+    written = write(tmp_path / "written", answers, recipe.by_teacher(), "embedded-train")
     other = pa.Table.from_pylist(labelled_rows(recipe, "embedded-calibration", 2), SHARD)
     calibration = write(tmp_path / "calibration", other, recipe, "embedded-calibration")
 
@@ -144,9 +146,13 @@ def test_collections_are_metered_and_a_training_takes_those_of_its_writer(recipe
     by_teacher = check_inputs(recipe, "distil", written, None, {}, {}, "teacher")
     assert by_teacher.teacher == TeacherTokens(read=prompts, written=outputs)
     assert by_teacher.divergence == "KL(teacher || SLM), top 64, bucket"
-    with pytest.raises(ShardError, match=r"by the SLM, and distil is .* of the teacher; .* s2t collect --teacher$"):
+    with pytest.raises(
+        ShardError, match=r"by S2T, and the training of distil takes those of the teacher; .* s2t collect --teacher$"
+    ):
         check_inputs(recipe, "distil", read, None, {}, {}, "teacher")
-    with pytest.raises(ShardError, match=r"by the teacher, and kd is .* of the SLM; .* s2t collect$"):
+    with pytest.raises(
+        ShardError, match=r"by the teacher, and the training of kd takes those of the SLM or S2T; .* s2t collect$"
+    ):
         check_inputs(recipe, "kd", written, None, {}, {})
 
 

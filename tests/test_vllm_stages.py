@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow  # seven engines are started, of which each takes 
 NAME = "vllm"
 EXACT = [f"{model}.{key}" for model in ("slm", "teacher") for key in ("dtype=float32", "device=cpu")]
 SMALL = [
+    "collect.writer=slm",
     "collect.prompts=24",
     "collect.max_new_tokens=60",
     "collect.rollout.batch=2",

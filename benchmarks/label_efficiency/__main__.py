@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.label_efficiency.work import Job
 
 SIZES = "25,50,100,200,400,800,1600"
-SYSTEMS = "selector,kd,kd-rescued,kd-at-triggers,kd+selector,selector-from-kd,tsd-kd,distil"
+SYSTEMS = "selector,kd,selector-rescued,kd-rescued,kd-at-triggers,kd+selector,selector-from-kd,tsd-kd,distil"
 TASKS = "embedded,embedded-hard,embedded-held-out"
 BUDGETS = "0.02,0.05,0.10"
 #: What a measurement takes, and what making the labels takes, in steps of a training.

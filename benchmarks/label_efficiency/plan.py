@@ -28,7 +28,7 @@ class System:
     its own. "lora": the selector's LoRA begins as that of `kd`, over the recipe's SLM.
     "choice": nothing more is trained. The `selector` of the same labels writes, triggers and proposes, and the text
     logits of `kd` choose among its candidates, at triggered steps alone.
-    `rescued`: the labels are of texts that S2T wrote to the same prompts, with the teacher choosing as it read."""
+    `rescued`: the labels are of texts that S2T wrote to the same prompts (`collect.writer`)."""
 
     objective: str
     from_kd: Literal["model", "lora", "choice"] | None = None
@@ -39,6 +39,7 @@ SELECTOR, KD = "selector", "kd"
 SYSTEMS = {
     SELECTOR: System(SELECTOR),
     KD: System(KD),
+    "selector-rescued": System(SELECTOR, rescued=True),
     "kd-rescued": System(KD, rescued=True),
     "kd-at-triggers": System(SELECTOR, "choice"),
     "kd+selector": System(SELECTOR, "model"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.label_efficiency.measuring import Case, Measured
-from benchmarks.label_efficiency.plan import KD, REFERENCES
+from benchmarks.label_efficiency.plan import KD, REFERENCES, SYSTEMS
 from pipelines.results import figures as draw
 from pipelines.results.statistics import accuracy, paired
 from pipelines.results.summary import markdown_table
@@ -18,24 +18,26 @@ from s2t_models.storage import whole, write_text
 TABLE = "table.md"
 #: What the others are compared with, at equal teacher cost.
 CONTROLS = (KD, "distil")
+RESCUE = "gain of the rescue"
 HEADER = (
     *("prompts", "system", "texts", "steps", "teacher read", "teacher wrote", "accuracy %", "of each training"),
     *(f"against {control}" for control in CONTROLS),
-    *("length", "KL of the text head", "kept %", f"kept against {KD}", "triggered %"),
+    *(RESCUE, "length", "KL of the text head", "kept %", f"kept against {KD}", "triggered %"),
     *("wrong at triggered", "wrong elsewhere"),
 )
 LEGEND = """\
 Every system of a number of prompts is trained at the teacher cost of that many labelled prompts. `selector`, `kd` and
-what is made of both share their labels; `kd-at-triggers` is `selector` with `kd` choosing at its triggered steps.
-`distil` has as many of the teacher's own texts as cost no more, and `tsd-kd` lets the teacher read about as many
-texts of its own. `texts`, `teacher read` and `teacher wrote` (its tokens, as metered) are means over the seeds, and
-so is what follows; `of each training` has the accuracies seed by seed. `against kd` and `against distil` are
-differences of accuracies with their 95% intervals, by the paired bootstrap over items. `length` is the mean of an
-answer, in tokens. `KL of the text head` is KL(base || trained) in nats a token on what the base writes; what a
-selector changes at triggered steps is not in it. `kept` is the accuracy on the items that the base solves.
-`triggered` is the share of tokens that were decided at triggered steps. `wrong at triggered` and `wrong elsewhere`
-count the wrong answers whose first token that the teacher gives less than 5% is at a triggered step, and at another
-one."""
+what is made of both share their labels; `kd-at-triggers` is `selector` with `kd` choosing at its triggered steps. Those
+that are `-rescued` have as many texts that S2T wrote as cost no more, what was read of drafts that were cut included.
+`distil` has as many of the teacher's own texts as cost no more, and `tsd-kd` lets the teacher read about as many texts
+of its own. `texts`, `teacher read` and `teacher wrote` (its tokens, as metered) are means over the seeds, and so is
+what follows; `of each training` has the accuracies seed by seed. `against kd` and `against distil` are differences of
+accuracies with their 95% intervals, by the paired bootstrap over items, and so is `gain of the rescue`, from the same
+system on the SLM's own texts. `length` is the mean of an answer, in tokens. `KL of the text head` is KL(base ||
+trained) in nats a token on what the base writes; what a selector changes at triggered steps is not in it. `kept` is the
+accuracy on the items that the base solves. `triggered` is the share of tokens that were decided at triggered steps.
+`wrong at triggered` and `wrong elsewhere` count the wrong answers whose first token that the teacher gives less than 5%
+is at a triggered step, and at another one."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ class Curve:
     def label(self) -> str:
         budget = [] if self.budget is None else [f"@{100 * self.budget:g}%"]
         return " ".join([self.system, *budget, *self.settings.split()])
+
+    @property
+    def rescued(self) -> str | None:
+        """The system that this one is, but for texts that S2T wrote; None where the SLM or the teacher wrote them."""
+        system = SYSTEMS.get(self.system)
+        return system.objective if system and system.rescued else None
 
     @property
     def items(self) -> list[int]:
@@ -118,11 +126,15 @@ def _table(references: Mapping[str, Measured], curves: Sequence[Curve]) -> str:
         {"system": name, "accuracy %": _percent(_reference(one)), "length": _length([one])}
         for name, one in references.items()
     ]
+    by_kind = {(curve.system, curve.prompts, curve.settings, curve.budget): curve for curve in curves}
     for curve in curves:
         others = {
             name: controls.get((name, curve.prompts, curve.settings)) for name in CONTROLS if name != curve.system
         }
-        rows.append(_row(curve, others, base if base and any(base.correct) else None))
+        row = _row(curve, others, base if base and any(base.correct) else None)
+        if curve.rescued and (plain := by_kind.get((curve.rescued, curve.prompts, curve.settings, curve.budget))):
+            row[RESCUE] = _against(curve, plain)
+        rows.append(row)
     return markdown_table(HEADER, [tuple(row.get(column, "") for column in HEADER) for row in rows])
 
 
@@ -187,10 +199,10 @@ def _draw(curves: Sequence[Curve], references: Mapping[str, Measured], path: Pat
     for curve in curves:
         if curve.correct:
             series.setdefault(curve.label, []).append(_point(curve, curve.prompts))
-    for name, one in references.items():
-        series[name] = [_point(_reference(one), size) for size in {curve.prompts for curve in curves}]
     if series:
-        figure = draw.accuracy_over(series, "labelled prompts, or as much of the teacher", title, doubling_x=True)
+        levels = {name: float(np.mean(one.correct)) for name, one in references.items()}
+        x = "labelled prompts, or as much of the teacher"
+        figure = draw.accuracy_over(series, x, title, doubling_x=True, levels=levels)
         with whole(path) as part:
             figure.savefig(part, format="png")
 

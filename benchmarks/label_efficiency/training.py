@@ -46,7 +46,7 @@ def train(experiment: Experiment, point: Point) -> Outcome:
     shards, chosen = collection(experiment, point), experiment.objective(point)
     name, recipe = SYSTEMS[point.system].objective, experiment.training(point)
     settings = {"distil.steps": recipe.distil.steps}
-    provenance = check_inputs(recipe, name, shards, None, {"training": recipe.seed}, settings, chosen.writer)
+    provenance = check_inputs(recipe, name, shards, None, {"training": recipe.seed}, settings, chosen.drafter)
     if kd and from_kd == "model":
         slm = recipe.slm.model_copy(update={"path": str(experiment.model(kd)), "revision": None})
         recipe = recipe.model_copy(update={"slm": slm})

@@ -45,7 +45,7 @@ def _on_the_cluster(rows: pd.DataFrame, recipe: Recipe, prompts: Prompts) -> lis
     cluster.start()
     cluster.require(placement.actor_bundles(teacher, teacher.num_cpus, teacher.num_gpus), what)
     try:
-        with placement.task_options(teacher) as options:
+        with placement.remote_options(teacher, teacher.num_cpus, teacher.num_gpus) as options:
             return ray.get(ray.remote(**options)(_read).remote(rows, recipe, prompts))
     except ray.exceptions.RayError as error:
         raise ReadingError(f"{what} failed: {one_line(error)}") from error

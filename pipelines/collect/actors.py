@@ -1,5 +1,5 @@
 """The two kinds of actor of a collection: the SLM rolls prompts out, the teacher labels what came of them. Where the
-teacher writes (`collect.writer`), the two change places.
+teacher writes (`collect.writer`), the two change places; where S2T does, see `rescued`.
 
 One row in is one row out: a prompt that cannot be used, or whose call fails, becomes a row with an `error`
 and costs no other row. All rows of a batch are called at once, so that the engine batches them. The actors
@@ -14,7 +14,7 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from pipelines.collect.schemas import FAILED, LABELLED, ROLLOUT
 from s2t_models import chat, loading
 from s2t_models.candidates import Method
 from s2t_models.divergence import divergence
-from s2t_models.engines.contract import ContextOverflow, Engine, EngineDied, Finish, Sampling, Support
+from s2t_models.engines.contract import ContextOverflow, Engine, EngineDied, Sampling
 from s2t_models.engines.load import load
 from s2t_models.hosting import Hosted
 from s2t_models.noise import uniforms
@@ -43,8 +43,11 @@ class Rollouts:
     """Rollouts of a batch of prompts. `hosted` is the model that writes; the `board` is told how many tokens it has
     written."""
 
+    #: The rows that come of the prompts.
+    made: ClassVar[pa.Schema] = ROLLOUT
+
     def __init__(self, recipe: Recipe, hosted: Hosted, board: Any = None) -> None:
-        use_threads(recipe.collect.pool(recipe.collect.writer).num_cpus)
+        use_threads(recipe.collect.pool(recipe.collect.drafter).num_cpus)
         self.tokenizer = loading.load_tokenizer(hosted.settings)
         self.engine: Engine = load(hosted)
         keep_posted(self.engine, hosted.name, board)
@@ -53,7 +56,7 @@ class Rollouts:
 
     def __call__(self, prompts: pa.Table) -> pa.Table:
         rows = self.loop.run_until_complete(_each(prompts.to_pylist(), self.roll_out))
-        return pa.Table.from_pylist(rows, ROLLOUT)
+        return pa.Table.from_pylist(rows, self.made)
 
     async def roll_out(self, row: Row) -> Row:
         messages = json.loads(row["messages"])
@@ -61,19 +64,10 @@ class Rollouts:
             raise UnusablePrompt("empty prompt: no message has any text")
         prompt = chat.render(self.tokenizer, messages)
         prompt_ids = chat.encode(self.tokenizer, prompt)
-        ids, finish, support = await self.write(prompt_ids, row)
-        return {
-            "prompt": prompt,
-            "prompt_ids": prompt_ids,
-            "output_ids": ids,
-            "finish": finish,
-            "entropy_T": support.entropy_T,
-            "support_ids": support.ids_TN.ravel(),
-            "support_logprobs": support.logprobs_TN.ravel(),
-        }
+        return {"prompt": prompt, "prompt_ids": prompt_ids} | await self.write(prompt_ids, row)
 
-    async def write(self, prompt_ids: list[int], row: Row) -> tuple[list[int], Finish, Support]:
-        """What is written behind the prompt, how it ended, and the writer's support of every step."""
+    async def write(self, prompt_ids: list[int], row: Row) -> Row:
+        """The columns of what is written behind the prompt."""
         collect = self.recipe.collect
         sampling = Sampling(
             max_tokens=collect.max_new_tokens,
@@ -83,7 +77,14 @@ class Rollouts:
             support=self.recipe.divergence.support,
         )
         draft = await self.engine.generate(prompt_ids, sampling)
-        return draft.ids, draft.finish, draft.supported
+        support = draft.supported
+        return {
+            "output_ids": draft.ids,
+            "finish": draft.finish,
+            "entropy_T": support.entropy_T,
+            "support_ids": support.ids_TN.ravel(),
+            "support_logprobs": support.logprobs_TN.ravel(),
+        }
 
 
 class Labels:
@@ -111,30 +112,35 @@ class Labels:
         steps = len(row["output_ids"])
         ids_TN = row["support_ids"].reshape(steps, -1)
         written_TN = row["support_logprobs"].reshape(steps, -1)
-        by_slm = self.recipe.collect.writer == "slm"
+        by_slm = self.recipe.collect.drafter == "slm"
         tokens, start = row["prompt_ids"] + row["output_ids"], len(row["prompt_ids"])
         scores = await self.engine.score(tokens, start, ids_TN, 0 if by_slm else ids_TN.shape[1])
-        read_TN = scores.logprobs_TN
-        kl_T = divergence(torch.tensor(written_TN), torch.from_numpy(read_TN), self.recipe.divergence.tail)
-        slm_TN, teacher_TN = (written_TN, read_TN) if by_slm else (read_TN, written_TN)
-        chosen_TK = propose_steps(written_TN, self.recipe.collect.k, self.recipe.collect.method, row["seed"])
-        candidates = [np.take_along_axis(of_TN, chosen_TK, -1) for of_TN in (ids_TN, slm_TN, teacher_TN)]
-        argmax_T = scores.argmax_T if by_slm else ids_TN[:, 0]
+        if by_slm:
+            argmax_T, rank_T = scores.argmax_T, teacher_rank(ids_TN, scores.argmax_T)
+        else:
+            assert scores.support is not None
+            argmax_T, rank_T = ids_TN[:, 0], teacher_rank(scores.support.ids_TN, ids_TN[:, 0])
         return {
-            "kl_T": kl_T.numpy(),
+            "teacher_read": len(tokens) if by_slm else start,
             "teacher_argmax_T": argmax_T,
-            "teacher_rank_T": teacher_rank(ids_TN if scores.support is None else scores.support.ids_TN, argmax_T),
-            "kept": [
-                {
-                    "step": step,
-                    "by_kl": False,
-                    "candidates_K": ids_K,
-                    "slm_logprobs_K": slm_K,
-                    "teacher_logprobs_K": teacher_K,
-                }
-                for step, (ids_K, slm_K, teacher_K) in enumerate(zip(*candidates, strict=True))
-            ],
+            "teacher_rank_T": rank_T,
+            **labels(ids_TN, written_TN, scores.logprobs_TN, self.recipe, row["seed"]),
         }
+
+
+def labels(ids_TN: np.ndarray, drafted_TN: np.ndarray, read_TN: np.ndarray, recipe: Recipe, seed: int) -> Row:
+    """The columns `kl_T` and `kept`, of every step: `ids_TN` are the support of the model that rolled out,
+    `drafted_TN` its log-probabilities of them, and `read_TN` those of the model that read."""
+    collect = recipe.collect
+    kl_T = divergence(torch.tensor(drafted_TN), torch.tensor(read_TN), recipe.divergence.tail)
+    slm_TN, teacher_TN = (drafted_TN, read_TN) if collect.drafter == "slm" else (read_TN, drafted_TN)
+    chosen_TK = propose_steps(drafted_TN, collect.k, collect.method, seed)
+    candidates = [np.take_along_axis(of_TN, chosen_TK, -1) for of_TN in (ids_TN, slm_TN, teacher_TN)]
+    kept = [
+        {"step": step, "by_kl": False, "candidates_K": ids_K, "slm_logprobs_K": slm_K, "teacher_logprobs_K": teacher_K}
+        for step, (ids_K, slm_K, teacher_K) in enumerate(zip(*candidates, strict=True))
+    ]
+    return {"kl_T": kl_T.numpy(), "kept": kept}
 
 
 def propose_steps(logprobs_TN: np.ndarray, k: int, method: Method, seed: int) -> np.ndarray:

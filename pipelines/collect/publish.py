@@ -65,7 +65,7 @@ class Survey:
     coarse_B: dict[str, np.ndarray]
     steps: int = 0
     agreed: int = 0
-    prompt_tokens: int = 0
+    teacher_read: int = 0
     output_tokens: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     finish: Counter[str] = field(default_factory=Counter)
@@ -79,7 +79,7 @@ class Survey:
         self.coarse_B = {name: counts + other.coarse_B[name] for name, counts in self.coarse_B.items()}
         self.steps += other.steps
         self.agreed += other.agreed
-        self.prompt_tokens += other.prompt_tokens
+        self.teacher_read += other.teacher_read
         self.output_tokens += other.output_tokens
         self.errors += other.errors
         self.finish += other.finish
@@ -149,7 +149,7 @@ def publish(
         written.add(done)
     if isinstance(output, ObjectPath):
         write_json(output / SHARDS / DIGESTS, written.digests)
-    cost = TeacherTokens.of_collection(recipe.collect.writer, survey.prompt_tokens, survey.output_tokens)
+    cost = TeacherTokens.of_collection(recipe.collect.writer, survey.teacher_read, survey.output_tokens)
     summary = {
         "rows": rows,
         "errors": dict(sorted(survey.errors.items())),
@@ -233,7 +233,7 @@ def _survey(files: Sequence[Location], first: int) -> Survey:
                 coarse_B={name: ranks.coarse(_flat(table, column)) for name, column in METRICS.items()},
                 steps=len(rank_S),
                 agreed=int((rank_S == 0).sum()),
-                prompt_tokens=len(_flat(table, "prompt_ids")),
+                teacher_read=int(pc.sum(table["teacher_read"]).as_py() or 0),
                 output_tokens=len(_flat(table, "output_ids")),
                 errors=Counter(_kind(text) for _, text in errors),
                 finish=Counter(reason for reason in table["finish"].to_pylist() if reason),

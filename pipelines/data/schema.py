@@ -23,12 +23,12 @@ KEPT_STEP = pa.struct(
     ]
 )
 
-#: One trajectory. The SLM wrote it, or the teacher (`collect.writer` of the recipe in the metadata); `entropy_T` is
-#: the writer's, `kl_T` goes from it to the other model. `questions` are the hashes its prompt is known by
-#: (`splits.question_hashes`), by which test rows are kept out of training. `teacher_rank_T` is the 0-based rank of
-#: the teacher's argmax in the SLM's order (support or more: the value `support`). `error` is null where the row is
-#: whole; then the step columns are filled, and null where it is not. An error is "kind: detail"; the kinds are "empty
-#: prompt", "too long" and "failed".
+#: One trajectory. The SLM wrote it, the teacher, or S2T (`collect.writer` of the recipe in the metadata); `entropy_T`
+#: is that of the model that rolled out, `kl_T` goes from it to the other one. `questions` are the hashes its prompt is
+#: known by (`splits.question_hashes`), by which test rows are kept out of training. `teacher_read` is how many tokens
+#: the teacher read for it, `teacher_rank_T` the 0-based rank of the teacher's argmax in the SLM's order (support or
+#: more: the value `support`). `error` is null where the row is whole; then the step columns are filled, and null where
+#: it is not. An error is "kind: detail"; the kinds are "empty prompt", "too long" and "failed".
 SHARD = pa.schema(
     [
         ("uid", pa.string()),
@@ -39,6 +39,7 @@ SHARD = pa.schema(
         ("seed", pa.int64()),
         ("temperature", pa.float64()),
         ("finish", pa.string()),
+        ("teacher_read", pa.int64()),
         ("kl_T", pa.list_(pa.float32())),
         ("entropy_T", pa.list_(pa.float32())),
         ("teacher_argmax_T", pa.list_(pa.int32())),

@@ -4,7 +4,7 @@ record."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,15 +28,17 @@ from s2t_models.calibration import Calibration
 from s2t_models.errors import UserError
 from s2t_models.provenance import Provenance, TeacherTokens
 from s2t_models.recipe import Recipe
-from s2t_models.settings import Writer
+from s2t_models.settings import Role, Writer
 from s2t_models.storage import Location, ObjectPath
 
 #: Ends of the names of tasks whose rows may be trained or calibrated on; the other benchmark tasks are test splits.
 NOT_TEST = ("-train", "-calibration", "-validation")
 
 
-#: The models of a pair in words.
-NAMES: Mapping[Writer, str] = {"slm": "SLM", "teacher": "teacher"}
+#: Who writes texts, in words.
+WRITERS: Mapping[Writer, str] = {"slm": "the SLM", "teacher": "the teacher", "s2t": "S2T"}
+#: Who may have written what an objective is trained on that wants this model to have rolled out.
+ROLLED_OUT_BY: Mapping[Role, Sequence[Writer]] = {"slm": ("slm", "s2t"), "teacher": ("teacher",)}
 
 
 class DistilError(UserError):
@@ -64,7 +66,7 @@ class Collection:
             return cls(metadata, list(Calibration.read(folder).rows), summary["kept_steps"], teacher)
         asked: set[str] = set()
         uids: set[str] = set()
-        kept = prompts = outputs = 0
+        kept = read = outputs = 0
         for table in each_shard(folder):
             known = len(uids)
             uids.update(table["uid"].to_pylist())
@@ -73,9 +75,12 @@ class Collection:
             asked.update(questions(table))
             kept += _items(table["kept"])
             whole = table.filter(table["error"].is_null())
-            prompts, outputs = prompts + _items(whole["prompt_ids"]), outputs + _items(whole["output_ids"])
+            read, outputs = (
+                read + int(pc.sum(whole["teacher_read"]).as_py() or 0),
+                outputs + _items(whole["output_ids"]),
+            )
         metadata = metadata_of(table)
-        return cls(metadata, sorted(asked), kept, TeacherTokens.of_collection(written_by(metadata), prompts, outputs))
+        return cls(metadata, sorted(asked), kept, TeacherTokens.of_collection(written_by(metadata), read, outputs))
 
 
 def _items(column: pa.ChunkedArray) -> int:
@@ -84,7 +89,7 @@ def _items(column: pa.ChunkedArray) -> int:
 
 
 def written_by(metadata: Mapping[str, str]) -> Writer:
-    """Which model wrote the texts of a collection."""
+    """Who wrote the texts of a collection."""
     return json.loads(metadata["s2t.recipe"])["collect"].get("writer", "slm")  # type: ignore[no-any-return]
 
 
@@ -112,12 +117,12 @@ def check_inputs(
     calibration: Location | None,
     seeds: Mapping[str, int],
     settings: Mapping[str, Any],
-    writer: Writer = "slm",
+    drafter: Role = "slm",
 ) -> Provenance:
-    """Check the collections, whose texts the `writer` wrote, and return the record of a training on them that has not
-    begun.
+    """Check the collections, whose texts the `drafter` rolled out, and return the record of a training on them that has
+    not begun.
 
-    Raises ShardError where one is of another pair, of a test split or of the other writer or has no labelled step, or
+    Raises ShardError where one is of another pair, of a test split or of another writer or has no labelled step, or
     where both share a row or were made with different divergences.
     """
     digests: dict[str, str] = {}
@@ -131,11 +136,13 @@ def check_inputs(
         if not found.kept_steps:
             raise ShardError(f"{folder}: no row has a labelled step; collect more prompts")
         metadata = found.metadata
-        if (other := written_by(metadata)) != writer:
-            option = " --teacher" if writer == "teacher" else ""
+        # Thresholds are percentiles of what the SLM writes on its own.
+        writers = ROLLED_OUT_BY[drafter] if role == "training" else ("slm",)
+        if (writer := written_by(metadata)) not in writers:
+            wanted = " or ".join(WRITERS[one] for one in writers)
+            option = " --calibration" if role == "calibration" else " --teacher" if drafter == "teacher" else ""
             raise ShardError(
-                f"{folder}: its texts are by the {NAMES[other]}, and {objective} is trained on those of the "
-                f"{NAMES[writer]}; "
+                f"{folder}: its texts are by {WRITERS[writer]}, and the {role} of {objective} takes those of {wanted}; "
                 f"make a collection of its own with s2t collect{option}"
             )
         teacher += found.teacher

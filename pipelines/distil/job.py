@@ -81,7 +81,7 @@ def distil(
     if chosen.on_policy:
         check_teacher(recipe)
     refuse_foreign(output, chosen.mark)
-    provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe), chosen.writer)
+    provenance = check_inputs(recipe, objective, shards, calibration, _seeds(recipe), _settings(recipe), chosen.drafter)
     known = read_provenance(output)
     collections = {"training": shards} | ({"calibration": calibration} if calibration else {})
     shards, output = shards.resolve(), output.resolve()

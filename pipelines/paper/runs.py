@@ -61,6 +61,15 @@ class Run:
         return " ".join(filter(None, (self.kind, self.part, self.task)))
 
 
+#: The one that thresholds come of.
+CALIBRATION = Run("collection", "calibration")
+
+
+def _part(run: Run) -> str:
+    """What a run is asked for as: a training may have the name of a benchmark or a collection."""
+    return f"training {run.part}" if run.kind == "training" else run.part
+
+
 class Runs:
     """All runs of a job. `open` keeps why a run could not be made, by its name."""
 
@@ -72,7 +81,8 @@ class Runs:
         """Every run of the matrix, each behind those that it needs."""
         matrix = self.given.matrix
         found: list[Run] = []
-        for name, collection in matrix.collections.items():
+        by_need = sorted(matrix.collections.items(), key=lambda part: part[1].of != "calibration")
+        for name, collection in by_need:
             tasks: tuple[str | None, ...] = (None,)
             if collection.of == "tasks":
                 tasks = collection.run_on(self.given.tasks)
@@ -92,9 +102,10 @@ class Runs:
             wanted |= {f"training {one}" for one in trained & matrix.trainings.keys() if not self.has(one)}
             if not self.given.recipe.artifact:
                 wanted.add("calibration")
-        for name in [name for name in matrix.trainings if f"training {name}" in wanted]:
-            wanted |= {matrix.trainings[name].shards, "calibration"}
-        return [run for run in self.all() if (f"training {run.part}" if run.kind == "training" else run.part) in wanted]
+        for run in reversed(self.all()):
+            if _part(run) in wanted:
+                wanted |= {source.part for source in self._sources(run)}
+        return [run for run in self.all() if _part(run) in wanted]
 
     def folder(self, run: Run) -> Location:
         if run.kind == "collection":
@@ -154,16 +165,22 @@ class Runs:
         """Why the run cannot be made now, in one line; None where it can."""
         if reason := self.never(run):
             return reason
-        if run.kind == "training":
-            sources = (
-                Run("collection", name) for name in (self.given.matrix.trainings[run.part].shards, "calibration")
-            )
-            return next((self._missing(source) for source in sources if not self.is_done(source)), None)
+        if missing := [source for source in self._sources(run) if not self.is_done(source)]:
+            return self._missing(missing[0])
         if run.kind == "audit":
             return None if self.has_answers(run.part) else self._missing(Run("benchmark", run.part))
         if run.kind == "benchmark" and not self.benchmark_recipe(run.part).benchmark.policies:
             return f"none of its policies can be had ({next(iter(self.left_out(run.part).values()))})"
         return None
+
+    def _sources(self, run: Run) -> list[Run]:
+        """The collections that a training or another collection takes."""
+        if run.kind == "training":
+            return [Run("collection", self.given.matrix.trainings[run.part].shards), CALIBRATION]
+        calibration = str(self.folder(CALIBRATION).resolve())
+        if run.kind == "collection" and self._collecting(run).trigger.calibration == calibration:
+            return [CALIBRATION]
+        return []
 
     def _missing(self, run: Run) -> str:
         return self.open.get(run.name) or self.never(run) or f"the {run.name} is not there"
@@ -176,7 +193,7 @@ class Runs:
             return collect.report(collect.collect(recipe, folder, data=given.data), folder)
         if run.kind == "training":
             training = given.matrix.trainings[run.part]
-            shards, calibration = (self.folder(Run("collection", name)) for name in (training.shards, "calibration"))
+            shards, calibration = (self.folder(source) for source in self._sources(run))
             recipe = self._training_recipe(run.part)
             return train(
                 recipe, training.objective, shards, folder, calibration if _scores(training.objective) else None
@@ -232,9 +249,10 @@ class Runs:
         elif part.of == "teacher":
             recipe = recipe.by_teacher()
         elif part.of == "tasks":
-            rolled = {"task": run.task, "prompts": self._items(run.part) or 10**6, "sampled": 0.0, "random_steps": 0.0}
-            recipe = recipe.model_copy(update={"collect": recipe.collect.model_copy(update=rolled)})
-        return recipe.changed(part.set)
+            rolled = {"task": run.task, "prompts": self._items(run.part) or 10**6, "random_steps": 0.0}
+            calibrating = recipe.calibrating()
+            recipe = calibrating.model_copy(update={"collect": calibrating.collect.model_copy(update=rolled)})
+        return recipe.changed(part.set).calibrated_by(self.folder(CALIBRATION).resolve())
 
     def _training_recipe(self, name: str) -> Recipe:
         return self.given.recipe.changed(self.given.matrix.trainings[name].set)
@@ -269,9 +287,8 @@ class Runs:
             "policies": policies,
         }
         products = self._products({one for policy in policies if (one := training_of(policy))}, policies)
-        calibration = Run("collection", "calibration")
-        if not recipe.trigger.calibration and not recipe.artifact and self.is_done(calibration):
-            place = str(self.folder(calibration).resolve())
+        if not recipe.trigger.calibration and not recipe.artifact and self.is_done(CALIBRATION):
+            place = str(self.folder(CALIBRATION).resolve())
             products["trigger"] = recipe.trigger.model_copy(update={"calibration": place})
         # Copied and not validated: of a benchmark that cannot be had no policy is left.
         return recipe.model_copy(update={**products, "benchmark": recipe.benchmark.model_copy(update=asked)})

@@ -271,12 +271,17 @@ class Plan:
         rolling = self.writing(self.slm, prompts, self.answer, batch) + written * self.slm.vocabulary * self.card.entry
         rolling /= collect.rollout.actors * _cards(self.recipe.slm)
         flops = self.teacher.flops(read, (assumed.prompt + self.answer) / 2, written)
-        labelling = self.card.seconds(flops) / (collect.label.actors * _cards(self.recipe.teacher))
+        labelling = self.card.seconds(flops)
+        if collect.writer == "s2t":  # a forward a draft, for as many texts at once as are written
+            forwards = self.writing(self.teacher, collect.prompts, self.answer / collect.chunk, batch)
+            labelling = max(labelling, forwards)
+        labelling /= collect.label.actors * _cards(self.recipe.teacher)
         kept = min(collect.steps + collect.random_steps, 1.0) * collect.k * CANDIDATE_BYTES
         work = {
             "rollouts": f"{_count(prompts)} prompts, {_count(written)} tokens, {_hours(rolling)}",
             "labels": f"{_count(read)} tokens, {flops / 1e15:.3g} PFLOP, {_hours(labelling)}",
-            "teacher": f"reads {_count(read)} tokens, writes none",
+            "teacher": f"reads {_count(read)} tokens, writes none"
+            + (", and reads on in drafts that are cut" if collect.writer == "s2t" else ""),
             "disk while it runs": f"{written * (STEP_BYTES + collect.k * CANDIDATE_BYTES) / GIB:.2f} GiB",
         }
         shared = not self.card.is_gpu or sum(process.gpus for process in processes) <= 1

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+#: Of what is level, and of series beyond the first for which there are colours.
+DASHES = ("--", ":")
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,18 @@ def accuracy_against_cost(points: Sequence[Point], cost: str, title: str) -> Fig
 
 
 def accuracy_over(
-    series: Mapping[str, Sequence[Point]], x: str, title: str, percent: bool = False, doubling_x: bool = False
+    series: Mapping[str, Sequence[Point]],
+    x: str,
+    title: str,
+    percent: bool = False,
+    doubling_x: bool = False,
+    levels: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Accuracy with intervals along an axis (the budget, K, or the size of a collection), one line a policy."""
+    """Accuracy with intervals along an axis (the budget, K, or the size of a collection), one line a policy; `levels`
+    are accuracies wherever on the axis."""
     figure, axes = _canvas(title)
+    for place, (label, accuracy) in enumerate((levels or {}).items()):
+        axes.axhline(100 * accuracy, color="black", linewidth=0.9, linestyle=DASHES[place % 2], label=label)
     for place, (label, points) in enumerate(series.items()):
         ordered = sorted(points, key=lambda point: point.x)
         axes.errorbar(
@@ -80,12 +90,13 @@ def accuracy_over(
             yerr=np.concatenate([_errors(point) for point in ordered], axis=1),
             color=COLOURS[place % len(COLOURS)],
             marker=MARKERS[place % len(MARKERS)],
+            linestyle="-" if place < len(COLOURS) else DASHES[0],
             capsize=2,
             label=label,
         )
     if doubling_x:
         _doubling(axes, {point.x for points in series.values() for point in points})
-    _legend(axes, outside=len(series) > 6)
+    _legend(axes, outside=len(series) + len(levels or {}) > 6)
     axes.set_xlabel(x)
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)

@@ -159,7 +159,7 @@ def threshold_of(name: str, metric: str, budget: float | None, hosting: Hosting)
     remedy = (
         "none (distil an artifact)"
         if metric == "head"
-        else "none (set trigger.calibration to what `s2t collect` wrote)"
+        else "none (set trigger.calibration to what `s2t collect --calibration` wrote)"
     )
     calibrated = ", ".join(f"{tau:g}" for tau in sorted(known)) or remedy
     raise PolicyError(f"{name}: no {metric} threshold for budget {wanted:g}; calibrated budgets: {calibrated}")

@@ -274,6 +274,7 @@ _INPUTS = ("shard torn", "shard changed", "shard of version 0")
 #: The faults that a stage can have.
 OF_STAGE = {
     "collect": (*_ON_RAY, OBJECT_STORE, *_ANYWHERE, "file of a killed run torn", "file of a killed run changed"),
+    "collect s2t": (*_ON_RAY, *_ANYWHERE),
     "distil": (*_ON_RAY, *_ANYWHERE, *_INPUTS, "driver killed, other workers", OBJECT_STORE),
     "distil kd": (*_ON_RAY, *_ANYWHERE),
     "distil elastic": ("worker killed", "raylet killed", "driver killed", "node left", "node joined"),

@@ -83,12 +83,19 @@ def prepare(inputs: Path) -> None:
             halves = table.slice(0, count // 2), table.slice(count // 2)
             with whole(inputs / name) as part:
                 (part / SHARDS).mkdir(parents=True)
+                collected = recipe.calibrating() if name == "calibration" else recipe
+                metadata = shard_metadata(collected, *pair, task)
                 for index, half in enumerate(halves):
-                    write_shard(part / SHARDS / shard_name(index, 2), half, shard_metadata(recipe, *pair, task))
+                    write_shard(part / SHARDS / shard_name(index, 2), half, metadata)
 
 
-def _collect(inputs: Path, output: Location) -> list[str]:
+def _collect(writer: str) -> Callable[[Path, Location], list[str]]:
+    def arguments(inputs: Path, output: Location) -> list[str]:
+        return ["pipelines.collect", "--recipe", "embedded", "--output", str(output), *_set(settings)]
+
     settings = {
+        "collect.writer": writer,
+        "trigger.threshold": 0.1,
         "collect.prompts": 48,
         "collect.max_new_tokens": 120,
         "collect.rollout.actors": 2,
@@ -97,7 +104,7 @@ def _collect(inputs: Path, output: Location) -> list[str]:
         "collect.label.batch": 4,
         "collect.label.num_cpus": 0.5,
     }
-    return ["pipelines.collect", "--recipe", "embedded", "--output", str(output), *_set(settings)]
+    return arguments
 
 
 def _rows_committed(output: Location) -> int:
@@ -274,7 +281,8 @@ def _tables_loss(output: Location, undisturbed: Path) -> Loss:
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("collect", _collect, _rows_committed, 48, _collection_loss, ("MapWorker",)),
+        Stage("collect", _collect("slm"), _rows_committed, 48, _collection_loss, ("MapWorker",)),
+        Stage("collect s2t", _collect("s2t"), _rows_committed, 48, _collection_loss, ("MapWorker", "EngineActor")),
         Stage("distil", _distil("selector"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _repeated),
         Stage("distil kd", _distil("kd"), _steps, STEPS, _training_loss, ("RayTrainWorker",), _repeated),
         Stage("distil elastic", _distil("selector", **ELASTIC), _steps, STEPS, _elastic_loss, (), _repeated),

@@ -24,13 +24,14 @@ from pipelines.collect.schemas import LABELLED, PROMPT
 from pipelines.data.seal import sealed
 from pipelines.data.shards import read_shards, shard_metadata
 from pipelines.data.sink import DamagedFiles, committed, take_back
-from s2t_models.hosting import pair
+from s2t_models.hosting import collecting, pair
 from s2t_models.recipe import load_recipe
 
 from .points import MISSED, Point, plan, record, recorded, table
 from .stages import STAGES
 
 SETTINGS = [
+    "collect.writer=slm",
     "collect.prompts=24",
     "collect.max_new_tokens=48",
     "collect.rollout.actors=2",
@@ -109,9 +110,9 @@ def test_a_collection_makes_the_rows_of_damaged_files_again(
     recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = load_recipe(recipe_path, [*SETTINGS, "collect.prompts=6"])
-    engines = pair(recipe)
+    hosting = collecting(recipe)
     asked = pa.Table.from_pylist(sources.rows(sources.from_task(recipe.collect.task, None, recipe), recipe), PROMPT)
-    made = Labels(recipe, engines["teacher"])(Rollouts(recipe, engines["slm"])(asked))
+    made = Labels(recipe, hosting.engines["teacher"])(Rollouts(recipe, hosting.engines["slm"])(asked))
     labelled, checkpoint = tmp_path / "work" / "labelled", tmp_path / "work" / "checkpoint"
     for folder in (labelled, checkpoint):
         folder.mkdir(parents=True)
@@ -129,7 +130,7 @@ def test_a_collection_makes_the_rows_of_damaged_files_again(
 
     monkeypatch.setattr(job, "_run", run)
     metadata = shard_metadata(recipe, "s", "t", "tok", "embedded-train")
-    job._make(recipe, engines, tmp_path, asked.to_pylist(), metadata)
+    job._make(hosting, tmp_path, asked.to_pylist(), metadata)
     assert runs == [["0", "1", "2"], ["1", "2"]]
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(": not")[0] for line in lines] == [f"collect: {labelled}/{i}.arrow" for i in (1, 2)]

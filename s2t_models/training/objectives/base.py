@@ -19,7 +19,7 @@ from torch import nn
 
 from s2t_models import artifact
 from s2t_models.provenance import Provenance
-from s2t_models.settings import Writer
+from s2t_models.settings import Role
 from s2t_models.storage import Location
 from s2t_models.training import losses
 from s2t_models.training.batches import NO_CANDIDATE, Batch, Trajectory, drop_narrow_margins
@@ -123,8 +123,8 @@ class Objective(ABC):
     trains_after: ClassVar[str | None] = None
     #: Whether its terms take the frozen base's states.
     needs_base: ClassVar[bool] = True
-    #: Which model wrote the collection that is trained on.
-    writer: ClassVar[Writer] = "slm"
+    #: Which model rolled out the collection that is trained on.
+    drafter: ClassVar[Role] = "slm"
     #: Trained on what the tuned model writes to the collection's prompts, read by the teacher, and not on the
     #: collection's own texts; those of held-out prompts are evaluated on.
     on_policy: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from s2t_models.settings import Writer
+from s2t_models.settings import Role
 from s2t_models.training.batches import Batch, Trajectory
 from s2t_models.training.objectives.base import Objective, Outputs, Term
 from s2t_models.training.selector import NEVER
@@ -24,7 +24,7 @@ class TwoStageObjective(Objective):
     """Cross-entropy of the teacher's texts; in the second stage (1 - `kl`) of it + `kl` x forward KL."""
 
     needs_base = False
-    writer: ClassVar[Writer] = "teacher"
+    drafter: ClassVar[Role] = "teacher"
 
     @property
     def learning_rate(self) -> float:
