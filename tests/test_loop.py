@@ -18,8 +18,10 @@ from pipelines.analyse.reading import ReadingError
 from pipelines.data.layout import COLLECTED, RESULTS, SUMMARY
 from pipelines.results.summary import read_results, write_results
 from pipelines.tasks import load
+from s2t_models.errors import UserError
 from s2t_models.loading import load_tokenizer
-from s2t_models.recipe import load_recipe
+from s2t_models.recipe import Recipe, load_recipe
+from serving import cluster
 
 
 @pytest.mark.parametrize("tasks", [("gsm8k",), ("gsm8k", "math500")])
@@ -73,6 +75,32 @@ def test_each_task_of_a_loop_has_its_summary(
 
     write_results(folder / RESULTS, [row | {"key": f"other/{row['key']}"} for row in changed], metadata)
     assert loop._answers(folder) == folder / RESULTS, "what it read are other answers"
+
+
+def test_calibration_prompts_are_collected_first_and_s2t_triggers_by_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected: dict[Path, Recipe] = {}
+
+    def ends(*_: object) -> None:
+        raise UserError("far enough")
+
+    monkeypatch.setattr(cluster, "start", lambda: None)
+    monkeypatch.setattr(loop, "_collect", lambda recipe, folder, data: collected.setdefault(folder, recipe))
+    monkeypatch.setattr(loop, "_distil", ends)
+    for settings, trigger in (
+        (["collect.writer=s2t"], (None, str(tmp_path / "0" / "calibration"))),
+        (["collect.writer=s2t", "trigger.threshold=0.5"], (0.5, None)),
+        (["collect.writer=slm"], (None, None)),
+    ):
+        collected.clear()
+        output = tmp_path / str(len(list(tmp_path.iterdir())))
+        with pytest.raises(UserError, match="far enough"):
+            loop.loop(load_recipe("embedded", settings), output)
+        (calibration, greedy), (train, own) = collected.items()
+        assert (calibration, train) == (output / "calibration", output / "train")
+        assert (greedy.collect.writer, greedy.collect.sampled) == ("slm", 0.0)
+        assert (own.trigger.threshold, own.trigger.calibration) == trigger
 
 
 def test_a_teacher_that_cannot_read_costs_the_loop_nothing(
