@@ -76,7 +76,7 @@ def _rows(index: np.ndarray, steps: int, k: int, rng: np.random.Generator) -> pa
         "seed": index,
         "temperature": np.zeros(len(index)),
         "finish": [None if bad else "end" for bad in failed],
-        "teacher_read": 20 + lengths,
+        "teacher_read": pa.array(20 + lengths, pa.int64(), mask=failed),
         "kl_T": lists(pa.array(rng.lognormal(-4, 2, total).astype(np.float32))),
         "entropy_T": lists(pa.array(rng.lognormal(-2, 1, total).astype(np.float32))),
         "teacher_argmax_T": lists(pa.array(tokens[::k])),
