@@ -191,6 +191,7 @@ def test_killed_and_started_again_gives_the_same_rows(
         assert [step["step"] for step in one["kept"]] == [step["step"] for step in other["kept"]]
 
 
+@pytest.mark.slow  # a benchmark and a served recipe that are stopped are in the default tests
 def test_ctrl_c_ends_the_job_in_one_line(ray_cluster: None, recipe_path: Path, prompts: Path, tmp_path: Path) -> None:
     import ray
 

@@ -102,6 +102,7 @@ def on_pretended_gpus(script: str) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow  # those of pools are in the default tests
 def test_serve_data_and_tasks_get_the_placement_groups():
     served, beside, actor, task, free = on_pretended_gpus("""
         from ray import serve
