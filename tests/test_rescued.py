@@ -25,6 +25,7 @@ from pipelines.distil.inputs import check_inputs
 from s2t_models import loading
 from s2t_models.engines.contract import ContextOverflow, Sampling
 from s2t_models.engines.load import load
+from s2t_models.engines.metering import Metered
 from s2t_models.hosting import collecting
 from s2t_models.recipe import Recipe, load_recipe
 from s2t_models.reserved import reserved_rows
@@ -106,6 +107,22 @@ def test_texts_are_those_of_step_by_step_decoding_at_little_more_than_a_reading_
     assert sum(once) < sum(read) < 1.2 * sum(once), "drafts that were cut are counted"
     summary = json.loads((collection / "collect.json").read_text())
     assert (summary["teacher_prefill"], summary["teacher_decode"]) == (sum(read), 0)
+
+
+def test_what_the_teacher_read_is_what_its_engine_counts(recipe: Recipe) -> None:
+    """Also where a draft that was cut is drafted again."""
+    hosting = collecting(recipe.changed({"collect.chunk": 8, "collect.prompts": 8}))
+    teacher = load(hosting.engines["teacher"])
+    metered = Metered(teacher)
+    rollouts = RescuedRollouts(hosting.recipe, hosting.engines["slm"], rescuing(hosting), [metered])
+    prompts = rows(from_task(recipe.collect.task, None, hosting.recipe), hosting.recipe)
+    try:
+        made = rollouts(pa.Table.from_pylist(prompts, PROMPT)).to_pylist()
+    finally:
+        rollouts.engine.close()
+        teacher.close()
+    assert sum(row["teacher_read"] for row in made) == metered.usage.prefill
+    assert metered.usage.prefill > sum(len(row["prompt_ids"] + row["output_ids"]) for row in made)
 
 
 def test_a_selector_is_trained_on_them_and_calibrated_on_the_slms_own(collection: Path, recipe: Recipe) -> None:

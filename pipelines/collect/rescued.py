@@ -59,7 +59,6 @@ class Readings:
 
     trigger: Trigger
     tokens: int = 0
-    _read: list[int] = field(default_factory=list)
     _steps: list[tuple[Any, ...]] = field(default_factory=list)
 
     @property
@@ -75,9 +74,8 @@ class Readings:
         support, scores = drafted.support, judgement.scores
         assert scores is not None
         assert support.entropy_T is not None
-        tokens = drafted.prefix + drafted.ids[:-1]
-        self.tokens += len(tokens) - _shared(self._read, tokens)
-        self._read = tokens
+        # Its log-probabilities of a draft take a token a step, also where an earlier draft had the same one.
+        self.tokens += len(drafted.ids) if drafted.step else len(drafted.prefix) - 1 + len(drafted.ids)
         # What was said behind a step that was decided otherwise is not of this text.
         self._steps[drafted.step :] = zip(
             support.ids_TN, support.logprobs_TN, support.entropy_T, scores.logprobs_TN, scores.argmax_T, strict=True
@@ -95,12 +93,6 @@ class Readings:
             "teacher_rank_T": teacher_rank(ids_TN, argmax_T),
             **labels(ids_TN, drafted_TN, read_TN, recipe, seed),
         }
-
-
-def _shared(before: list[int], now: list[int]) -> int:
-    """How many tokens both begin with."""
-    differing = (n for n, (one, other) in enumerate(zip(before, now, strict=False)) if one != other)
-    return next(differing, min(len(before), len(now)))
 
 
 class RescuedRollouts(Rollouts):
