@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -365,7 +364,8 @@ def torch_engines(pair: TinyPair, slots: int = 8) -> Iterator[Engines]:
 
 @contextmanager
 def vllm_engines(pair: TinyPair, folder: Path) -> Iterator[Engines]:
-    """The same behind vLLM engines, from what is saved in `folder`."""
+    """The SLM as an artifact, saved in `folder`, behind a vLLM engine: as the SLM too, whose weights are the same, for
+    a start takes most of a minute."""
     from s2t_models.engines.vllm.load import start
 
     reserved = Card(
@@ -378,22 +378,15 @@ def vllm_engines(pair: TinyPair, folder: Path) -> Iterator[Engines]:
         provenance=provenance(),
     )
     artifact = save(folder / "artifact", pair.slm, _NoTokenizer(), pair.head, reserved)
-    paths = {"slm": folder / "slm", "teacher": folder / "teacher", "s2t-local": artifact.folder / "model"}
-    pair.slm.save_pretrained(paths["slm"])
-    pair.teacher.save_pretrained(paths["teacher"])
-    running: dict[str, Any] = {}
+    settings = ModelSettings(
+        path=str(artifact.folder / "model"), engine="vllm", device="cpu", dtype="float32", slots=16, context=512
+    )
+    known = replace(card("s2t-local"), capabilities=frozenset({"entropy", "seeded_noise", "select"}))
+    engine = start(settings, known, artifact.folder, decode)
     try:
-        for name, path in paths.items():
-            settings = ModelSettings(
-                path=str(path), engine="vllm", device="cpu", dtype="float32", slots=16, context=512
-            )
-            more: tuple[Capability, ...] = ("select",) if name == "s2t-local" else ()
-            known = replace(card(name, *more), capabilities=frozenset({"entropy", "seeded_noise", *more}))
-            running[name] = start(settings, known, artifact.folder if more else None, decode)
-        yield Engines(running, decode, encode)
+        yield Engines({"slm": engine, "s2t-local": engine}, decode, encode)
     finally:
-        for engine in running.values():
-            engine.close()
+        engine.close()
 
 
 class _NoTokenizer:

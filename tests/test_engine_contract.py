@@ -134,16 +134,16 @@ def test_support_is_the_top_of_the_whole_distribution(engines, reference):
 def test_score_gives_log_probabilities_and_the_argmax_along_a_text(engines, reference):
     tokens, start = PROMPTS[0] + encode("eggs"), len(PROMPTS[0])
     ids_TN = np.array([[3, 9, 40]] * 5)
-    scores = asyncio.run(engines["teacher"].score(tokens, start, ids_TN))
+    scores = asyncio.run(engines["slm"].score(tokens, start, ids_TN))
     for t in range(5):
-        logprobs_V = reference["teacher"].logprobs(tokens[: start + t])
+        logprobs_V = reference["slm"].logprobs(tokens[: start + t])
         np.testing.assert_allclose(scores.logprobs_TN[t], logprobs_V[ids_TN[t]], atol=1e-4)
         assert scores.argmax_T[t] == int(logprobs_V.argmax())
     assert scores.support is None
-    shown = asyncio.run(engines["teacher"].score(tokens, start, ids_TN, support=6))
+    shown = asyncio.run(engines["slm"].score(tokens, start, ids_TN, support=6))
     np.testing.assert_allclose(shown.logprobs_TN, scores.logprobs_TN, atol=1e-5)
     for t in range(5):
-        logprobs_V = reference["teacher"].logprobs(tokens[: start + t])
+        logprobs_V = reference["slm"].logprobs(tokens[: start + t])
         np.testing.assert_allclose(shown.support.logprobs_TN[t], logprobs_V.topk(6).values, atol=1e-4)
         np.testing.assert_allclose(shown.support.logprobs_TN[t], logprobs_V[shown.support.ids_TN[t]], atol=1e-4)
 
