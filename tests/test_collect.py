@@ -132,6 +132,7 @@ def test_thresholds_trigger_their_budgets(collection: Path) -> None:
             assert (values >= threshold).mean() == pytest.approx(float(budget), abs=2 / len(values))
 
 
+@pytest.mark.slow  # one that is killed in an object store is in the default tests
 def test_killed_and_started_again_gives_the_same_rows(
     collection: Path,
     recipe: Recipe,
