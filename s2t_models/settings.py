@@ -143,7 +143,7 @@ class CollectSettings(Settings):
     task: str = "embedded-train"
     prompts: Count = 2400
     max_new_tokens: Count = 256
-    chunk: Count = 3
+    chunk: Count = 8
     sampled: Fraction = 0.5
     temperature: float = Field(0.7, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)

@@ -283,6 +283,22 @@ def test_usage_counts_one_teacher_forward_a_chunk(pair, quantiles):
     assert decoded.usage["teacher"].forwards == teacher.calls["score"] == len(decoded.decisions) > 0
 
 
+def test_a_draft_goes_on_behind_a_critical_step_that_stands_as_drafted(pair):
+    """With one candidate every choice is the drafted token: as many calls as where nothing triggers."""
+    calls = []
+    for threshold in (-1.0, np.inf):
+        slm, teacher = ReferenceEngine(pair.slm, card("slm")), ReferenceEngine(pair.teacher, card("teacher"))
+        engines = Engines({"slm": slm, "teacher": teacher}, decode, encode)
+        alone = CandidateSettings(k=1, method="top_k")
+        policy = Collaborate("s2t", DivergenceTrigger(threshold), TeacherScorer("candidate"), alone, 32, chunk=8)
+        decoded = run(policy, engines, Request(encode("Ada has 12 "), LENGTH))
+        assert len(decoded.decisions) == (len(decoded.ids) if threshold < 0 else 0)
+        assert [token for span in decoded.spans for token in span.ids] == decoded.ids
+        calls.append((decoded.ids, slm.calls["generate"], teacher.calls["score"]))
+    assert calls[0] == calls[1]
+    assert calls[0][1] < len(calls[0][0])
+
+
 def test_chunks_cost_fewer_teacher_forwards_than_steps(engines, quantiles):
     policy = Collaborate("s2t", DivergenceTrigger(quantiles["kl"][0]), TeacherScorer("candidate"), support=32, chunk=16)
 

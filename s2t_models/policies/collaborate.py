@@ -1,8 +1,8 @@
 """Collaborative decoding, Algorithm 1: one model writes, and at triggered steps a scorer decides (S2T, Takeover, R2R).
 
 The SLM drafts a chunk greedily; the trigger judges the whole draft, for a divergence trigger with one teacher forward;
-the first critical step cuts it, and decoding goes on behind the chosen token. A draft that was cut is only work thrown
-away: the tokens are those of step-by-step decoding.
+the first critical step at which another token is chosen cuts it, and decoding goes on behind that token. A draft that
+was cut is only work thrown away: the tokens are those of step-by-step decoding.
 """
 
 from __future__ import annotations
@@ -84,25 +84,28 @@ class Collaborate(Policy):
             drafted = Drafted(tokens, draft.ids, draft.supported, step, max(0, self.warmup - step), request.seed)
             judgement = await self._judge(engines, drafted)
             _add(usage, judgement.usage)
-            critical = np.flatnonzero(judgement.fires_T)
-            kept = draft.ids[: drafted.first + int(critical[0])] if len(critical) else draft.ids
-            if kept:
-                yield Span(kept, "slm")
-            if len(critical):
-                decision, cost = await self.scorer.decide(
-                    engines, CriticalStep(drafted, judgement, int(critical[0])), self.candidates
-                )
+            kept, cut = 0, False
+            for row in np.flatnonzero(judgement.fires_T):
+                critical = CriticalStep(drafted, judgement, int(row))
+                if kept < critical.at:
+                    yield Span(draft.ids[kept : critical.at], "slm")
+                decision, cost = await self.scorer.decide(engines, critical, self.candidates)
                 _add(usage, cost)
                 yield Span([decision.chosen], self.scorer.source)
                 yield decision
-                kept = [*kept, decision.chosen]
-            tokens = tokens + kept
+                tokens, kept = [*critical.state, decision.chosen], critical.at + 1
+                # Behind a token that stands as drafted the rest of the draft and of the judgement holds.
+                if cut := decision.chosen != draft.ids[critical.at]:
+                    break
+            if not cut and kept < len(draft.ids):
+                yield Span(draft.ids[kept:], "slm")
+                tokens = [*drafted.prefix, *draft.ids]
             if tokens[-1] in end_ids:
                 finish = "end"
             elif stops.reached(tokens[prompt:]):
                 finish = "stop"
-            # Critical steps come in bursts: draft less after one, more again where the draft held.
-            length = max(1, length // 2) if len(critical) else min(self.chunk, 2 * length)
+            # Cuts come in bursts: draft less after one, more again where the draft held.
+            length = max(1, length // 2) if cut else min(self.chunk, 2 * length)
         yield Done(finish or "length", dict(usage))
 
     async def decide(self, engines: Engines, request: Request) -> tuple[Decision, bool, dict[str, Usage]]:
