@@ -6,6 +6,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray's workers are nice to other processes, and the tests that need no cluster, which run beside, would starve them.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # Of the object store that `object_store` starts. Ray's processes inherit them from the first cluster on.
 os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
