@@ -25,11 +25,10 @@ from s2t_models.recipe import Recipe, load_recipe
 from serving.app import run_for_job
 from serving.keys import Keys
 
-pytestmark = pytest.mark.slow  # seven engines are started, of which each takes a quarter of a minute
+pytestmark = pytest.mark.slow  # eleven engines are started, of which each takes a quarter of a minute
 NAME = "vllm"
 EXACT = [f"{model}.{key}" for model in ("slm", "teacher") for key in ("dtype=float32", "device=cpu")]
 SMALL = [
-    "collect.writer=slm",
     "collect.prompts=24",
     "collect.max_new_tokens=60",
     "collect.rollout.batch=2",
@@ -61,15 +60,17 @@ def kill_an_engine(within_s: float, is_time: Callable[[], bool] = lambda: True) 
     return False
 
 
+@pytest.mark.parametrize("writer", ["slm", "s2t"])
 def test_a_collection_on_vllm_holds_the_rows_of_the_torch_engines_though_an_engine_is_killed(
-    ray_cluster: str, recipe_path: Path, tmp_path: Path
+    ray_cluster: str, recipe_path: Path, tmp_path: Path, writer: str
 ) -> None:
-    collect(recipe(recipe_path), tmp_path / "torch")
+    writing = (f"collect.writer={writer}", *(["trigger.threshold=0.1"] if writer == "s2t" else []))
+    collect(recipe(recipe_path, *writing), tmp_path / "torch")
     killed = []
     written = tmp_path / "vllm" / "work" / "labelled"
     killer = threading.Thread(target=lambda: killed.append(kill_an_engine(200, lambda: any(written.glob("*")))))
     killer.start()
-    collect(recipe(recipe_path, "slm.engine=vllm", "teacher.engine=vllm"), tmp_path / "vllm")
+    collect(recipe(recipe_path, *writing, "slm.engine=vllm", "teacher.engine=vllm"), tmp_path / "vllm")
     killer.join()
     assert killed == [True]
     ours, theirs = (read_shards(tmp_path / name)[0].to_pylist() for name in ("torch", "vllm"))
