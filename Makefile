@@ -25,14 +25,14 @@ real: $(INSTALLED)
 	@$(BIN)/s2t loop --recipe qwen2.5-coder-0.5b-1.5b --output runs/real $(if $(DATA),--data $(DATA)) \
 		$(if $(MODELS),--set slm.path=$(MODELS)/qwen2.5-coder-0.5b --set teacher.path=$(MODELS)/qwen2.5-coder-1.5b)
 
-# Two at once: the tests of the Ray cluster; and lint with the other tests, whose lines come at the end.
+# Two at once: the tests that start Ray or vLLM, and lint behind them; and all other tests, whose lines come at the end.
 DEFAULT_TESTS := not slow and not clients
 test: $(INSTALLED)
 	@others=$$(mktemp); trap 'kill $$running 2>/dev/null; rm -f $$others' EXIT; trap 'exit 130' INT TERM; \
-	{ $(MAKE) --no-print-directory lint && exec $(BIN)/python -m pytest -m 'not cluster and $(DEFAULT_TESTS)'; } \
-		>$$others 2>&1 & running=$$!; \
+	$(BIN)/python -m pytest -m 'not cluster and $(DEFAULT_TESTS)' >$$others 2>&1 & running=$$!; \
 	$(BIN)/python -m pytest -m 'cluster and $(DEFAULT_TESTS)'; status=$$?; \
-	wait $$running || status=1; echo "And lint, and the tests that need no cluster:"; cat $$others; exit $$status
+	$(MAKE) --no-print-directory lint || status=1; \
+	wait $$running || status=1; echo "And the other tests:"; cat $$others; exit $$status
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check .

@@ -54,6 +54,15 @@ store_put_back_after_a_module = pytest.fixture(_store_put_back, scope="module", 
 store_put_back_after_a_test = pytest.fixture(_store_put_back, autouse=True)
 
 
+@pytest.fixture(scope="module")
+def environment_put_back() -> Iterator[None]:
+    """vLLM's engines are told by the environment, for good; commands that are tested later start without it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What nodes keep of fetched files, apart from the user's."""

@@ -69,9 +69,13 @@ def reference(pair: TinyPair) -> Engines:
     return reference_engines(pair)
 
 
-@pytest.fixture(scope="module", params=["reference", "torch", "vllm"])
+@pytest.fixture(scope="module", params=["reference", "torch", pytest.param("vllm", marks=pytest.mark.cluster)])
 def engines(
-    request: pytest.FixtureRequest, pair: TinyPair, reference: Engines, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    pair: TinyPair,
+    reference: Engines,
+    tmp_path_factory: pytest.TempPathFactory,
+    environment_put_back: None,
 ) -> Iterator[Engines]:
     if request.param == "reference":
         yield reference
