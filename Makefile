@@ -25,7 +25,8 @@ real: $(INSTALLED)
 	@$(BIN)/s2t loop --recipe qwen2.5-coder-0.5b-1.5b --output runs/real $(if $(DATA),--data $(DATA)) \
 		$(if $(MODELS),--set slm.path=$(MODELS)/qwen2.5-coder-0.5b --set teacher.path=$(MODELS)/qwen2.5-coder-1.5b)
 
-# Two at once: the tests that start Ray or vLLM, and lint behind them; and all other tests, whose lines come at the end.
+# Two at once, as long as each other: the tests of the Ray cluster, with lint behind them; and all others, whose lines
+# come at the end.
 DEFAULT_TESTS := not slow and not clients
 test: $(INSTALLED)
 	@others=$$(mktemp); trap 'kill $$running 2>/dev/null; rm -f $$others' EXIT; trap 'exit 130' INT TERM; \

@@ -24,7 +24,6 @@ from s2t_models.policies import offer
 from s2t_models.policies.base import Decoded, Engines, Request, gather
 from s2t_models.recipe import load_recipe
 
-pytestmark = pytest.mark.cluster
 POLICIES = ("greedy", "sample", "takeover", "s2t", "s2t-entropy", "s2t-local", "s2t-local-kl")
 PROMPTS = (30, pytest.param(200, marks=pytest.mark.slow))
 MOST_DIFFERENT = 0.02
